@@ -1,0 +1,159 @@
+"""Layers of a local-window Transformer. Maps are B, H, W, C from end to end (letters: see `attention`)."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from moa_train.model.attention import BiasedAttention, attend
+
+
+class PatchEmbedding(nn.Module):
+    """Cut images (B, 3, S, S) into patches, project each to C, normalise: (B, S/patch, S/patch, C).
+
+    Images that do not divide into patches are padded with zeros at the right and the bottom.
+    """
+
+    def __init__(self, patch: int, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch, stride=patch)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        images_BCHW = pad_to_multiple(images_BCHW.permute(0, 2, 3, 1), self.patch).permute(0, 3, 1, 2)
+        # In this memory format the convolution's result is B, H, W, C already.
+        x_BCHW = self.proj(images_BCHW.contiguous(memory_format=torch.channels_last))
+        return self.norm(x_BCHW.permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Halve the map and double its channels: 2x2 neighbours concatenated, LayerNorm(4C), Linear 4C -> 2C.
+
+    The order of the neighbours is (0,0) (1,0) (0,1) (1,1) as (row, column). Odd sides are padded with zeros.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(4 * dim)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        x_BHWC = pad_to_multiple(x_BHWC, 2)
+        x_BHWC = rearrange(x_BHWC, "b (h row) (w col) c -> b h w (col row c)", row=2, col=2)
+        return self.reduction(self.norm(x_BHWC))
+
+
+class WindowAttention(BiasedAttention):
+    """Multi-head self-attention within windows of w x w positions; (B, H, W, C) in and out.
+
+    Maps that do not divide into windows are padded at the right and the bottom. Padded positions are masked as keys,
+    and cropped as queries, so they influence nothing.
+    """
+
+    padding_mask: Tensor | None
+
+    def __init__(
+        self, dim: int, heads: int, map_size: tuple[int, int], window: int, dropout: float, *, keep_index: bool = False
+    ) -> None:
+        super().__init__(heads, (window, window), keep_index=keep_index)
+        self.map_size = map_size
+        self.window = window
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("padding_mask", padding_mask(map_size, window), persistent=False)
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        q_GNLD, k_GNLD, v_GNLD = self.to_windows(self.qkv(x_BHWC))
+        bias = self.position_bias(q_GNLD)
+        if self.padding_mask is not None:
+            bias_WNLL = bias + self.padding_mask.to(bias.dtype)[:, None, None, :]
+            bias = bias_WNLL.repeat(x_BHWC.shape[0], 1, 1, 1)
+        return self.dropout(self.proj(self.to_map(attend(q_GNLD, k_GNLD, v_GNLD, bias))))
+
+    def to_windows(self, qkv_BHWC: Tensor) -> tuple[Tensor, ...]:
+        """Split (B, H, W, 3C) into q, k and v of (G, N, L, D): G windows of all images, L = w x w positions."""
+        qkv_BHWC = pad_to_multiple(qkv_BHWC, self.window)
+        pattern = "b (h y) (w x) (three n d) -> three (b h w) n (y x) d"
+        return rearrange(qkv_BHWC, pattern, three=3, n=self.heads, y=self.window, x=self.window).unbind(0)
+
+    def to_map(self, x_GNLD: Tensor) -> Tensor:
+        """Put windows (G, N, L, D) back into the map (B, H, W, C), without its padding."""
+        height, width = self.map_size
+        pattern = "(b h w) n (y x) d -> b (h y) (w x) (n d)"
+        rows, columns = -(-height // self.window), -(-width // self.window)
+        x_BHWC = rearrange(x_GNLD, pattern, h=rows, w=columns, y=self.window, x=self.window)
+        return x_BHWC[:, :height, :width]
+
+
+class MLP(nn.Sequential):
+    """Two linear layers with GELU between them, on the last dimension."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.gelu = nn.GELU()
+        self.dropout1 = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.dropout2 = nn.Dropout(dropout)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): drop a residual branch for a whole sample, scale the others by 1 / keep."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        return x * x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"{self.rate:.3f}"
+
+
+class LocalBlock(nn.Module):
+    """A Transformer block whose attention stays within windows: pre-norm, residual, stochastic depth."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        map_size: tuple[int, int],
+        window: int,
+        *,
+        mlp_ratio: float,
+        dropout: float,
+        drop_path: float,
+        keep_index: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, heads, map_size, window, dropout, keep_index=keep_index)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        x_BHWC = x_BHWC + self.drop_path(self.attn(self.norm1(x_BHWC)))
+        return x_BHWC + self.drop_path(self.mlp(self.norm2(x_BHWC)))
+
+
+def pad_to_multiple(x_BHWC: Tensor, size: int) -> Tensor:
+    """Pad height and width with zeros, at the bottom and the right, to the next multiples of ``size``."""
+    down, right = -x_BHWC.shape[1] % size, -x_BHWC.shape[2] % size
+    return F.pad(x_BHWC, (0, 0, 0, right, 0, down)) if down or right else x_BHWC
+
+
+def padding_mask(map_size: tuple[int, int], window: int) -> Tensor | None:
+    """Return (windows of one image, L) with 0 at positions of the map and -inf at padding; None without padding."""
+    if map_size[0] % window == 0 and map_size[1] % window == 0:
+        return None
+    real_HW = pad_to_multiple(torch.ones(1, *map_size, 1), window)[0, :, :, 0]
+    real_WL = rearrange(real_HW, "(h y) (w x) -> (h w) (y x)", y=window, x=window)
+    return torch.zeros_like(real_WL).masked_fill_(real_WL == 0, float("-inf"))
