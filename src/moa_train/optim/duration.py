@@ -1,0 +1,73 @@
+"""Lengths of time in a configuration: steps, epochs, examples or percent, one of them at a time."""
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from moa_train.runtime.errors import UserError
+
+FORMS = "'300 epochs' (or '300ep'), '500 steps', '1e6 examples', '5%'"
+
+_UNITS = {
+    "steps": ("steps", "step", "st"),
+    "epochs": ("epochs", "epoch", "ep"),
+    "examples": ("examples", "example", "ex"),
+    "percent": ("percent", "%"),
+}
+_UNIT_OF = {spelling: unit for unit, spellings in _UNITS.items() for spelling in spellings}
+# At most two digits of exponent: Fraction("1e999999999") would fill the memory.
+_PATTERN = re.compile(r"(\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})(e[+-]?\d{1,2})?\s*([a-z%]*)")
+
+
+@dataclass(frozen=True)
+class Duration:
+    """An amount of one unit (``steps``, ``epochs``, ``examples`` or ``percent`` of the whole training).
+
+    The amount is a fraction, not a float, so that ``'0.1 epochs'`` of 1,000 samples is 100 samples exactly.
+    """
+
+    amount: Fraction
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str | float, *, what: str = "duration", allow_zero: bool = True) -> "Duration":
+        """Read ``text``, one of the forms in :data:`FORMS`; a bare zero needs no unit.
+
+        ``what`` names the field in the message of the :class:`UserError` that anything else raises.
+        """
+        match = _PATTERN.fullmatch(str(text).strip().lower().replace("_", ""))
+        number, exponent, spelling = match.groups() if match else ("0", None, "?")
+        amount = Fraction(number + (exponent or ""))
+        unit = "steps" if amount == 0 and spelling == "" else _UNIT_OF.get(spelling)
+        if unit is None:
+            raise UserError(f"{what}={text} is not a duration. Write one of {FORMS}.")
+        if amount == 0 and not allow_zero:
+            raise UserError(f"{what}={text} is nothing at all. Write more than zero, such as {FORMS}.")
+        if unit == "steps" and amount.denominator != 1:
+            raise UserError(f"{what}={text}: steps are whole. Write '{math.ceil(amount)} steps'.")
+        if unit == "percent" and amount > 100:
+            raise UserError(f"{what}={text} is more than the whole training. Write at most '100%'.")
+        return cls(amount, unit)
+
+    def steps(self, batch_size: int, dataset_length: int, total_steps: int | None = None) -> int:
+        """Convert to optimizer steps, rounded up.
+
+        Args:
+            batch_size: samples of one optimizer step, over all ranks and accumulated micro-batches.
+            dataset_length: samples of one epoch (with repeats, where augmentation is repeated).
+            total_steps: steps of the whole training; only percent needs it, and cannot be used without.
+        """
+        match self.unit:
+            case "steps":
+                return int(self.amount)
+            case "epochs":
+                return math.ceil(self.amount * dataset_length / batch_size)
+            case "examples":
+                return math.ceil(self.amount / batch_size)
+        if total_steps is None:
+            raise UserError(f"{self} of what? The length of the training itself cannot be a percentage.")
+        return math.ceil(self.amount * total_steps / 100)
+
+    def __str__(self) -> str:
+        return f"{float(self.amount):.12g}" + ("%" if self.unit == "percent" else f" {self.unit}")

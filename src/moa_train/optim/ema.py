@@ -1,0 +1,84 @@
+"""Averaged weights: an exponential moving average of the parameters over the updates."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from moa_train.runtime.errors import UserError
+
+
+class AveragedWeights:
+    """Exponential moving average of the parameters of the bare ``model`` (not wrapped by DDP or compile).
+
+    After update ``t``, counted from 0: average += (1 - d) (parameter - average), where d = ``decay``, or
+    with ``warmup`` min(decay, (1 + t) / (10 + t)), so that the first, untrained weights are soon forgotten.
+    The average starts at the parameters' values and is kept in fp32 at least, one copy. Buffers are the
+    model's own current ones. Each rank averages for itself: replicas with equal parameters have equal averages.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999, warmup: bool = True) -> None:
+        if not 0 <= decay < 1:
+            raise UserError(f"optim.ema_decay={decay} must be at least 0 and below 1, such as 0.9999.")
+        self.model = model
+        self.decay = decay
+        self.warmup = warmup
+        self.updates = 0
+        self._parameters = list(model.parameters())
+        self._averages = [p.detach().to(_at_least_fp32(p), copy=True) for p in self._parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the averages towards the parameters; called once after each optimizer step."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        current = [p.detach().to(_at_least_fp32(p)) for p in self._parameters]
+        torch._foreach_lerp_(self._averages, current, 1 - decay)
+        self.updates += 1
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the model compute with the averages inside the ``with`` block, then give it its weights back.
+
+        Values are copied in place, so wrappers (DDP, compile) of the model see them; the parameters'
+        own values wait in a second copy and return to the bit, also after an exception.
+        """
+        own = [p.detach().clone() for p in self._parameters]
+        try:
+            self._copy_to_model(self._averages)
+            yield
+        finally:
+            self._copy_to_model(own)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the model's state with averages in the place of parameters: names and shapes are the model's.
+
+        The tensors are the live ones. ``updates`` is to be kept beside them.
+        """
+        average_of = dict(zip(self._parameters, self._averages, strict=True))
+        state = self.model.state_dict(keep_vars=True)
+        return {name: average_of.get(tensor, tensor).detach() for name, tensor in state.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
+        """Continue from what :meth:`state_dict` returned; buffers, which are the model's, are left alone."""
+        named = dict(zip((name for name, _ in self.model.named_parameters()), self._averages, strict=True))
+        missing = [name for name in named if name not in state]
+        unknown = sorted(set(state) - set(self.model.state_dict()))
+        other = [name for name in named if name in state and state[name].shape != named[name].shape]
+        if missing or unknown or other:
+            raise UserError(
+                f"Averaged weights do not fit the model: missing {missing}, unknown {unknown}, other shape {other}."
+            )
+        for name, average in named.items():
+            average.copy_(state[name])
+        self.updates = updates
+
+    @torch.no_grad()
+    def _copy_to_model(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def _at_least_fp32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
