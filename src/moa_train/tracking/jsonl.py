@@ -1,0 +1,81 @@
+"""metrics.jsonl: one JSON object a line; complete and without repeated steps after any kill."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moa_train.tracking.writers import Metrics, Writer
+
+# Measures of the machine. All other fields are the same in every repetition of a deterministic run.
+MACHINE_FIELDS = frozenset({"seconds", "images_per_second", "memory", "samples_per_second"})
+
+Row = dict[str, Any]
+
+
+class JsonLines(Writer):
+    """Appends rows ``{"kind": "train" | "eval", "step": n, ...}``; each is handed to the system at once.
+
+    When opened, rows of ``first_step`` and later, which a resumed training is about to write again, are dropped
+    together with a half-written line. Not-a-number and infinity become null.
+    """
+
+    def __init__(self, path: Path, first_step: int = 0) -> None:
+        self.path = path
+        _rewind(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log_step(self, step: int, metrics: Metrics) -> None:
+        """Append a row of kind ``train``."""
+        self._write({"kind": "train", "step": step, **metrics})
+
+    def log_eval(self, step: int, metrics: Metrics, split: str = "val") -> None:
+        """Append a row of kind ``eval``."""
+        self._write({"kind": "eval", "step": step, "split": split, **metrics})
+
+    def close(self, final: Metrics | None = None) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, row: Row) -> None:
+        self._file.write(_encode(row) + "\n")
+        self._file.flush()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a metrics.jsonl, which may still be written to: an unfinished last line is left out."""
+    return list(_rows(path))
+
+
+def _encode(row: Row) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite, allow_nan=False)
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            assert isinstance(row["step"], int)
+        except (ValueError, KeyError, TypeError, AssertionError):
+            if number < len(lines):  # the last one is empty, or was cut short by a kill
+                logging.getLogger(__name__).warning("%s: line %d is damaged and left out", path, number)
+            continue
+        if number < len(lines):
+            yield row
+
+
+def _rewind(path: Path, first_step: int) -> None:
+    """Replace the file, in one motion, by one that holds the rows before ``first_step`` only."""
+    if not path.exists():
+        return
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(_encode(row) + "\n" for row in _rows(path) if row["step"] < first_step)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

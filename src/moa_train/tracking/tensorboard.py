@@ -1,0 +1,95 @@
+"""TensorBoard: scalars, samples of the input, and hyperparameters with the final metrics."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from moa_train.tracking.writers import Metrics, Writer
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class TensorBoard(Writer):
+    """Writes event files to ``folder``. Nothing is imported or opened before the first event.
+
+    Events of ``first_step`` and later from before a resume are hidden by TensorBoard, so steps stay
+    monotonic. ``hyperparameters``, nested or flat, are written with the final metrics.
+    """
+
+    def __init__(self, folder: Path, first_step: int = 0, hyperparameters: Mapping[str, Any] | None = None) -> None:
+        self.folder = folder
+        self._first_step = first_step
+        self._hyperparameters = dict(_flat(hyperparameters or {}))
+        self._opened: SummaryWriter | None = None
+
+    def log_step(self, step: int, metrics: Metrics) -> None:
+        """Write ``train/<name>`` for each number."""
+        self._scalars("train", step, metrics)
+
+    def log_eval(self, step: int, metrics: Metrics, split: str = "val") -> None:
+        """Write ``<split>/<name>`` for each number."""
+        self._scalars(split, step, metrics)
+
+    def log_images(self, step: int, images: Tensor) -> None:
+        """Write one picture with up to 64 of the images."""
+        self._events.add_image("train/input", image_grid(images), step)
+
+    def close(self, final: Metrics | None = None) -> None:
+        """Write hyperparameters and final metrics, if there are any, and close the file."""
+        if final:
+            from torch.utils.tensorboard.summary import hparams
+
+            numbers = dict(_numbers(final))
+            file_writer = self._events._get_file_writer()
+            for summary in hparams(self._hyperparameters, {f"final/{name}": v for name, v in numbers.items()}):
+                file_writer.add_summary(summary)
+            for name, value in numbers.items():
+                self._events.add_scalar(f"final/{name}", value)
+        if self._opened is not None:
+            self._opened.close()
+
+    @property
+    def _events(self) -> "SummaryWriter":
+        if self._opened is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = self._first_step or None
+            self._opened = SummaryWriter(str(self.folder), purge_step=purge, flush_secs=30)
+        return self._opened
+
+    def _scalars(self, prefix: str, step: int, metrics: Metrics) -> None:
+        for name, value in _numbers(metrics):
+            self._events.add_scalar(f"{prefix}/{name}", value, step)
+
+
+def image_grid(images: Tensor, columns: int = 8, rows: int = 8, gap: int = 2) -> Tensor:
+    """Arrange images (uint8, B C H W) row by row in one picture (uint8, C, height, width) on white."""
+    images = images[: columns * rows].detach().cpu()
+    count = len(images)
+    columns = min(columns, count)
+    empty = -count % columns
+    x_BCHW = pad(torch.cat([images, images.new_full((empty, *images.shape[1:]), 255)]), (0, gap, 0, gap), value=255)
+    _, channels, height, width = x_BCHW.shape
+    x_RKCHW = x_BCHW.reshape(-1, columns, channels, height, width)
+    grid = x_RKCHW.permute(2, 0, 3, 1, 4).reshape(channels, -1, columns * width)
+    return pad(grid, (gap, 0, gap, 0), value=255)
+
+
+def _numbers(metrics: Metrics) -> list[tuple[str, float]]:
+    return [(name, float(v)) for name, v in metrics.items() if isinstance(v, int | float)]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float | int | str | bool]]:
+    """Name nested values by dotted paths; what TensorBoard cannot show is turned into text."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", value if isinstance(value, bool | int | float | str) else str(value)))
+    return pairs

@@ -1,0 +1,82 @@
+"""One object that the trainer reports to; on all ranks but the first it does nothing."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+from moa_train.tracking.console import Console
+from moa_train.tracking.jsonl import JsonLines
+from moa_train.tracking.tensorboard import TensorBoard
+from moa_train.tracking.writers import Metrics, Writer
+
+
+class Tracker(Writer):
+    """Passes everything on to its writers; ``Tracker()`` has none."""
+
+    def __init__(self, writers: Sequence[Writer] = ()) -> None:
+        self.writers = list(writers)
+
+    def advance(self, step: int) -> None:
+        """Note that ``step`` updates are done."""
+        for writer in self.writers:
+            writer.advance(step)
+
+    def log_step(self, step: int, metrics: Metrics) -> None:
+        """Write training metrics."""
+        for writer in self.writers:
+            writer.log_step(step, metrics)
+
+    def log_eval(self, step: int, metrics: Metrics, split: str = "val") -> None:
+        """Write the result of an evaluation."""
+        for writer in self.writers:
+            writer.log_eval(step, metrics, split)
+
+    def log_images(self, step: int, images: Tensor) -> None:
+        """Write a sample of the input."""
+        for writer in self.writers:
+            writer.log_images(step, images)
+
+    def say(self, text: str) -> None:
+        """Tell the person at the console."""
+        for writer in self.writers:
+            writer.say(text)
+
+    def close(self, final: Metrics | None = None) -> None:
+        """Close all writers."""
+        for writer in self.writers:
+            writer.close(final)
+
+
+def open_tracker(
+    run_dir: Path,
+    *,
+    total_steps: int,
+    steps_per_epoch: float,
+    is_main: bool = True,
+    resumed_step: int = 0,
+    console: bool = True,
+    tensorboard: bool = True,
+    jsonl: bool = True,
+    line_seconds: float = 10.0,
+    hyperparameters: Mapping[str, Any] | None = None,
+    stream: TextIO | None = None,
+) -> Tracker:
+    """Open the writers that were asked for, on the main rank only.
+
+    ``resumed_step`` is the number of updates that the checkpoint had done: what was logged later is
+    dropped. Files: ``metrics.jsonl`` and ``tensorboard/`` in ``run_dir``, which must exist.
+    """
+    if not is_main:
+        return Tracker()
+    writers: list[Writer] = []
+    if console:
+        writers.append(
+            Console(total_steps, steps_per_epoch, first_step=resumed_step, line_seconds=line_seconds, stream=stream)
+        )
+    if jsonl:
+        writers.append(JsonLines(run_dir / "metrics.jsonl", resumed_step + 1))
+    if tensorboard:
+        writers.append(TensorBoard(run_dir / "tensorboard", resumed_step + 1, hyperparameters))
+    return Tracker(writers)
