@@ -74,84 +74,62 @@ def add_to_windows(x_BHWC: Tensor, update_BhwC: Tensor, window: int) -> Tensor:
 
 
 class MOAStage(nn.Module):
-    """Local blocks, then what is global: (B, H, W, C) in and out. ``downsample`` belongs to it but is applied after."""
+    """Local blocks, what is global after them, and the way down to the next stage.
 
-    def __init__(self, blocks: Sequence[nn.Module], moa: nn.Module | None, downsample: nn.Module | None) -> None:
+    A stage of either form has ``blocks``, ``global_attention`` (B, H, W, C in and out) and ``downsample``.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], moa: MOABlock | None, downsample: PatchMerging | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.moa = moa
         self.downsample = downsample
 
     def global_attention(self, x_BHWC: Tensor) -> Tensor:
-        """Apply the MOA block, if the stage has one."""
+        """Apply the MOA block, where the stage has one."""
         return x_BHWC if self.moa is None else self.moa(x_BHWC)
 
 
 class MOATransformer(nn.Module):
-    """The whole network: patch embedding, stages with patch merging between them, norm, mean, linear head.
-
-    ``forward`` maps images (B, in_channels, H, W) of ``image_size`` to logits (B, num_classes).
-    """
+    """The whole network: patch embedding, stages with patch merging between them, LayerNorm, mean, linear head."""
 
     def __init__(
         self,
+        layers: Sequence[nn.Module],
         stages: Sequence[Stage],
         *,
         image_size: tuple[int, int],
-        num_classes: int,
         in_channels: int,
         patch_size: int,
-        mlp_ratio: float,
+        num_classes: int,
         dropout: float,
-        drop_path: float,
-        moa_drop_path: float,
-        moa_overlap: int,
-        moa_reduction: int,
         checkpointing: bool,
     ) -> None:
         super().__init__()
-        self.stages = tuple(stages)
         self.image_size = image_size
+        self.stages = tuple(stages)
         self.checkpointing = checkpointing
-        local_rates = iter(ramp(drop_path, sum(stage.depth for stage in stages)))
-        moa_rates = iter(ramp(moa_drop_path, sum(stage.moa for stage in stages)))
-
-        def build_stage(stage: Stage) -> MOAStage:
-            common = {"mlp_ratio": mlp_ratio, "dropout": dropout}
-            local = [
-                LocalBlock(stage.dim, stage.heads, stage.map_size, stage.window, drop_path=next(local_rates), **common)
-                for _ in range(stage.depth)
-            ]
-            moa = None
-            if stage.moa:
-                moa = MOABlock(stage, overlap=moa_overlap, reduction=moa_reduction, drop_path=next(moa_rates), **common)
-            return MOAStage(local, moa, None if stage is stages[-1] else PatchMerging(stage.dim))
-
         self.patch_embed = PatchEmbedding(patch_size, in_channels, stages[0].dim)
         self.pos_drop = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(build_stage(stage) for stage in stages)
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(stages[-1].dim)
         self.head = nn.Linear(stages[-1].dim, num_classes)
         self.apply(init_weights)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        last_BCHW = self.forward_features(images_BCHW)[-1]
-        return self.head(last_BCHW.mean((2, 3)))
+        """Map images (B, in_channels, H, W), of the size the model was built for, to logits (B, num_classes)."""
+        return self.head(self.forward_features(images_BCHW)[-1].mean((2, 3)))
 
     def forward_features(self, images_BCHW: Tensor) -> list[Tensor]:
-        """Return every stage's map (B, C, H, W), before it is merged; the last one after the final LayerNorm."""
+        """Return every stage's map (B, C, H, W), as it goes into patch merging; the last one after the LayerNorm."""
         assert images_BCHW.shape[2:] == self.image_size, f"built for {self.image_size}, got {images_BCHW.shape}"
         maps: list[Tensor] = []
         x_BHWC = self.pos_drop(self.patch_embed(images_BCHW))
         for layer in self.layers:
-            assert isinstance(layer, MOAStage)
-            for block in layer.blocks:
+            for block in (*layer.blocks, layer.global_attention):
                 x_BHWC = self.run_block(block, x_BHWC)
-            x_BHWC = self.run_block(layer.global_attention, x_BHWC)
-            if layer.downsample is None:
-                x_BHWC = self.norm(x_BHWC)
-            maps.append(x_BHWC.permute(0, 3, 1, 2))
-            if layer.downsample is not None:
+            maps.append((x_BHWC if layer.downsample else self.norm(x_BHWC)).permute(0, 3, 1, 2))
+            if layer.downsample:
                 x_BHWC = layer.downsample(x_BHWC)
         return maps
 
@@ -160,11 +138,6 @@ class MOATransformer(nn.Module):
         if self.checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, x_BHWC, use_reentrant=False)
         return block(x_BHWC)
-
-
-def ramp(highest: float, blocks: int) -> list[float]:
-    """Return stochastic depth rates that grow linearly from 0 to ``highest``; a single block gets 0."""
-    return torch.linspace(0, highest, blocks).tolist()
 
 
 def init_weights(module: nn.Module) -> None:

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from moa_train.model.geometry import plan_stages
-from moa_train.model.moa import MOATransformer
+from moa_train.model.build import build_moa
 from moa_train.runtime.errors import UserError, choose
 
 MODELS = ("moa",)
@@ -40,32 +39,7 @@ def create_model(
     """
     fields: dict[str, Any] = {key: value for key, value in locals().items() if key != "name"}
     check_model(name, **fields)
-    stages = plan_stages(
-        image_size=image_size,
-        patch_size=patch_size,
-        embed_dim=embed_dim,
-        depths=depths,
-        heads=heads,
-        window=window,
-        moa_enabled=moa_enabled,
-        moa_form=moa_form,
-        moa_overlap=moa_overlap,
-        moa_reduction=moa_reduction,
-    )
-    return MOATransformer(
-        stages,
-        image_size=tuple(image_size),
-        num_classes=num_classes,
-        in_channels=in_channels,
-        patch_size=patch_size,
-        mlp_ratio=mlp_ratio,
-        dropout=dropout,
-        drop_path=drop_path,
-        moa_drop_path=moa_drop_path,
-        moa_overlap=moa_overlap,
-        moa_reduction=moa_reduction,
-        checkpointing=checkpointing,
-    )
+    return build_moa(**fields)
 
 
 def check_model(name: str, **fields: Any) -> None:
