@@ -1,0 +1,116 @@
+"""Who sees which sample when: a pure function of (seed, step)."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moa_train.data.counter import permutation
+from moa_train.runtime.errors import UserError
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Names samples, one per entry: which pass, which element of the data set, which of its repeats."""
+
+    epoch: Indices
+    index: Indices
+    repeat: Indices
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, part: slice) -> "Draw":
+        return Draw(self.epoch[part], self.index[part], self.repeat[part])
+
+
+class Order:
+    """An endless stream of samples, cut into global batches that are always full.
+
+    The stream is the concatenation of passes; pass e holds the data set permuted by (seed, e), each sample
+    ``repeats`` times in a row (repeated augmentation, Hoffer et al. 2020). Step t takes positions [t G, (t + 1) G),
+    so no sample is ever dropped and passes need not end with a step. Nothing is stored: any step can be asked for.
+
+    Args:
+        length: samples N in the data set.
+        batch_size: global batch G, over all ranks and micro-batches.
+        seed: of the permutations.
+        repeats: copies of a sample in a pass, each augmented in its own way.
+        shuffle: False keeps the data set's order.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, repeats: int = 1, shuffle: bool = True) -> None:
+        if length < 1:
+            raise UserError("The training split is empty: there is nothing to train on. Check data.root.")
+        for what, value in (("batch_size", batch_size), ("repeats", repeats)):
+            if value < 1:
+                raise UserError(f"{what}={value}: must be at least 1. Nearest: {what}=1.")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.repeats, self.shuffle = repeats, shuffle
+
+    def step(self, step: int) -> Draw:
+        """Return the G samples of an optimizer step."""
+        return self.locate(np.arange(step * self.batch_size, (step + 1) * self.batch_size))
+
+    def locate(self, positions: Indices) -> Draw:
+        """Return which samples stand at these positions of the stream."""
+        epoch, within = np.divmod(positions, self.length * self.repeats)
+        place, repeat = np.divmod(within, self.repeats)
+        index = place if not self.shuffle else np.empty_like(place)
+        for one in np.unique(epoch) if self.shuffle else ():
+            inside = epoch == one
+            index[inside] = _pass(self.length, self.seed, int(one))[place[inside]]
+        return Draw(epoch, index, repeat)
+
+
+@lru_cache(maxsize=4)
+def _pass(length: int, seed: int, epoch: int) -> Indices:
+    order = permutation(length, seed, epoch)
+    order.flags.writeable = False  # shared by every caller
+    return order
+
+
+def steps_for_epochs(epochs: float, length: int, batch_size: int) -> int:
+    """Return the steps of ``epochs`` times ``length`` samples, the last one full: ceil(E N / G)."""
+    return math.ceil(epochs * length / batch_size - 1e-9)  # 0.1 epochs of 10 is one sample, not two
+
+
+def epochs_at(step: int, length: int, batch_size: int) -> float:
+    """Return how many times ``length`` samples have been drawn before this step: t G / N."""
+    return step * batch_size / length
+
+
+def micro_batches(batch_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1) -> range:
+    """Return the numbers of the micro-batches that a rank runs: its contiguous share of G / micro_batch_size.
+
+    Raises:
+        UserError: the global batch, or the number of its micro-batches, does not divide evenly.
+    """
+    if batch_size % micro_batch_size:
+        near = _nearest([d for d in range(1, batch_size + 1) if batch_size % d == 0], micro_batch_size)
+        raise UserError(
+            f"micro_batch_size={micro_batch_size} does not divide batch_size={batch_size}. "
+            f"Nearest values that do: {near}."
+        )
+    count = batch_size // micro_batch_size
+    if count % world_size:
+        valid = [d for d in range(1, batch_size + 1) if batch_size % (d * world_size) == 0]
+        remedy = (
+            f"Nearest micro_batch_size: {_nearest(valid, micro_batch_size)}."
+            if valid
+            else f"Nearest batch_size: {max(1, round(batch_size / world_size)) * world_size}."
+        )
+        raise UserError(
+            f"batch_size={batch_size} makes {count} micro-batches of {micro_batch_size}, which {world_size} "
+            f"processes cannot share equally. {remedy}"
+        )
+    share = count // world_size
+    return range(rank * share, (rank + 1) * share)
+
+
+def _nearest(valid: list[int], value: int) -> str:
+    return ", ".join(map(str, sorted(sorted(valid, key=lambda v: abs(v - value))[:2])))
