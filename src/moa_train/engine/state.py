@@ -1,0 +1,65 @@
+"""Everything that a resume needs, in one object."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from moa_train.engine.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
+from moa_train.optim.ema import AveragedWeights
+from moa_train.optim.optimizers import Optimizers
+from moa_train.runtime.errors import UserError
+from moa_train.runtime.precision import Precision
+
+
+@dataclass
+class TrainState:
+    """What changes while training. Order, augmentation and schedule are functions of ``step`` and need no state."""
+
+    model: nn.Module
+    optimizer: Optimizers
+    precision: Precision
+    ema: AveragedWeights | None = None
+    step: int = 0
+    best: dict[str, Any] = field(default_factory=dict)  # the best evaluation so far, with its step
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of every file of a checkpoint, by file and name. They are the live ones."""
+        files = {"model": dict(self.model.state_dict()), "optimizer": {}}
+        for part in self.optimizer.parts:
+            files["optimizer"] |= pack_optimizer(part, self.optimizer.names)
+        if self.ema is not None:
+            files["ema"] = self.ema.state_dict()
+        return files
+
+    def scalars(self) -> dict[str, Any]:
+        """Return the rest of the state, as JSON."""
+        return {
+            "step": self.step,
+            "best": self.best,
+            "scaler": self.precision.state_dict(),
+            "ema_updates": self.ema.updates if self.ema is not None else None,
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint's state.
+
+        Raises:
+            UserError: where something that this run needs is missing from it, or does not fit.
+        """
+        scalars = checkpoint.state["train"]
+        if (self.ema is None) != (scalars["ema_updates"] is None):
+            have, want = ("with", "without") if self.ema is None else ("without", "with")
+            raise UserError(
+                f"{checkpoint.path} was saved {have} averaged weights and this run goes on {want} them. "
+                "Keep engine.ema_decay as it was, or start a new run with init=."
+            )
+        self.model.load_state_dict(checkpoint.tensors("model"), strict=True)
+        optimizer = checkpoint.tensors("optimizer")
+        for part in self.optimizer.parts:
+            unpack_optimizer(part, self.optimizer.names, optimizer)
+        if self.ema is not None:
+            self.ema.load_state_dict(checkpoint.tensors("ema"), scalars["ema_updates"])
+        self.precision.load_state_dict(scalars["scaler"])
+        self.step = scalars["step"]
+        self.best = scalars["best"]
