@@ -1,6 +1,6 @@
 """Evaluation by exact counts: the same integers at any number of ranks, workers and threads."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -56,40 +56,55 @@ def rank_of_label(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
 
 def evaluate(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Collection[Any],
     transform: Callable[[Any], Tensor],
     *,
-    device: torch.device,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    autocast: Callable[[], AbstractContextManager[object]],
     distributed: Distributed,
-) -> Evaluation:
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Count top-1 and top-5 hits of ``model`` over this rank's ``batches``, and add up over the ranks.
 
     Args:
         model: any module from images (B, C, H, W) to logits (B, K); put into eval mode, and back into its mode after.
         batches: this rank's share, with ``.labels`` and ``.to(device)``. Every sample must be in exactly one rank's share.
         transform: from a batch on the device to normalised images.
-        device: where to evaluate.
         autocast: context of the forward pass.
-        distributed: the ranks.
+        distributed: the ranks, and the device.
+        stop: whether this rank has been asked to stop; then all ranks give up together and the result is None.
     """
+    device = distributed.device
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     loss = torch.zeros(1, dtype=torch.float64, device=device)
+    rounds = max(distributed.gather_objects(len(batches)))
+    iterator = iter(batches)
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
-            for batch in batches:
-                batch = batch.to(device, non_blocking=True)
-                with autocast():
-                    logits_BK = model(transform(batch))
-                logits_BK = logits_BK.float()
-                rank_B = rank_of_label(logits_BK, batch.labels)
-                counts += torch.stack(
-                    [(rank_B < 1).sum(), (rank_B < 5).sum(), torch.tensor(len(rank_B), device=device)]
-                )
-                loss += torch.nn.functional.cross_entropy(logits_BK, batch.labels, reduction="sum").double()
+        for _ in range(rounds):
+            if distributed.agree_any(stop()):
+                return None
+            batch = next(iterator, None)
+            if batch is not None:
+                _count(model, batch.to(device, non_blocking=True), transform, autocast, counts, loss)
     finally:
         model.train(was_training)
     top1, top5, total = distributed.all_reduce_sum(counts).tolist()
     return Evaluation(top1, top5, total, distributed.all_reduce_sum(loss).item() / max(total, 1))
+
+
+@torch.inference_mode()
+def _count(
+    model: nn.Module,
+    batch: Any,
+    transform: Callable[[Any], Tensor],
+    autocast: Callable[[], AbstractContextManager[object]],
+    counts: Tensor,
+    loss: Tensor,
+) -> None:
+    with autocast():
+        logits_BK = model(transform(batch))
+    logits_BK = logits_BK.float()
+    rank_B = rank_of_label(logits_BK, batch.labels)
+    counts += torch.stack([(rank_B < 1).sum(), (rank_B < 5).sum(), torch.ones_like(rank_B).sum()])
+    loss += torch.nn.functional.cross_entropy(logits_BK, batch.labels, reduction="sum").double()

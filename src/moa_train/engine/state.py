@@ -10,6 +10,7 @@ from moa_train.optim.ema import AveragedWeights
 from moa_train.optim.optimizers import Optimizers
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.precision import Precision
+from moa_train.tracking.meters import RunningMeans
 
 
 @dataclass
@@ -21,7 +22,9 @@ class TrainState:
     precision: Precision
     ema: AveragedWeights | None = None
     step: int = 0
+    evaluated_step: int = 0
     best: dict[str, Any] = field(default_factory=dict)  # the best evaluation so far, with its step
+    meters: RunningMeans = field(default_factory=RunningMeans)  # of the log row that is not written yet
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of every file of a checkpoint, by file and name. They are the live ones."""
@@ -36,8 +39,10 @@ class TrainState:
         """Return the rest of the state, as JSON."""
         return {
             "step": self.step,
+            "evaluated_step": self.evaluated_step,
             "best": self.best,
-            "scaler": self.precision.state_dict(),
+            "meters": self.meters.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
             "ema_updates": self.ema.updates if self.ema is not None else None,
         }
 
@@ -60,6 +65,8 @@ class TrainState:
             unpack_optimizer(part, self.optimizer.names, optimizer)
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint.tensors("ema"), scalars["ema_updates"])
-        self.precision.load_state_dict(scalars["scaler"])
-        self.step = scalars["step"]
+        if self.precision.scaler.is_enabled() and scalars["scaler"]:
+            self.precision.scaler.load_state_dict(scalars["scaler"])
+        self.meters.load_state_dict(scalars["meters"])
+        self.step, self.evaluated_step = scalars["step"], scalars["evaluated_step"]
         self.best = scalars["best"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +13,6 @@ from moa_train.optim.optimizers import Optimizers
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.seed import reseed
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What an update yields, still on the device."""
-
-    loss: Tensor  # mean over this rank's examples, nats
-    grad_norm: Tensor  # of the global batch, before clipping
 
 
 class TrainStep:
@@ -59,8 +50,13 @@ class TrainStep:
         self.distributed = distributed
         self.on_inputs: Callable[[Tensor], None] | None = None
 
-    def __call__(self, batches: Iterator[Any], step: int) -> StepResult:
-        """Run update number ``step`` on this rank's next micro-batches."""
+    def __call__(self, batches: Iterator[Any], step: int) -> dict[str, Tensor]:
+        """Run update number ``step`` (from 0) on this rank's next micro-batches.
+
+        Returns:
+            Scalars that are still on the device: ``loss``, in nats, whose mean over the ranks is that of the global
+            batch, and ``grad_norm``, of the global batch, before clipping.
+        """
         total = torch.zeros((), device=self.distributed.device)
         for number in range(self.micro_batches):
             batch = next(batches).to(self.distributed.device, non_blocking=True)
@@ -75,15 +71,19 @@ class TrainStep:
                 with self.precision.autocast():
                     logits = self.model(images)
                 loss = soft_cross_entropy(logits, targets) * self.loss_scale
-                self.precision.scale(loss).backward()
+                self.precision.scaler.scale(loss).backward()
             total += loss.detach()
-        return StepResult(total, self._update(step))
+        return {"loss": total, "grad_norm": self._update()}
 
-    def _update(self, step: int) -> Tensor:
-        self.precision.unscale(self.optimizer)
+    def _update(self) -> Tensor:
+        scaler = self.precision.scaler
+        for part in self.optimizer.parts:
+            scaler.unscale_(part)
         grad_norm = self.clip(self.parameters)
-        self.precision.step(self.optimizer)
+        for part in self.optimizer.parts:
+            scaler.step(part)
+        scaler.update()
         self.optimizer.zero_grad()
         if self.ema is not None:
-            self.ema.update(step)
+            self.ema.update()
         return grad_norm

@@ -1,7 +1,7 @@
 """Running means that stay on the device, and the speed of the training with the time that is left."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,15 @@ class RunningMeans:
         self._sums.clear()
         self._weights.clear()
         return means
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return what was added since the last read, as JSON: ``{name: [sum, weight]}``. The host waits here."""
+        return {name: [float(total), self._weights[name]] for name, total in self._sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Continue from what :meth:`state_dict` returned."""
+        self._sums = {name: total for name, (total, _) in state.items()}
+        self._weights = {name: weight for name, (_, weight) in state.items()}
 
 
 class Speed:

@@ -1,0 +1,112 @@
+"""The loop. It trains any module on any batches; everything it needs is built elsewhere and handed in."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from moa_train.engine.checkpoint import CheckpointStore
+from moa_train.engine.evaluate import Evaluation
+from moa_train.engine.plan import Plan
+from moa_train.engine.state import TrainState
+from moa_train.engine.step import TrainStep
+from moa_train.optim.schedule import Schedule
+from moa_train.runtime.device import peak_memory
+from moa_train.runtime.distributed import Distributed
+from moa_train.runtime.errors import UserError
+from moa_train.runtime.signals import StopSignals
+from moa_train.tracking.meters import Speed
+from moa_train.tracking.tracker import Tracker
+
+
+@dataclass
+class Trainer:
+    """Drives a run from ``state.step`` to the end of its plan.
+
+    Attributes:
+        evaluate: evaluates the current weights on the split that chooses the best checkpoint; None: no choosing.
+            Returns None where a stop was asked for meanwhile.
+        record: what every checkpoint carries beside the state: configuration, classes, fingerprint (JSON).
+        metadata: what every weights file carries in its header.
+    """
+
+    state: TrainState
+    plan: Plan
+    schedule: Schedule
+    train_step: TrainStep
+    train_batches: Callable[[int], Iterator[Any]]
+    evaluate: Callable[[], Evaluation | None] | None
+    eval_split: str
+    batch_size: int
+    store: CheckpointStore
+    tracker: Tracker
+    stop: StopSignals
+    distributed: Distributed
+    record: dict[str, Any]
+    metadata: dict[str, str]
+    speed: Speed = field(default_factory=Speed)
+    stopping: bool = False
+
+    def fit(self) -> bool:
+        """Train to the end of the plan, or until a stop is asked for; tell which: True is the end."""
+        state, plan = self.state, self.plan
+        self._evaluate_if_due()  # one that a stop had interrupted
+        batches = self.train_batches(state.step)
+        while state.step < plan.stop_step and not self.stopping:
+            rate = self.schedule.rate(state.step)
+            state.optimizer.set_rate(rate)
+            state.meters.add(self.train_step(batches, state.step))
+            state.step += 1
+            self.tracker.advance(state.step)
+            self.speed.tick(self.batch_size)
+            if plan.log.due(state.step) or state.step == plan.stop_step:
+                self._log(rate)  # here the host waits for the device, and nowhere else
+            self.stopping = self.distributed.agree_any(self.stop.requested)
+            is_best = self._evaluate_if_due()
+            if self.stopping or is_best or plan.save.due(state.step) or state.step == plan.stop_step:
+                self._save(is_best)
+        self.store.close()
+        return not self.stopping
+
+    def restore(self) -> None:
+        """Go on from the newest valid checkpoint of the run folder, if there is one."""
+        checkpoint = self.store.newest()
+        if checkpoint is not None:
+            self.state.restore(checkpoint)
+
+    def _log(self, rate: float) -> None:
+        step, epoch = self.state.step, float(self.state.step / self.plan.steps_per_epoch)
+        means = self.state.meters.read()
+        means["loss"] = self.distributed.mean(means["loss"])
+        if not math.isfinite(means["loss"]):
+            raise UserError(
+                f"The loss is {means['loss']} at step {step} (epoch {epoch:.2f}, rate {rate:.3g}). Lower optim.lr, lengthen "
+                "schedule.warmup or set runtime.precision=fp32; resume goes on from the last checkpoint."
+            )
+        row = {"epoch": epoch, **means, "rate": rate, "images_per_second": self.speed.rate}
+        self.tracker.log_step(step, {**row, "memory": peak_memory(self.distributed.device)})
+
+    def _evaluate_if_due(self) -> bool:
+        """Evaluate where it is time to; tell whether the result is the best so far."""
+        state, plan = self.state, self.plan
+        due = state.step > 0 and (plan.evaluate.due(state.step) or state.step == plan.stop_step)
+        if self.evaluate is None or self.stopping or not due or state.evaluated_step == state.step:
+            return False
+        result = self.evaluate()
+        self.speed.restart()
+        if result is None:
+            self.stopping = True
+            return False
+        is_best = result.top1 > state.best.get("top1", -1.0)
+        if is_best:
+            state.best = {"step": state.step, **result.as_dict()}
+        state.evaluated_step = state.step
+        epoch = float(state.step / plan.steps_per_epoch)
+        self.tracker.log_eval(state.step, {"epoch": epoch, **result.as_dict(), "best": is_best}, self.eval_split)
+        return is_best
+
+    def _save(self, is_best: bool) -> None:
+        if self.distributed.is_main:
+            state = {**self.record, "train": self.state.scalars()}
+            self.store.save(self.state.step, self.state.tensors(), state, self.metadata, best=is_best)
+        self.speed.restart()
