@@ -16,7 +16,7 @@ def check_clip(mode: str, limit: float) -> None:
     if mode not in MODES:
         raise UserError(choose("optim.clip", mode, MODES))
     if mode != "none" and not limit > 0:
-        raise UserError(f"optim.clip_limit={limit} must be above 0. To switch clipping off, write optim.clip=none.")
+        raise UserError(f"optim.clip_value={limit} must be above 0. To switch clipping off, write optim.clip=none.")
 
 
 def clip_gradients(parameters: Iterable[Tensor], mode: str, limit: float) -> Tensor:

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from moa_train.runtime.errors import UserError
+from moa_train.runtime.errors import UserError, nearest
 
 FORMS = "'300 epochs' (or '300ep'), '500 steps', '1e6 examples', '5%'"
 
@@ -41,7 +41,8 @@ class Duration:
         amount = Fraction(number + (exponent or ""))
         unit = "steps" if amount == 0 and spelling == "" else _UNIT_OF.get(spelling)
         if unit is None:
-            raise UserError(f"{what}={text} is not a duration. Write one of {FORMS}.")
+            hint = nearest(spelling, [*_UNITS, "ep"]) if spelling else " The unit is missing."
+            raise UserError(f"{what}={text} is not a duration.{hint} Write one of {FORMS}.")
         if amount == 0 and not allow_zero:
             raise UserError(f"{what}={text} is nothing at all. Write more than zero, such as {FORMS}.")
         if unit == "steps" and amount.denominator != 1:
@@ -51,7 +52,11 @@ class Duration:
         return cls(amount, unit)
 
     def steps(self, batch_size: int, dataset_length: int, total_steps: int | None = None) -> int:
-        """Convert to optimizer steps, rounded up.
+        """Convert to optimizer steps, rounded up; for the arguments see :meth:`distance`."""
+        return math.ceil(self.distance(batch_size, dataset_length, total_steps))
+
+    def distance(self, batch_size: int, dataset_length: int, total_steps: int | None = None) -> Fraction:
+        """Convert to optimizer steps, exactly: an epoch need not be a whole number of them.
 
         Args:
             batch_size: samples of one optimizer step, over all ranks and accumulated micro-batches.
@@ -60,14 +65,14 @@ class Duration:
         """
         match self.unit:
             case "steps":
-                return int(self.amount)
+                return self.amount
             case "epochs":
-                return math.ceil(self.amount * dataset_length / batch_size)
+                return self.amount * dataset_length / batch_size
             case "examples":
-                return math.ceil(self.amount / batch_size)
+                return self.amount / batch_size
         if total_steps is None:
             raise UserError(f"{self} of what? The length of the training itself cannot be a percentage.")
-        return math.ceil(self.amount * total_steps / 100)
+        return self.amount * total_steps / 100
 
     def __str__(self) -> str:
         return f"{float(self.amount):.12g}" + ("%" if self.unit == "percent" else f" {self.unit}")

@@ -20,7 +20,7 @@ class AveragedWeights:
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, warmup: bool = True) -> None:
         if not 0 <= decay < 1:
-            raise UserError(f"optim.ema_decay={decay} must be at least 0 and below 1, such as 0.9999.")
+            raise UserError(f"engine.ema_decay={decay} must be at least 0 and below 1, such as 0.9999.")
         self.model = model
         self.decay = decay
         self.warmup = warmup

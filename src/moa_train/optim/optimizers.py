@@ -15,7 +15,8 @@ NAMES = ("adamw", "nadamw", "sgd", "muon")
 class Optimizers:
     """One or several torch optimizers (``parts``) over disjoint parameters, used as one.
 
-    ``names`` maps each parameter to its name in the model. Gradient scalers and checkpoints work on ``parts``.
+    ``names`` maps each parameter to its name in the model. Checkpoints work on ``parts``; a ``GradScaler`` takes the
+    whole (``scaler.unscale_(optimizers)``, ``scaler.step(optimizers)``), so that an infinite gradient skips all parts.
     """
 
     def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
@@ -103,7 +104,7 @@ def _check(name: str, lr: float, weight_decay: float, betas: tuple[float, float]
     if name not in NAMES:
         raise UserError(choose("optim.name", name, NAMES))
     for what, value, low, high in (
-        ("rate", lr, 0.0, math.inf),
+        ("lr", lr, 0.0, math.inf),
         ("weight_decay", weight_decay, 0.0, math.inf),
         ("betas[0]", betas[0], 0.0, 1.0),
         ("betas[1]", betas[1], 0.0, 1.0),

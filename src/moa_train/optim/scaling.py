@@ -28,7 +28,7 @@ def explain_rate(base: float, batch_size: int, reference: int = 512, rule: str =
 
 def _factor(batch_size: int, reference: int, rule: str) -> float:
     if rule not in RULES:
-        raise UserError(choose("optim.batch_scaling", rule, RULES))
+        raise UserError(choose("optim.lr_scaling", rule, RULES))
     if batch_size < 1 or reference < 1:
         raise UserError(f"Batch {batch_size} and reference batch {reference} must both be at least 1.")
     ratio = batch_size / reference

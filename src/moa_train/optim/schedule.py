@@ -80,7 +80,7 @@ class Schedule:
 
     def _check_rates(self) -> None:
         if not (math.isfinite(self.peak) and self.peak > 0):
-            raise UserError(f"Learning rate {self.peak} must be a number above 0.")
+            raise UserError(f"Learning rate (optim.lr, scaled) {self.peak} must be a number above 0.")
         for name, value in (("floor", self.floor), ("warm-up start", self.warmup_start)):
             if not 0 <= value <= self.peak:
                 raise UserError(f"Learning rate {name} {value:.4g} must lie between 0 and the peak {self.peak:.4g}.")

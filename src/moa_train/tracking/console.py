@@ -1,61 +1,73 @@
-"""The console: a progress bar on a terminal, plain lines elsewhere, a table of evaluations."""
+"""The console: a progress bar on a terminal, plain lines elsewhere, a table of epochs and evaluations."""
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TextIO
+from fractions import Fraction
+from math import ceil
+from typing import TextIO
 
 from tqdm import tqdm
 
+from moa_train.runtime.errors import UserError, choose
 from moa_train.tracking.meters import Speed
 from moa_train.tracking.writers import Metrics, Writer
 
+STYLES = ("auto", "bar", "plain")
+
 _COLUMNS = {  # heading: width
-    "epoch": 7, "step": 9, "split": 9, "loss": 9, "top-1": 8, "top-5": 8, "train loss": 12, "images/s": 10, "time": 9,
+    "epoch": 8, "step": 9, "split": 10, "loss": 9, "top-1": 8, "top-5": 8, "train loss": 12, "images/s": 10, "time": 9,
 }  # fmt: skip
 
 
 class Console(Writer):
-    """Writes to ``stream`` (standard output): a bar that moves with each step where it is a terminal, else a
-    line every ``line_seconds`` seconds and no carriage returns. Each epoch and each evaluation gets a row of a table.
+    """Writes progress to ``stream``, which is standard output unless given, and a row for every epoch and evaluation.
+
+    ``bar``: a line that is redrawn with every step; ``plain``: a line every ``line_seconds`` seconds, and no control
+    characters; ``auto``: a bar if ``stream`` is a terminal. Steps of an epoch need not be whole.
     """
 
     def __init__(
         self,
         total_steps: int,
-        steps_per_epoch: float,
+        steps_per_epoch: Fraction | float,
         *,
         first_step: int = 0,
+        style: str = "auto",
         line_seconds: float = 10.0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        if style not in STYLES:
+            raise UserError(choose("tracking.progress", style, STYLES))
         self._stream = stream or sys.stdout
-        self._is_terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        is_terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._has_bar = is_terminal if style == "auto" else style == "bar"
+        self._has_style = is_terminal and not os.environ.get("NO_COLOR")
         self._total_steps = total_steps
-        self._steps_per_epoch = steps_per_epoch
+        self._steps_per_epoch = Fraction(steps_per_epoch)
         self._line_seconds = line_seconds
         self._clock = clock
-        self._speed = Speed(clock=clock)
-        self._bar: Any = None
         self._started = clock()
         self._line_due = self._started
+        self._speed = Speed(clock=clock)
+        self._bar: _Bar | None = None
         self._step = first_step
         self._latest: Metrics = {}
-        self._logged_step = first_step
-        self._loss_sum = 0.0
-        self._loss_steps = 0
-        self._epoch_row = int(first_step / steps_per_epoch)
+        self._train_loss = _MeanLoss(first_step)
+        self._row_epoch = self._epochs(first_step)
         self._has_header = False
 
     def advance(self, step: int) -> None:
         """Move the bar."""
-        self._finish_epoch(step)
+        self._finish_epoch(step - 1)
         self._speed.tick(step - self._step)
-        if self._is_terminal:
-            self._bar = self._bar or self._open_bar()
-            self._bar.update(step - self._bar.n)
+        if self._has_bar:
+            self._bar = self._bar or _Bar(self._total_steps, self._step, self._epoch_label(step), self._stream)
+            self._bar.desc = self._epoch_label(step)
+            self._bar.update(step - self._step)
         self._step = step
 
     def log_step(self, step: int, metrics: Metrics) -> None:
@@ -63,19 +75,16 @@ class Console(Writer):
         if step > self._step:
             self.advance(step)
         self._latest = metrics
-        self._loss_sum += float(metrics.get("loss") or 0.0) * (step - self._logged_step)
-        self._loss_steps += step - self._logged_step
-        self._logged_step = step
+        self._train_loss.add(step, metrics.get("loss"))
         text = self._progress(metrics)
         if self._bar is not None:
-            self._bar.set_description_str(f"epoch {self._epoch_of(step)}", refresh=False)
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.text = text
         elif self._clock() >= self._line_due or step == self._total_steps:
             self._line_due = self._clock() + self._line_seconds
-            self.say(f"epoch {self._epoch_of(step)}  step {step}/{self._total_steps}  {text}")
+            self.say(f"{self._epoch_label(step)}  step {step}/{self._total_steps}  {text}")
 
     def log_eval(self, step: int, metrics: Metrics, split: str = "val") -> None:
-        """Write a row of the table."""
+        """Write a row of the table; ``metrics["best"]`` marks it."""
         self._row(step, metrics, split)
         self._speed.restart()
 
@@ -88,72 +97,112 @@ class Console(Writer):
         self._stream.flush()
 
     def close(self, final: Metrics | None = None) -> None:
-        """Finish the table and leave the bar as it is."""
-        self._finish_epoch(self._step + 1)
+        """Finish the table and leave the bar where it is."""
+        self._finish_epoch(self._step)
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
-    def _open_bar(self) -> Any:
-        return tqdm(
-            total=self._total_steps,
-            initial=self._step,
-            file=self._stream,
-            dynamic_ncols=True,
-            mininterval=0.2,
-            bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}  {postfix}",
-        )
-
     def _progress(self, metrics: Metrics) -> str:
+        """Compose the latest metrics, the least important last: a narrow terminal cuts off there."""
         left = self._speed.seconds_left(self._total_steps - self._step)
-        parts = [
+        parts = (
             _number("loss {:.4f}", metrics.get("loss")),
-            _number("rate {:.2e}", metrics.get("rate")),
             _number("{:.0f} images/s", metrics.get("images_per_second")),
             f"{clock_time(left)} left" if left is not None else "",
-            _number("{:.2f} GB", metrics.get("memory"), 1e-9),
-        ]
+            _number("rate {:.2g}", metrics.get("rate")),
+            _number("{:.1f} GB", metrics.get("memory"), 1e-9),
+        )
         return "  ".join(part for part in parts if part)
 
-    def _epoch_of(self, step: int) -> str:
-        total = -(-self._total_steps // self._steps_per_epoch)
-        return f"{min(int(max(step - 1, 0) // self._steps_per_epoch) + 1, int(total))}/{int(total)}"
+    def _epochs(self, step: int) -> int:
+        """Return the number of epochs that ended by ``step``."""
+        return int(step // self._steps_per_epoch)
+
+    def _epoch_label(self, step: int) -> str:
+        return f"epoch {self._epochs(max(step - 1, 0)) + 1}/{ceil(self._total_steps / self._steps_per_epoch)}"
 
     def _finish_epoch(self, step: int) -> None:
-        """Write the row of an epoch that ended before ``step`` without an evaluation."""
-        if int((step - 1) / self._steps_per_epoch) > self._epoch_row and self._loss_steps:
-            self._row(step - 1, {}, "-")
+        """Write a row at ``step`` if an epoch has ended by then and no evaluation made one."""
+        if self._epochs(step) > self._row_epoch and self._train_loss.steps:
+            self._row(step, {}, "-")
 
     def _row(self, step: int, metrics: Metrics, split: str) -> None:
-        self._epoch_row = int(step / self._steps_per_epoch)
-        train_loss = self._loss_sum / self._loss_steps if self._loss_steps else None
-        self._loss_sum, self._loss_steps = 0.0, 0
+        if not self._has_header:
+            self._has_header = True
+            header = _aligned(list(_COLUMNS))
+            self.say(f"\x1b[1m{header}\x1b[0m" if self._has_style else header)
+        epochs, is_epoch_end = self._epochs(step), self._epochs(step) > self._epochs(step - 1)
+        self._row_epoch = epochs
         cells = [
-            f"{step / self._steps_per_epoch:.4g}",
+            str(epochs) if is_epoch_end else f"{float(step / self._steps_per_epoch):.2f}",
             str(step),
             split,
             _number("{:.4f}", metrics.get("loss")),
             _number("{:.2f}", metrics.get("top1")),
             _number("{:.2f}", metrics.get("top5")),
-            _number("{:.4f}", train_loss),
+            _number("{:.4f}", self._train_loss.read()),
             _number("{:.0f}", self._latest.get("images_per_second")),
             clock_time(self._clock() - self._started),
         ]
-        if not self._has_header:
-            self._has_header = True
-            self.say(self._style("1", _aligned(_COLUMNS)))
         self.say(_aligned([cell or "-" for cell in cells]) + ("  best" if metrics.get("best") else ""))
 
-    def _style(self, code: str, text: str) -> str:
-        colour = self._is_terminal and not os.environ.get("NO_COLOR")
-        return f"\x1b[{code}m{text}\x1b[0m" if colour else text
+
+class _MeanLoss:
+    """Mean of the logged losses, each weighted with the steps it stands for."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._sum = 0.0
+        self.steps = 0
+
+    def add(self, step: int, loss: object) -> None:
+        if isinstance(loss, int | float):
+            self._sum += loss * (step - self._step)
+            self.steps += step - self._step
+        self._step = step
+
+    def read(self) -> float | None:
+        mean = self._sum / self.steps if self.steps else None
+        self._sum, self.steps = 0.0, 0
+        return mean
+
+
+class _Bar(tqdm):
+    """tqdm without its monitoring thread and lock between processes: a training forks workers and may be killed."""
+
+    monitor_interval = 0
+    text = ""
+
+    def __init__(self, total: int, initial: int, label: str, stream: TextIO) -> None:
+        super().__init__(
+            total=total,
+            initial=initial,
+            desc=label,
+            file=stream,
+            dynamic_ncols=True,
+            mininterval=0.2,
+            bar_format="{label} |{bar}| {percentage:3.0f}%  step {n_fmt}/{total_fmt}  {text}",
+        )
+
+    @property
+    def format_dict(self) -> dict[str, object]:
+        """Fields for ``bar_format``; tqdm's own put a colon after the label and a comma before the text."""
+        return {**super().format_dict, "label": self.desc, "text": self.text}
+
+
+_Bar.set_lock(threading.RLock())
 
 
 def block(title: str, rows: Mapping[str, object], lines: Sequence[str] = ()) -> str:
-    """Compose a start-up banner or a final report: a title, aligned names and values, then plain lines."""
-    width = max((len(name) for name in rows), default=0)
-    body = [f"  {name:<{width}}  {value}" for name, value in rows.items()]
-    return "\n".join([title, *body, *(f"  {line}" for line in lines)])
+    """Compose a start-up banner or a final report: a title, aligned names and values, then plain lines.
+
+    Rows whose value is None are left out.
+    """
+    shown = {name: value for name, value in rows.items() if value is not None}
+    width = max((len(name) for name in shown), default=0)
+    body = [f"  {name:<{width}}  {value}" for name, value in shown.items()]
+    return "\n".join([title, *body, *(f"  {line}".rstrip() for line in lines)])
 
 
 def clock_time(seconds: float) -> str:
@@ -166,7 +215,7 @@ def clock_time(seconds: float) -> str:
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
 
 
-def _aligned(cells: Sequence[str] | Mapping[str, int]) -> str:
+def _aligned(cells: Sequence[str]) -> str:
     return "".join(f"{cell:>{width}}" for cell, width in zip(cells, _COLUMNS.values(), strict=True))
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from moa_train.tracking.writers import Metrics, Writer
 
+log = logging.getLogger(__name__)
+
 # Measures of the machine. All other fields are the same in every repetition of a deterministic run.
-MACHINE_FIELDS = frozenset({"seconds", "images_per_second", "memory", "samples_per_second"})
+MACHINE_FIELDS = frozenset({"seconds", "images_per_second", "memory"})
 
 Row = dict[str, Any]
 
@@ -56,17 +58,21 @@ def _encode(row: Row) -> str:
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    lines = path.read_bytes().split(b"\n")
+    *lines, _unfinished = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            assert isinstance(row["step"], int)
-        except (ValueError, KeyError, TypeError, AssertionError):
-            if number < len(lines):  # the last one is empty, or was cut short by a kill
-                logging.getLogger(__name__).warning("%s: line %d is damaged and left out", path, number)
-            continue
-        if number < len(lines):
+        row = _decode(line)
+        if row is None:
+            log.warning("%s: line %d is damaged and left out.", path, number)
+        else:
             yield row
+
+
+def _decode(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _rewind(path: Path, first_step: int) -> None:

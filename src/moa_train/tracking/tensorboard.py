@@ -36,7 +36,7 @@ class TensorBoard(Writer):
         self._scalars(split, step, metrics)
 
     def log_images(self, step: int, images: Tensor) -> None:
-        """Write one picture with up to 64 of the images."""
+        """Write one picture of up to 64 images."""
         self._events.add_image("train/input", image_grid(images), step)
 
     def close(self, final: Metrics | None = None) -> None:
@@ -65,6 +65,7 @@ class TensorBoard(Writer):
     def _scalars(self, prefix: str, step: int, metrics: Metrics) -> None:
         for name, value in _numbers(metrics):
             self._events.add_scalar(f"{prefix}/{name}", value, step)
+        self._events.flush()  # what a checkpoint will have passed must be on disk: it is not logged again
 
 
 def image_grid(images: Tensor, columns: int = 8, rows: int = 8, gap: int = 2) -> Tensor:

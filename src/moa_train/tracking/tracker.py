@@ -1,6 +1,7 @@
 """One object that the trainer reports to; on all ranks but the first it does nothing."""
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,30 +54,26 @@ def open_tracker(
     run_dir: Path,
     *,
     total_steps: int,
-    steps_per_epoch: float,
+    steps_per_epoch: Fraction | float,
     is_main: bool = True,
     resumed_step: int = 0,
-    console: bool = True,
+    progress: str = "auto",
     tensorboard: bool = True,
-    jsonl: bool = True,
-    line_seconds: float = 10.0,
     hyperparameters: Mapping[str, Any] | None = None,
     stream: TextIO | None = None,
 ) -> Tracker:
     """Open the writers that were asked for, on the main rank only.
 
     ``resumed_step`` is the number of updates that the checkpoint had done: what was logged later is
-    dropped. Files: ``metrics.jsonl`` and ``tensorboard/`` in ``run_dir``, which must exist.
+    dropped. Files: ``metrics.jsonl`` and ``tensorboard/`` in ``run_dir``, which must exist. For
+    ``progress`` and ``stream`` see :class:`Console`.
     """
     if not is_main:
         return Tracker()
-    writers: list[Writer] = []
-    if console:
-        writers.append(
-            Console(total_steps, steps_per_epoch, first_step=resumed_step, line_seconds=line_seconds, stream=stream)
-        )
-    if jsonl:
-        writers.append(JsonLines(run_dir / "metrics.jsonl", resumed_step + 1))
+    writers: list[Writer] = [
+        Console(total_steps, steps_per_epoch, first_step=resumed_step, style=progress, stream=stream),
+        JsonLines(run_dir / "metrics.jsonl", resumed_step + 1),
+    ]
     if tensorboard:
         writers.append(TensorBoard(run_dir / "tensorboard", resumed_step + 1, hyperparameters))
     return Tracker(writers)
