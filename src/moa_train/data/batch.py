@@ -21,6 +21,7 @@ class Batch:
         repeat: int64, B; copy of the sample within its pass.
         step: optimizer step; in evaluation the number of the chunk.
         micro: number of the micro-batch within the global batch; 0 in evaluation.
+        unreadable: messages for files that could not be read and were replaced.
     """
 
     images: Tensor
@@ -30,6 +31,7 @@ class Batch:
     repeat: Tensor
     step: int
     micro: int = 0
+    unreadable: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)

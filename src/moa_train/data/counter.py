@@ -8,6 +8,7 @@ The hash chains the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splitt
 2014), a bijection of 64-bit words: keys that differ in the last word only never collide.
 """
 
+from enum import IntEnum
 from typing import TypeAlias
 
 import numpy as np
@@ -16,6 +17,19 @@ from numpy.typing import NDArray
 Word: TypeAlias = int | NDArray[np.integer]
 Hashes: TypeAlias = NDArray[np.uint64]
 Floats: TypeAlias = NDArray[np.float64]
+
+
+class Purpose(IntEnum):
+    """The last word of a draw's key: what it is for. Values are part of a run's identity; never renumber them."""
+
+    FILE_CROP = 1
+    FILE_FILTER = 2
+    CROP = 3
+    FLIP = 4
+    RANDAUGMENT = 5
+    JITTER = 6
+    ERASING = 7
+
 
 _GOLDEN = np.array(0x9E3779B97F4A7C15, np.uint64)
 _MULTIPLIERS = np.array(0xBF58476D1CE4E5B9, np.uint64), np.array(0x94D049BB133111EB, np.uint64)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moa_train.data.source import ArraySource
+from moa_train.data.arrays import ArraySource
 from moa_train.data.split import hold_out
 
 TEST_FRACTION = 0.2

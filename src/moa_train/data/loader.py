@@ -1,18 +1,51 @@
 """Loaders: from a source and an order to micro-batches of uint8 images."""
 
-from collections.abc import Iterator
+import logging
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
+from moa_train.data.arrays import ArraySource
 from moa_train.data.batch import Batch
 from moa_train.data.order import Draw, Order, micro_batches
-from moa_train.data.source import ArraySource, Source
+from moa_train.data.source import Source
+from moa_train.data.view import CentreCrop, RandomResizedCrop, View
+from moa_train.runtime.errors import UserError, choose
+
+CROPS = ("pad", "resized", "none")
+POLICIES = ("fail", "quarantine")
+
+_log = logging.getLogger(__name__)
 
 
 class TrainLoader:
-    """Endless micro-batches of one rank, in the order that (seed, step) alone decides."""
+    """Endless micro-batches of one rank, in the order that (seed, step) alone decides.
+
+    Sources in memory are gathered here, a whole micro-batch at once; files are read by worker processes, a
+    micro-batch each. What a batch holds depends on neither the number of workers nor the step that was started with.
+
+    Args:
+        source: training split.
+        order: who comes when; its seed is that of random crops, too.
+        micro_batch_size: images a batch; divides the order's batch size.
+        rank: of this process.
+        world_size: number of processes.
+        workers: processes that read files; 0 reads them here. Sources in memory need none.
+        crop: ``resized`` cuts random rectangles out of files as they are read. Otherwise, and for sources in memory,
+            images only get their size here and ``BatchAugment`` crops.
+        scale, ratio, interpolation: of the random resized crop.
+        unreadable: ``fail`` at the first image that cannot be read, or ``quarantine`` it: the next readable file
+            takes its place, the same one whenever and wherever it is drawn.
+        quarantine_budget: number of different unreadable files at which quarantine fails, too.
+        pin_memory: hand out batches in page-locked memory.
+        timeout: seconds to wait for a worker.
+    """
 
     def __init__(
         self,
@@ -23,24 +56,70 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        crop: str = "resized",
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        interpolation: str = "bicubic",
+        unreadable: str = "fail",
+        quarantine_budget: int = 100,
         pin_memory: bool = False,
+        timeout: float = 600.0,
     ) -> None:
-        self.source, self.order, self.micro_batch_size = source, order, micro_batch_size
-        self.share = micro_batches(order.batch_size, micro_batch_size, rank, world_size)
-        self.workers, self.pin_memory = workers, pin_memory
+        if crop not in CROPS:
+            raise UserError(choose("crop", crop, CROPS))
+        if unreadable not in POLICIES:
+            raise UserError(choose("unreadable", unreadable, POLICIES))
+        view: View = CentreCrop(source.image_size, 1.0)
+        if crop == "resized":
+            view = RandomResizedCrop(order.seed, source.image_size, scale, ratio, interpolation)
+        self.order, self.micro_batch_size = order, micro_batch_size
+        self._share = micro_batches(order.batch_size, micro_batch_size, rank, world_size)
+        self._read = _Reader(source, view, substitute=unreadable == "quarantine")
+        self._budget, self._unreadable = quarantine_budget, dict[str, None]()
+        self._start = partial(_start, self._read, workers=workers, pin_memory=pin_memory, timeout=timeout)
+
+    @property
+    def quarantined(self) -> list[str]:
+        """Messages for the unreadable files that this rank has met, in order."""
+        return list(self._unreadable)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of step ``start_step``, of the next step, and so on for ever."""
-        for step in count(start_step):
-            draw = self.order.step(step)
-            for micro in self.share:
-                part = draw[micro * self.micro_batch_size : (micro + 1) * self.micro_batch_size]
-                batch = _gather(self.source, part, step, micro)
-                yield batch.pin_memory() if self.pin_memory else batch
+        """Yield this rank's micro-batches of step ``start_step``, of the next step, and so on for ever.
+
+        Raises:
+            UserError: an image cannot be read, or more than the budget of them; a worker died or hangs.
+        """
+        for batch in self._start(_Requests(self.order, self._share, self.micro_batch_size, start_step)):
+            for message in batch.unreadable:
+                self._quarantine(message)
+            yield batch
+
+    def _quarantine(self, message: str) -> None:
+        if message in self._unreadable:
+            return
+        self._unreadable[message] = None
+        _log.warning("Quarantined %d of at most %d: %s", len(self._unreadable), self._budget, message)
+        if len(self._unreadable) > self._budget:
+            raise UserError(f"{len(self._unreadable)} unreadable images exceed the budget. The last: {message}")
 
 
 class EvalLoader:
-    """Every sample once, in chunks whose composition depends on neither ranks nor workers."""
+    """Every sample once, in chunks whose composition depends on neither ranks nor workers.
+
+    Chunk k holds samples [k B, (k + 1) B), the last one what is left; rank r takes the chunks k with k mod W = r.
+    ``Batch.step`` is k. An unreadable image is an error here, always.
+
+    Args:
+        source: split to evaluate.
+        batch_size: B, images a chunk.
+        rank: of this process.
+        world_size: W, number of processes.
+        workers: processes that read files; 0 reads them here. They are started for each pass.
+        crop_ratio: of files: side of the central crop over the side that the image is resized to.
+        interpolation: of files.
+        pin_memory: hand out batches in page-locked memory.
+        timeout: seconds to wait for a worker.
+    """
 
     def __init__(
         self,
@@ -50,30 +129,111 @@ class EvalLoader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        crop_ratio: float = 0.875,
+        interpolation: str = "bicubic",
         pin_memory: bool = False,
+        timeout: float = 600.0,
     ) -> None:
-        self.source, self.batch_size, self.rank, self.world_size = source, batch_size, rank, world_size
-        self.workers, self.pin_memory = workers, pin_memory
+        if batch_size < 1:
+            raise UserError(f"eval batch_size={batch_size}: must be at least 1.")
+        self.source, self.batch_size = source, batch_size
+        self._chunks = range(rank, -(-len(source) // batch_size), world_size)
+        read = _Reader(source, CentreCrop(source.image_size, crop_ratio, interpolation), substitute=False)
+        self._start = partial(_start, read, workers=workers, pin_memory=pin_memory, timeout=timeout)
 
     def __len__(self) -> int:
-        return len(range(self.rank, -(-len(self.source) // self.batch_size), self.world_size))
+        return len(self._chunks)
 
     def __iter__(self) -> Iterator[Batch]:
-        for chunk in range(self.rank, -(-len(self.source) // self.batch_size), self.world_size):
-            index = np.arange(chunk * self.batch_size, min((chunk + 1) * self.batch_size, len(self.source)))
-            zeros = np.zeros_like(index)
-            batch = _gather(self.source, Draw(zeros, index, zeros), chunk, 0)
-            yield batch.pin_memory() if self.pin_memory else batch
+        chunks = [self._request(chunk) for chunk in self._chunks]
+        return self._start(chunks) if chunks else iter(())
+
+    def _request(self, chunk: int) -> "_Request":
+        index = np.arange(chunk * self.batch_size, min((chunk + 1) * self.batch_size, len(self.source)))
+        return _Request(Draw(np.zeros_like(index), index, np.zeros_like(index)), chunk, 0)
 
 
-def _gather(source: Source, draw: Draw, step: int, micro: int) -> Batch:
-    assert isinstance(source, ArraySource)
-    return Batch(
-        images=source.gather(draw.index),
-        labels=torch.from_numpy(source.labels[draw.index]),
-        index=torch.from_numpy(draw.index),
-        epoch=torch.from_numpy(draw.epoch),
-        repeat=torch.from_numpy(draw.repeat),
-        step=step,
-        micro=micro,
-    )
+@dataclass(frozen=True)
+class _Request:
+    draw: Draw
+    step: int
+    micro: int
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """The requests of a rank from a step on, without end."""
+
+    order: Order
+    share: range
+    size: int
+    start_step: int
+
+    def __iter__(self) -> Iterator[_Request]:
+        for step in count(self.start_step):
+            draw = self.order.step(step)
+            for micro in self.share:
+                yield _Request(draw[micro * self.size : (micro + 1) * self.size], step, micro)
+
+
+class _Reader(Dataset):
+    """Turns requests into batches, in this process or in a worker."""
+
+    def __init__(self, source: Source, view: View, substitute: bool) -> None:
+        self.source, self.view, self.substitute = source, view, substitute
+
+    def __getitem__(self, request: _Request) -> Batch | UserError:
+        draw, unreadable = request.draw, list[str]()
+        try:
+            if isinstance(self.source, ArraySource):
+                images, index = self.source.gather(draw.index), draw.index
+            else:
+                images, index, unreadable = self.source.read(draw, self.view, self.substitute)
+        except UserError as error:
+            return error  # as a value: raised in a worker, it would come back with the worker's traceback as its text
+        return Batch(
+            images=images,
+            labels=torch.from_numpy(self.source.labels[index]),
+            index=torch.from_numpy(index),
+            epoch=torch.from_numpy(draw.epoch),
+            repeat=torch.from_numpy(draw.repeat),
+            step=request.step,
+            micro=request.micro,
+            unreadable=tuple(unreadable),
+        )
+
+
+def _start(
+    reader: _Reader, requests: Iterable[_Request], *, workers: int, pin_memory: bool, timeout: float
+) -> Iterator[Batch]:
+    results: Iterable[Batch | UserError] = map(reader.__getitem__, requests)
+    in_workers = workers > 0 and not reader.source.in_memory
+    if in_workers:
+        results = DataLoader(
+            reader,
+            batch_size=None,
+            sampler=requests,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            timeout=timeout,
+            worker_init_fn=_leave_signals_to_trainer,
+            generator=torch.Generator(),  # else starting a loader would draw from the global one
+        )
+    try:
+        for result in results:
+            if isinstance(result, UserError):
+                raise result
+            yield result.pin_memory() if pin_memory and not in_workers else result
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise UserError(
+            f"A process that reads images failed: {str(error).splitlines()[0]} Usual causes: memory or /dev/shm is "
+            "full (lower data.workers or the batch size), or storage hangs. data.workers=0 reads without processes."
+        ) from error
+
+
+def _leave_signals_to_trainer(worker: int) -> None:
+    """Ignore the signals that a terminal or a scheduler sends to all processes: the trainer ends its workers."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moa_train.data.source import ArraySource
+from moa_train.data.arrays import ArraySource
 from moa_train.runtime.errors import UserError
 
 FORMAT = 1
@@ -102,6 +102,17 @@ def read_pack(root: Path, split: str, title: str, image_size: tuple[int, int]) -
     if len(labels) != len(images) or (len(labels) and not 0 <= labels.min() <= labels.max() < len(classes)):
         raise _damaged(json_path, f"has {len(labels)} labels of {len(classes)} classes for {len(images)} images")
     return ArraySource(title, images, labels, classes, image_size, content=checksum)
+
+
+def check_origin(root: Path, split: str, origin: str) -> None:
+    """Check that a pack was made of the class-folder tree beside it.
+
+    Raises:
+        UserError: it was made of another one, or the tree has changed since.
+    """
+    _, json_path = pack_paths(root, split)
+    if json.loads(json_path.read_text()).get("origin") != origin:
+        raise _damaged(json_path, f"was not made of the files that are now in {root / split}")
 
 
 def verify_pack(root: Path, split: str) -> None:

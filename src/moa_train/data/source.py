@@ -1,130 +1,13 @@
-"""A source: the images of one split, with their labels and names."""
+"""A source: the images of one split, with labels and names.
 
-import hashlib
-import json
-from collections.abc import Sequence
-from typing import Any, Protocol
+Both kinds have ``classes``, ``labels`` (int64, N), ``image_size``, ``in_memory``, ``fingerprint``, a length, and the
+methods ``name``, ``subset`` and ``describe``. Loaders gather whole batches from an ``ArraySource``, and have workers
+read the files of a ``FileSource``.
+"""
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
-from torch import Tensor
+from typing import TypeAlias
 
-Labels = NDArray[np.int64]
+from moa_train.data.arrays import ArraySource
+from moa_train.data.files import FileSource
 
-
-class Source(Protocol):
-    """What loaders need from a data set's split.
-
-    Attributes:
-        classes: names; a label is an index into them.
-        labels: int64, N.
-        image_size: height and width of the images that a loader makes of it.
-        in_memory: True when ``ArraySource.gather`` hands out whole batches and no worker is needed.
-        fingerprint: stable hash of names, labels and size, to notice that a run resumes on other data.
-    """
-
-    classes: list[str]
-    labels: Labels
-    image_size: tuple[int, int]
-    in_memory: bool
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """Return what a message calls this sample."""
-        ...
-
-    def subset(self, rows: NDArray[np.int64], title: str) -> "Source":
-        """Return the source of these samples only, under its own title."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Return facts for a run's record: JSON values only."""
-        ...
-
-
-class ArraySource:
-    """Images of one native size in an array, usually memory-mapped; whole batches are gathered at once.
-
-    Args:
-        title: data set and split, as in ``cifar100/train``.
-        images: uint8, N C H W with C of 1 (repeated to 3) or 3.
-        labels: N class indices.
-        classes: names of the classes.
-        image_size: size of the batches; other native sizes are resampled (bicubic, antialiased).
-        rows: the elements of ``images`` and ``labels`` that belong to this source; all by default.
-        content: hash of the pixels, if one is known.
-    """
-
-    in_memory = True
-
-    def __init__(
-        self,
-        title: str,
-        images: NDArray[np.uint8],
-        labels: Labels,
-        classes: Sequence[str],
-        image_size: tuple[int, int],
-        rows: NDArray[np.int64] | None = None,
-        content: str = "",
-    ) -> None:
-        self.title, self.images, self.classes, self.image_size = title, images, list(classes), image_size
-        self.content, self._all_labels = content, np.asarray(labels, np.int64)
-        self.rows = np.arange(len(images)) if rows is None else rows
-        self.labels = self._all_labels[self.rows]
-        self.fingerprint = fingerprint(title, self.classes, self.labels, self.rows, images.shape[1:], content)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def name(self, index: int) -> str:
-        """Return title and row, as in ``cifar100/train/17``."""
-        return f"{self.title}/{self.rows[index]}"
-
-    def subset(self, rows: NDArray[np.int64], title: str) -> "ArraySource":
-        """Return the source of these samples, sharing the memory."""
-        return ArraySource(
-            title,
-            self.images,
-            self._all_labels,
-            self.classes,
-            self.image_size,
-            self.rows[rows],
-            self.content,
-        )
-
-    def gather(self, index: NDArray[np.int64]) -> Tensor:
-        """Return the images at these indices: uint8, B 3 H W."""
-        x_BCHW = torch.from_numpy(np.ascontiguousarray(self.images[self.rows[index]]))
-        if x_BCHW.shape[-2:] != self.image_size:
-            x_BCHW = resample(x_BCHW, self.image_size)
-        return x_BCHW.repeat(1, 3, 1, 1) if x_BCHW.shape[1] == 1 else x_BCHW
-
-    def describe(self) -> dict[str, Any]:
-        """Return facts for a run's record."""
-        return {
-            "name": self.title,
-            "samples": len(self),
-            "classes": len(self.classes),
-            "native_size": list(self.images.shape[-2:]),
-            "image_size": list(self.image_size),
-            "storage": "memory-mapped" if isinstance(self.images, np.memmap) else "memory",
-            "fingerprint": self.fingerprint,
-        }
-
-
-def resample(x_BCHW: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
-    """Resize uint8 images with an antialiased filter."""
-    return F.interpolate(x_BCHW, size, mode=mode, antialias=True)
-
-
-def fingerprint(title: str, classes: Sequence[str], labels: Labels, *facts: object) -> str:
-    """Return a stable hash of a split: 16 hexadecimal digits."""
-    digest = hashlib.sha256(json.dumps([title, list(classes), len(labels)]).encode())
-    digest.update(np.ascontiguousarray(labels, "<i8").tobytes())
-    for fact in facts:
-        digest.update(fact.astype("<i8").tobytes() if isinstance(fact, np.ndarray) else repr(fact).encode())
-    return digest.hexdigest()[:16]
+Source: TypeAlias = ArraySource | FileSource

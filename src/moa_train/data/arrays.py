@@ -1,0 +1,82 @@
+"""Sources of small images in one array, gathered as whole batches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moa_train.data.fingerprint import Labels, fingerprint
+from moa_train.data.resample import resample
+
+
+class ArraySource:
+    """Images of one native size in an array, usually memory-mapped; whole batches are gathered at once.
+
+    Args:
+        title: data set and split, as in ``cifar100/train``.
+        images: uint8, N C H W with C of 1 (repeated to 3) or 3.
+        labels: N class indices.
+        classes: names of the classes.
+        image_size: size of the batches; other native sizes are resampled (bicubic, antialiased).
+        rows: the elements of ``images`` and ``labels`` that belong to this source; all by default.
+        content: hash of the pixels, if one is known.
+    """
+
+    in_memory = True
+
+    def __init__(
+        self,
+        title: str,
+        images: NDArray[np.uint8],
+        labels: Labels,
+        classes: Sequence[str],
+        image_size: tuple[int, int],
+        rows: NDArray[np.int64] | None = None,
+        content: str = "",
+    ) -> None:
+        self.title, self.images, self.classes, self.image_size = title, images, list(classes), image_size
+        self.content, self._all_labels = content, np.asarray(labels, np.int64)
+        self.rows = np.arange(len(images)) if rows is None else rows
+        self.labels = self._all_labels[self.rows]
+        self.fingerprint = fingerprint(title, self.classes, self.labels, self.rows, images.shape[1:], content)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        """Return title and row, as in ``cifar100/train/17``."""
+        return f"{self.title}/{self.rows[index]}"
+
+    def subset(self, rows: NDArray[np.int64], title: str) -> "ArraySource":
+        """Return the source of these samples, sharing the memory."""
+        return ArraySource(
+            title,
+            self.images,
+            self._all_labels,
+            self.classes,
+            self.image_size,
+            self.rows[rows],
+            self.content,
+        )
+
+    def gather(self, index: NDArray[np.int64]) -> Tensor:
+        """Return the images at these indices: uint8, B 3 H W."""
+        x_BCHW = torch.from_numpy(np.ascontiguousarray(self.images[self.rows[index]]))
+        if x_BCHW.shape[-2:] != self.image_size:
+            x_BCHW = resample(x_BCHW, self.image_size)
+        return x_BCHW.repeat(1, 3, 1, 1) if x_BCHW.shape[1] == 1 else x_BCHW
+
+    def describe(self) -> dict[str, Any]:
+        """Return facts for a run's record."""
+        return {
+            "name": self.title,
+            "samples": len(self),
+            "classes": len(self.classes),
+            "native_size": list(self.images.shape[-2:]),
+            "image_size": list(self.image_size),
+            "storage": "memory-mapped" if isinstance(self.images, np.memmap) else "memory",
+            "fingerprint": self.fingerprint,
+        }

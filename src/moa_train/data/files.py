@@ -1,0 +1,98 @@
+"""Sources of image files, read one by one."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moa_train.data.fingerprint import fingerprint
+from moa_train.data.image import open_image, unreadable
+from moa_train.data.order import Draw, Indices
+from moa_train.data.tree import ClassTree
+from moa_train.data.view import View
+from moa_train.runtime.errors import UserError
+
+_NEIGHBOURS = 100  # files tried in place of an unreadable one
+
+
+class FileSource:
+    """The images of a class-folder tree.
+
+    Args:
+        title: data set and split, as in ``imagenet/train``.
+        tree: the files.
+        image_size: height and width of the images that loaders make.
+        rows: the files that belong to this source; all by default.
+    """
+
+    in_memory = False
+
+    def __init__(self, title: str, tree: ClassTree, image_size: tuple[int, int], rows: Indices | None = None) -> None:
+        self.title, self.tree, self.image_size, self.classes = title, tree, image_size, tree.classes
+        self.rows = np.arange(len(tree.files)) if rows is None else rows
+        self.labels = tree.labels[self.rows]
+        self.fingerprint = fingerprint(title, self.classes, self.labels, self.rows, tree.fingerprint)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        """Return the path of the file."""
+        return str(self.tree.path(self.rows[index]))
+
+    def subset(self, rows: Indices, title: str) -> "FileSource":
+        """Return the source of these samples."""
+        return FileSource(title, self.tree, self.image_size, self.rows[rows])
+
+    def describe(self) -> dict[str, Any]:
+        """Return facts for a run's record."""
+        return {
+            "name": self.title,
+            "samples": len(self),
+            "classes": len(self.classes),
+            "image_size": list(self.image_size),
+            "storage": "files",
+            "root": str(self.tree.root),
+            "ignored_files": self.tree.ignored,
+            "fingerprint": self.fingerprint,
+        }
+
+    def read(self, draw: Draw, view: View, substitute: bool) -> tuple[Tensor, Indices, list[str]]:
+        """Read the files of a batch.
+
+        Args:
+            draw: B samples.
+            view: makes pixels of ``image_size`` of a file.
+            substitute: put the next readable file in the place of an unreadable one.
+
+        Returns:
+            Images, uint8 B 3 H W; the indices really read; a message for each unreadable file met.
+
+        Raises:
+            UserError: a file is unreadable and ``substitute`` is False, or a hundred in a row are.
+        """
+        x_BCHW = torch.empty(len(draw), 3, *self.image_size, dtype=torch.uint8)
+        index, failures = draw.index.copy(), list[str]()
+        for place in range(len(draw)):
+            epoch, repeat = int(draw.epoch[place]), int(draw.repeat[place])
+            for _ in range(_NEIGHBOURS):
+                try:
+                    x_BCHW[place] = self._read(view, epoch, int(index[place]), repeat)
+                    break
+                except UserError as error:
+                    if not substitute:
+                        raise
+                    failures.append(str(error))
+                    index[place] = (index[place] + 1) % len(self)
+            else:
+                raise UserError(f"{_NEIGHBOURS} files in a row are unreadable. The last: {failures[-1]}")
+        return x_BCHW, index, failures
+
+    def _read(self, view: View, epoch: int, index: int, repeat: int) -> Tensor:
+        path = self.tree.path(self.rows[index])
+        image = open_image(path)
+        try:
+            return view(image, epoch, index, repeat)
+        except Exception as error:  # the pixels are decoded there, and decoders raise anything
+            raise unreadable(path, error) from error

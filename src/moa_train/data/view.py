@@ -1,0 +1,145 @@
+"""Stage 1: from an image file to uint8 pixels of the model's size. Runs in workers, one sample at a time."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from moa_train.data.counter import Floats, Purpose, uniform
+from moa_train.data.image import MAX_REDUCTION, EncodedImage
+from moa_train.data.resample import resample
+from moa_train.runtime.errors import UserError, choose
+
+INTERPOLATIONS = ("bilinear", "bicubic", "random")
+_DRAWS = np.ogrid[:10, :4]  # ten tries of (area, shape, top, left)
+
+
+class View(Protocol):
+    """Turns an image into pixels of one size."""
+
+    def __call__(self, image: EncodedImage, epoch: int, index: int, repeat: int) -> Tensor:
+        """Return uint8, 3 H W; the numbers are the key of the sample's randomness."""
+        ...
+
+
+class Box(NamedTuple):
+    """A rectangle of pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """Cut out a random rectangle and resize it (Szegedy et al. 2015).
+
+    Attributes:
+        seed: of the run.
+        size: height and width of the result.
+        scale: range of the rectangle's area, as a part of the image's; uniform.
+        ratio: range of its width / height; uniform in the logarithm.
+        interpolation: bilinear, bicubic, or random: one of them for each sample.
+    """
+
+    seed: int
+    size: tuple[int, int]
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        check_interpolation(self.interpolation)
+        for what, (low, high), most in (("scale", self.scale, 1.0), ("ratio", self.ratio, math.inf)):
+            if not 0 < low <= high <= most:
+                raise UserError(f"{what}={[low, high]}: a range needs 0 < low <= high <= {most:g}.")
+
+    def __call__(self, image: EncodedImage, epoch: int, index: int, repeat: int) -> Tensor:
+        """Return uint8, 3 H W."""
+        key = (self.seed, epoch, index, repeat)
+        numbers = uniform(*key, Purpose.FILE_CROP, *_DRAWS)
+        box = random_box(image.height, image.width, self.scale, self.ratio, numbers)
+        mode = self.interpolation
+        if mode == "random":
+            mode = INTERPOLATIONS[int(2 * uniform(*key, Purpose.FILE_FILTER)[0])]
+        return resized_crop(image, box, self.size, mode)
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """Resize an image so that it covers the crop's surroundings, then cut out its centre.
+
+    For square sizes that is the usual evaluation: shorter side to size / ratio (224 / 0.875 = 256), centre crop.
+
+    Attributes:
+        size: height and width of the result.
+        ratio: side of the crop over the side that the image is resized to.
+        interpolation: bilinear or bicubic.
+    """
+
+    size: tuple[int, int]
+    ratio: float = 0.875
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        check_interpolation(self.interpolation, INTERPOLATIONS[:2])
+        if not 0 < self.ratio <= 1:
+            raise UserError(f"eval_crop={self.ratio}: must be above 0 and at most 1. Usual: 0.875.")
+
+    def __call__(self, image: EncodedImage, epoch: int = 0, index: int = 0, repeat: int = 0) -> Tensor:
+        """Return uint8, 3 H W."""
+        cover = [math.floor(side / self.ratio) for side in self.size]
+        x_CHW = image.decode()
+        # in whole numbers: the side that decides becomes its cover, the other is rounded down (as in torchvision)
+        if cover[0] * image.width >= cover[1] * image.height:
+            height, width = cover[0], cover[0] * image.width // image.height
+        else:
+            height, width = cover[1] * image.height // image.width, cover[1]
+        x_CHW = resample(x_CHW[None], (height, width), self.interpolation)[0]
+        top, left = round((height - self.size[0]) / 2), round((width - self.size[1]) / 2)
+        return x_CHW[:, top : top + self.size[0], left : left + self.size[1]]
+
+
+def random_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], numbers: Floats) -> Box:
+    """Draw a rectangle inside an image; the first of ten that fits, else the largest central one of allowed ratio.
+
+    Args:
+        height: of the image.
+        width: of the image.
+        scale: range of the area.
+        ratio: range of width / height.
+        numbers: uniform in [0, 1), 10 x 4.
+    """
+    for area, shape, y, x in numbers:
+        pixels = height * width * (scale[0] + area * (scale[1] - scale[0]))
+        aspect = math.exp(math.log(ratio[0]) + shape * math.log(ratio[1] / ratio[0]))
+        h, w = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return Box(int(y * (height - h + 1)), int(x * (width - w + 1)), h, w)
+    h = min(height, max(1, round(width / ratio[0])))
+    w = min(width, max(1, round(height * ratio[1])))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def resized_crop(image: EncodedImage, box: Box, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Decode a rectangle of an image at the size asked for: uint8, 3 H W.
+
+    Where the rectangle has at least twice the pixels a side, the decoder may halve the image; the result differs a
+    little from a full decode, like another resampling filter.
+    """
+    spare = min(box.height // size[0], box.width // size[1], MAX_REDUCTION)
+    x_CHW = image.decode(reduction=1 << max(0, spare.bit_length() - 1))
+    y, x = x_CHW.shape[1] / image.height, x_CHW.shape[2] / image.width
+    top, left = round(box.top * y), round(box.left * x)
+    bottom, right = round((box.top + box.height) * y), round((box.left + box.width) * x)
+    part = x_CHW[:, top : max(bottom, top + 1), left : max(right, left + 1)]
+    return resample(part[None], size, interpolation)[0]
+
+
+def check_interpolation(name: str, options: tuple[str, ...] = INTERPOLATIONS) -> None:
+    """Raise a UserError unless the filter is known."""
+    if name not in options:
+        raise UserError(choose("interpolation", name, options))
