@@ -1,4 +1,4 @@
-"""An optimizer's state as named tensors and JSON, to be stored without pickles and independently of parameter order."""
+"""An optimizer's state as named tensors and JSON: stored without pickles, independent of the parameters' order."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -7,40 +7,39 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moa_train.engine.weights import CheckpointError
+from moa_train.engine.tensorfile import CheckpointError
 
 Named = Iterable[tuple[str, nn.Parameter]]
+"""``model.named_parameters()``"""
 
 
-def pack_optimizers(optimizers: Sequence[Optimizer], named: Named) -> tuple[dict[str, Tensor], list[Any]]:
-    """Return (tensors keyed ``exp_avg|layers.0.weight``, JSON) of all optimizers of a model.
+def pack_optimizers(optimizers: Sequence[Optimizer], named: Named) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Return the live state of a model's optimizers: tensors keyed ``exp_avg|layers.0.weight``, and JSON.
 
-    ``named`` is ``model.named_parameters()``. The JSON has an entry per optimizer: its class, its groups with their
-    hyperparameters and the names of their parameters, and which state each parameter has. Tensors are not copied.
+    The JSON has an entry per optimizer: its class, its groups (hyperparameters and names of parameters) and which
+    tensors each parameter has, so that a missing one is noticed.
     """
     names = {id(parameter): name for name, parameter in named}
     tensors: dict[str, Tensor] = {}
     packed = []
-    for number, optimizer in enumerate(optimizers):
-        groups, keys, values = [], {}, {}
-        for index, group in enumerate(optimizer.param_groups):
-            entry: dict[str, Any] = {"params": [names[id(parameter)] for parameter in group["params"]]}
-            for key, value in group.items():
-                if isinstance(value, Tensor):
-                    tensors[f"{key}|optimizer{number}.group{index}"] = value
-                elif key != "params":
-                    entry[key] = value
-            groups.append(entry)
-        for parameter, state in optimizer.state.items():
+    for optimizer in optimizers:
+        groups = [
+            {**group, "params": [names[id(parameter)] for parameter in group["params"]]}
+            for group in optimizer.param_groups
+        ]
+        state: dict[str, list[str]] = {}
+        for parameter, values in optimizer.state.items():
             name = names[id(parameter)]
-            keys[name] = sorted(key for key, value in state.items() if isinstance(value, Tensor))
-            tensors |= {f"{key}|{name}": state[key] for key in keys[name]}
-            if others := {key: value for key, value in state.items() if not isinstance(value, Tensor)}:
-                values[name] = others
-        packed.append({"class": type(optimizer).__name__, "groups": groups, "tensors": keys, "values": values})
+            present = {key: value for key, value in values.items() if value is not None}
+            odd = [key for key, value in present.items() if not isinstance(value, Tensor)]
+            assert not odd, f"{type(optimizer).__name__} keeps {odd} as Python objects, which are not stored"
+            state[name] = sorted(present)
+            tensors |= {f"{key}|{name}": value for key, value in present.items()}
+        packed.append({"class": type(optimizer).__name__, "groups": groups, "state": state})
     return tensors, packed
 
 
+@torch.no_grad()
 def unpack_optimizers(
     optimizers: Sequence[Optimizer],
     named: Named,
@@ -50,110 +49,85 @@ def unpack_optimizers(
 ) -> dict[str, tuple[Any, Any]]:
     """Put what `pack_optimizers` returned into freshly made optimizers, in place.
 
-    Hyperparameters become those of the checkpoint, but for those named in ``keep``, where what the optimizer has now stays.
-    Returns all that differ, {"groups[0].weight_decay": (checkpoint's, now)}. State that is missing or left over, other
-    groups or another class of optimizer are a CheckpointError that lists them; nothing has been changed then.
+    Hyperparameters become those of the checkpoint, except those named in ``keep``, which stay as they are now.
+    Returns all that differ: {"AdamW.groups[0].weight_decay": (in the checkpoint, now)}.
+
+    Raises CheckpointError, before anything is changed, if the classes, groups or parameters are others, or if state is
+    missing or left over; it lists them.
     """
     names = {id(parameter): name for name, parameter in named}
     problems: list[str] = []
-    if len(optimizers) != len(packed):
-        problems.append(f"{len(packed)} optimizers in the checkpoint, {len(optimizers)} now")
-    left = dict(tensors)
-    loads: list[tuple[Optimizer, dict[str, Any]]] = []
-    changes: dict[str, tuple[Any, Any]] = {}
-    for number, (optimizer, saved) in enumerate(zip(optimizers, packed, strict=False)):
-        if saved["class"] != type(optimizer).__name__:
-            problems.append(f"{saved['class']} in the checkpoint, {type(optimizer).__name__} now")
-            continue
-        state = _state(optimizer, saved, names, left, problems)
-        groups = _groups(optimizer, number, saved, names, left, problems)
-        if groups is None:
-            continue
-        for index, (group, now) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
-            where = f"groups[{index}]" if len(optimizers) == 1 else f"optimizers[{number}].groups[{index}]"
-            for key in set(group) - {"params"}:
-                if not _equal(group[key], now[key]):
-                    changes[f"{where}.{key}"] = (group[key], now[key])
-                    if key in keep:
-                        group[key] = now[key]
-        loads.append((optimizer, {"state": state, "param_groups": groups}))
-    problems += [f"unexpected {key}" for key in left]
+    classes = [entry["class"] for entry in packed], [type(optimizer).__name__ for optimizer in optimizers]
+    if classes[0] != classes[1]:
+        problems.append(f"{' and '.join(classes[0])} in the checkpoint, {' and '.join(classes[1])} now")
+    else:
+        for optimizer, entry in zip(optimizers, packed, strict=True):
+            problems += _group_problems(optimizer, entry, names)
+    expected = [f"{key}|{name}" for entry in packed for name, keys in entry["state"].items() for key in keys]
+    problems += [f"missing {label}" for label in expected if label not in tensors]
+    problems += [f"unexpected {label}" for label in set(tensors) - set(expected)]
     if problems:
-        listed = "\n  ".join(problems[:8] + [f"and {len(problems) - 8} more"] * (len(problems) > 8))
-        raise CheckpointError(f"The optimizer's state in the checkpoint does not fit:\n  {listed}")
-    for optimizer, state_dict in loads:
-        optimizer.load_state_dict(state_dict)
+        more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+        listed = "\n  ".join(problems[:8] + more)
+        raise CheckpointError(f"The optimizer's state in the checkpoint does not fit this run:\n  {listed}")
+    changes: dict[str, tuple[Any, Any]] = {}
+    for optimizer, entry in zip(optimizers, packed, strict=True):
+        changes |= _load(optimizer, entry, names, tensors, keep)
     return changes
 
 
-def _state(
+def _group_problems(optimizer: Optimizer, entry: Mapping[str, Any], names: Mapping[int, str]) -> list[str]:
+    kind = entry["class"]
+    now = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+    before = [group["params"] for group in entry["groups"]]
+    if now != before:
+        gone = sorted({name for group in before for name in group} - {name for group in now for name in group})
+        new = sorted({name for group in now for name in group} - {name for group in before for name in group})
+        if not gone and not new:
+            return [f"{kind}: the parameters are in other groups, or in another order"]
+        return [f"{kind}: {name} only in the checkpoint" for name in gone] + [f"{kind}: {name} is new" for name in new]
+    return [
+        f"{kind}: hyperparameter {key} of group {index} only {'now' if key in group else 'in the checkpoint'}"
+        for index, (group, old) in enumerate(zip(optimizer.param_groups, entry["groups"], strict=True))
+        for key in sorted(group.keys() ^ old.keys())
+    ]
+
+
+def _load(
     optimizer: Optimizer,
-    saved: Mapping[str, Any],
+    entry: Mapping[str, Any],
     names: Mapping[int, str],
-    left: dict[str, Tensor],
-    problems: list[str],
-) -> dict[int, dict[str, Any]]:
-    """Collect {index of parameter: its state}, taking the tensors out of ``left``."""
-    state: dict[int, dict[str, Any]] = {}
+    tensors: Mapping[str, Tensor],
+    keep: Collection[str],
+) -> dict[str, tuple[Any, Any]]:
+    """Load one optimizer, for which everything is known to fit; return the changes of hyperparameters."""
+    state_dict = optimizer.state_dict()
+    changes = {}
+    for index, (group, old) in enumerate(zip(state_dict["param_groups"], entry["groups"], strict=True)):
+        for key in old.keys() - {"params"}:
+            before = tuple(old[key]) if isinstance(group[key], tuple) else old[key]  # JSON has no tuples
+            if before != group[key]:
+                changes[f"{entry['class']}.groups[{index}].{key}"] = (before, group[key])
+                if key not in keep:
+                    group[key] = before
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    index_of = {names[id(parameter)]: index for index, parameter in enumerate(parameters)}
-    for name, keys in saved["tensors"].items():
-        if name not in index_of:
-            problems.append(f"state of {name}, which this optimizer does not have")
-            continue
-        entry: dict[str, Any] = dict(saved["values"].get(name, {}))
-        for key in keys:
-            value = left.pop(f"{key}|{name}", None)
-            if value is None:
-                problems.append(f"missing {key}|{name}")
-            else:
-                entry[key] = _like(value, parameters[index_of[name]])
-        state[index_of[name]] = entry
-    return state
+    stored = {
+        index: {key: tensors[f"{key}|{name}"] for key in entry["state"][name]}
+        for index, parameter in enumerate(parameters)
+        if (name := names[id(parameter)]) in entry["state"]
+    }
+    optimizer.load_state_dict({**state_dict, "state": stored})
+    for index, values in stored.items():
+        state = optimizer.state[parameters[index]]
+        for key, tensor in values.items():
+            state[key] = _restored(tensor, state[key], parameters[index])
+    return changes
 
 
-def _groups(
-    optimizer: Optimizer,
-    number: int,
-    saved: Mapping[str, Any],
-    names: Mapping[int, str],
-    left: dict[str, Tensor],
-    problems: list[str],
-) -> list[dict[str, Any]] | None:
-    """Collect the groups as load_state_dict wants them, or None where they are not the same parameters."""
-    known = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-    if [group["params"] for group in saved["groups"]] != known:
-        before = {name for group in saved["groups"] for name in group["params"]}
-        now = {name for group in known for name in group}
-        problems.append(
-            f"{saved['class']}: parameters only in the checkpoint: {sorted(before - now)[:3]}, only now: "
-            f"{sorted(now - before)[:3]}"
-            if before != now
-            else f"{saved['class']}: the parameters are in other groups or in another order"
-        )
-        return None
-    groups = []
-    start = 0
-    for index, (entry, now_group) in enumerate(zip(saved["groups"], optimizer.param_groups, strict=True)):
-        group = {key: tuple(value) if isinstance(now_group.get(key), tuple) else value for key, value in entry.items()}
-        suffix = f"|optimizer{number}.group{index}"
-        for key in [key for key in left if key.endswith(suffix)]:
-            group[key.removesuffix(suffix)] = left.pop(key)
-        group["params"] = list(range(start, start + len(entry["params"])))
-        start += len(entry["params"])
-        problems += [f"hyperparameter {key} of group {index} on one side only" for key in set(group) ^ set(now_group)]
-        groups.append(group)
-    return groups
+def _restored(tensor: Tensor, loaded: Tensor, parameter: Tensor) -> Tensor:
+    """Copy ``tensor`` to where torch put it, in its own dtype (torch casts to the parameter's).
 
-
-def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Give a state of the parameter's shape the parameter's strides too: fused kernels want them alike."""
-    if value.shape != parameter.shape:
-        return value
-    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
-
-
-def _equal(before: Any, now: Any) -> bool:
-    if isinstance(before, Tensor) or isinstance(now, Tensor):
-        return float(before) == float(now)
-    return bool(before == now)
+    A state of the parameter's shape gets its strides too, as it had when it was made: fused kernels want them alike.
+    """
+    like = parameter if tensor.shape == parameter.shape else tensor
+    return torch.empty_like(like, dtype=tensor.dtype, device=loaded.device).copy_(tensor)

@@ -1,127 +1,57 @@
-"""Files of tensors in the safetensors format: written in one pass that hashes them, read without executing anything.
+"""Where weights come from: a run folder, a checkpoint's folder or a lone file."""
 
-Layout (https://huggingface.co/docs/safetensors): 8 bytes with the length of the header (little endian), the header as
-JSON, {name: {dtype, shape, data_offsets}, "__metadata__": {str: str}}, padded with spaces to a multiple of 8,
-then the tensors one after the other without gaps.
-"""
-
-import hashlib
-import json
-import os
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from moa_train.runtime import faults
-from moa_train.runtime.errors import UserError
-
-CHUNK = 8 * 2**20
-"""Bytes written and hashed at a time; both release the interpreter lock, so training goes on meanwhile."""
-HEADER_LIMIT = 100 * 2**20
-"""Bytes; the limit of the safetensors library."""
-PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from moa_train.engine.checkpoint import CheckpointStore
+from moa_train.engine.manifest import FILES, MANIFEST, Checkpoint
+from moa_train.engine.tensorfile import CheckpointError, read_tensors
 
 
-class CheckpointError(UserError):
-    """A checkpoint or weights file that is damaged, missing, of another kind, or could not be written."""
+@dataclass(frozen=True)
+class FoundWeights:
+    """Weights on disk: their file, the checkpoint it belongs to (if any), and in words which were taken."""
+
+    path: Path
+    checkpoint: Checkpoint | None
+    description: str
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Verify, where there is a manifest, and read: ({name: CPU tensor}, metadata of the file's header)."""
+        return self.checkpoint.weights(self.path.stem) if self.checkpoint else read_tensors(self.path)
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> tuple[int, str]:
-    """Write CPU tensors (of any strides; shared memory is written twice) and flush them to the disk.
+def find_weights(path: Path, parts: Sequence[str] = ("ema", "model")) -> FoundWeights:
+    """Find the weights that are meant by a run folder, a checkpoint's folder or a weights file.
 
-    Returns the size in bytes and the SHA-256 in hex of what was meant to be written, computed from memory. Raises
-    OSError, and leaves the partial file to the caller.
+    Of a run folder that is the best checkpoint, else the newest; of a checkpoint the first of ``parts`` that it has:
+    averaged weights before plain ones. Raises CheckpointError if there is none.
     """
-    # Wide elements first, as the library has it: each tensor then starts at a multiple of its element size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name in names:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
-        size = _write(file.fileno(), memoryview(len(text).to_bytes(8, "little") + text), digest)
-        for name in names:
-            size += _write(file.fileno(), _bytes_of(tensors[name]), digest)
-            faults.point("checkpoint.mid_write")
-        faults.point("checkpoint.before_fsync")
-        os.fsync(file.fileno())
-    return size, digest.hexdigest()
+    if path.is_file():
+        if path.name in FILES and (path.parent / MANIFEST).is_file():
+            checkpoint = Checkpoint.open(path.resolve().parent)
+            return FoundWeights(path, checkpoint, f"{path.name} of step {checkpoint.step}")
+        return FoundWeights(path, None, f"the file {path.name}")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist. Give a run folder, a checkpoint folder or a .safetensors file.")
+    if (path / MANIFEST).is_file():
+        found, which = Checkpoint.open(path.resolve()), "checkpoint"
+    else:
+        found, which = _of_run(path)
+    part = next((part for part in parts if part in found), None)
+    if part is None:
+        raise CheckpointError(f"{found.path} has no {' or '.join(parts)} weights.")
+    kind = "averaged weights" if part == "ema" else "weights"
+    return FoundWeights(found.path / f"{part}.safetensors", found, f"{kind} of the {which}, step {found.step}")
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    if tensor.numel() == 0:
-        return memoryview(b"")
-    flat = tensor.detach().contiguous().reshape(-1)  # view() cannot change the element size of a 0-dim tensor
-    return memoryview(flat.view(torch.uint8).numpy())
-
-
-def _write(descriptor: int, data: memoryview, digest: "hashlib._Hash") -> int:
-    for start in range(0, len(data), CHUNK):
-        chunk = data[start : start + CHUNK]
-        digest.update(chunk)
-        while chunk:
-            chunk = chunk[os.write(descriptor, chunk) :]
-    return len(data)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file into ({name: CPU tensor that owns its memory}, metadata).
-
-    Raises CheckpointError for anything else than a sound safetensors file; sizes are checked before memory is taken.
-    """
-    _check_header(path)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        # The library maps the file; copies stay whole when somebody truncates it.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}, metadata
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a sound safetensors file: {error}.") from error
-
-
-def _check_header(path: Path) -> None:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
-    if path.suffix in PICKLES or start.startswith((b"PK\x03\x04", b"\x80")):
-        raise CheckpointError(
-            f"{path} is a pickle (or an archive with one), and loading a pickle can execute code. Weights are read "
-            "from .safetensors files only; convert it first (moa-model --help)."
-        )
-    length = int.from_bytes(start[:8], "little")
-    if size < 10 or length > min(size - 8, HEADER_LIMIT) or start[8:] != b"{":
-        raise CheckpointError(
-            f"{path} is not a sound safetensors file: its header claims {length} bytes, the file has {size}."
-        )
+def _of_run(path: Path) -> tuple[Checkpoint, str]:
+    store = CheckpointStore(path.parent if path.name == "checkpoints" else path)
+    if (best := store.best()) is not None:
+        return best, "best checkpoint"
+    if (newest := store.newest()) is not None:
+        return newest, "newest checkpoint"
+    raise CheckpointError(f"{path} holds no checkpoint: there is no checkpoints/step-.../{MANIFEST} in it.")

@@ -1,0 +1,186 @@
+"""A checkpoint's folder, and the manifest that vouches for it.
+
+step-00001234/
+    model.safetensors  ema.safetensors  optimizer.safetensors     tensors; ema only if weights are averaged
+    state.json                                                    all the rest that a resume needs
+    manifest.json                                                 size and SHA-256 of each file, written last
+"""
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+from moa_train.engine.tensorfile import CheckpointError, read_tensors, write_tensors
+from moa_train.runtime import faults
+
+FORMAT = 1
+PARTS = ("model", "ema", "optimizer")
+"""What the tensors come in; each is a file ``<part>.safetensors``."""
+FILES = (*(f"{part}.safetensors" for part in PARTS), "state.json")
+MANIFEST = "manifest.json"
+JSON_LIMIT = 64 * 2**20
+
+_FOLDER = re.compile(r"step-(\d{8,})(\.replaced)?")
+
+
+def folder_name(step: int) -> str:
+    """Return the name of the folder of ``step``."""
+    return f"step-{step:08d}"
+
+
+def folder_step(path: Path) -> int | None:
+    """Return the step in a folder's name (that of one being replaced as well), or None if it is another name."""
+    match = _FOLDER.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose manifest is sound. Each file is verified before it is first read, or by `verify`."""
+
+    path: Path
+    step: int
+    score: float | None
+    """What the best is chosen by, higher is better; None if it was not evaluated."""
+    digest: str
+    """SHA-256 of the manifest: ranks that see the same digest see the same checkpoint."""
+    files: Mapping[str, tuple[int, str]] = field(repr=False)
+    """{name: (bytes, SHA-256)}"""
+    _verified: set[str] = field(default_factory=set, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Read and check the manifest of the folder ``path``; raises CheckpointError."""
+        text = _read(path / MANIFEST)
+        try:
+            manifest = json.loads(text)
+            files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+            step, score = manifest["step"], manifest["score"]
+            # The manifest vouches for the files, its own sum for itself, and its form is fixed to the byte.
+            sound = text == compose(step, score, files)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            sound = False
+        if not sound:
+            raise CheckpointError(f"{path / MANIFEST} is damaged, or of another format than {FORMAT}.")
+        if folder_step(path) not in (step, None):
+            raise CheckpointError(f"{path / MANIFEST} belongs to step {step}, not to this folder.")
+        if not {"model.safetensors", "state.json"} <= set(files) <= set(FILES):
+            raise CheckpointError(f"{path / MANIFEST} lists the wrong files: {', '.join(files)}.")
+        return cls(path, step, score, hashlib.sha256(text).hexdigest(), files)
+
+    def verify(self) -> Self:
+        """Compare size and SHA-256 of every file; raises CheckpointError that names the first damaged one."""
+        for name in self.files:
+            self._sound(name)
+        return self
+
+    def _sound(self, name: str) -> Path:
+        """Return the path of a file that is what the manifest says."""
+        path, (size, sha256) = self.path / name, self.files[name]
+        if name in self._verified:
+            return path
+        try:
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path} is not a regular file.")
+            if status.st_size != size:
+                raise CheckpointError(f"{path} is damaged: it has {status.st_size} bytes and should have {size}.")
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in the manifest.")
+        except OSError as error:
+            raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+        self._verified.add(name)
+        return path
+
+    def __contains__(self, part: str) -> bool:
+        return f"{part}.safetensors" in self.files
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """Verify and read the CPU tensors of ``model``, ``ema`` or ``optimizer``; raises CheckpointError."""
+        return self.weights(part)[0]
+
+    def weights(self, part: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Like `tensors`, and the metadata in the file's header."""
+        if part not in self:
+            raise CheckpointError(f"{self.path} has no {part}.safetensors; it has {', '.join(self.files)}.")
+        return read_tensors(self._sound(f"{part}.safetensors"))
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """The content of state.json, verified."""
+        state: dict[str, Any] = json.loads(_read(self._sound("state.json")))
+        return state
+
+
+def compose(step: int, score: float | None, files: Mapping[str, tuple[int, str]]) -> bytes:
+    """Compose a manifest. It ends with the SHA-256 of all that stands before."""
+    entries = {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in sorted(files.items())}
+    content = {"format": FORMAT, "step": step, "score": score, "files": entries}
+    own = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return (json.dumps({**content, "sha256": own}, indent=1) + "\n").encode()
+
+
+def write_folder(
+    folder: Path,
+    step: int,
+    score: float | None,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    metadata: Mapping[str, str],
+    state: bytes,
+) -> None:
+    """Make ``folder`` and fill it, the manifest last, all of it flushed to the disk. Raises OSError."""
+    folder.mkdir()
+    files: dict[str, tuple[int, str]] = {}
+    for part, named in tensors.items():
+        name = f"{part}.safetensors"
+        files[name] = write_tensors(folder / name, named, metadata if part in ("model", "ema") else None)
+    _write(folder / "state.json", state)
+    files["state.json"] = (len(state), hashlib.sha256(state).hexdigest())
+    faults.point("checkpoint.before_manifest")
+    _write(folder / MANIFEST, compose(step, score, files))
+    fsync_folder(folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a checkpoint's own files, the manifest first, and the folder too if nothing else is in it."""
+    for name in (MANIFEST, *FILES):
+        (folder / name).unlink(missing_ok=True)
+        faults.point("checkpoint.mid_remove")
+    if not any(folder.iterdir()):  # somebody's own files stay
+        folder.rmdir()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Flush the names in ``folder`` to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > JSON_LIMIT:
+            raise CheckpointError(f"{path} is not a regular file of at most {JSON_LIMIT} bytes.")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error

@@ -1,0 +1,82 @@
+"""The device of a process: which one, how many threads, how much memory."""
+
+import math
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from moa_train.runtime.errors import UserError
+
+
+def pick_device(name: str = "auto", local_rank: int = 0, local_world_size: int = 1) -> torch.device:
+    """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` to this process's device, and make it torch's current one.
+
+    ``auto`` is CUDA where there is any, else the CPU. Of several processes on a machine each takes the GPU of
+    its local rank. Raises UserError for a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise UserError(f"device={name} is not known. Options: auto, cpu, cuda, cuda:0, cuda:1, ...")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise UserError(f"device={name}, but torch {torch.__version__} sees no CUDA device. Options: auto, cpu.")
+    if index and local_world_size > 1:
+        raise UserError(
+            f"device={name} would put all {local_world_size} processes on one GPU. Use device=cuda: each takes its own "
+            "(CUDA_VISIBLE_DEVICES chooses which)."
+        )
+    number = int(index) if index else local_rank
+    if number >= count or local_world_size > count:
+        raise UserError(
+            f"device={name} with {local_world_size} process(es) on this machine needs GPU "
+            f"{max(number, local_world_size - 1)}, but it has {count} (0 to {count - 1}). "
+            f"Use --nproc-per-node {count} or device=cpu."
+        )
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use: its affinity, and a container's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no cgroups, or a quota of "max"
+        pass
+    return max(1, cores)
+
+
+def set_threads(threads: int = 0, local_world_size: int = 1) -> int:
+    """Set and return the number of threads torch computes with in this process; 0 chooses.
+
+    The choice is OMP_NUM_THREADS where it is set, else an equal share of the cores for each process of this machine.
+    The 1 that torchrun puts into OMP_NUM_THREADS when nobody has set it is not taken for a wish.
+    """
+    if threads < 0:
+        raise UserError(f"threads={threads} must be at least 0; 0 shares the cores among the processes.")
+    if threads == 0:
+        wish = os.environ.get("OMP_NUM_THREADS", "")
+        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and local_world_size > 1 and wish == "1"
+        if wish.isdigit() and int(wish) > 0 and not by_torchrun:
+            threads = int(wish)
+        else:
+            threads = max(1, available_cores() // local_world_size)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory used so far, in bytes: tensors on a GPU, or the resident size of this process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,233 @@
+"""Several processes that train as one: the only module that calls torch.distributed.
+
+Tensors of the model travel in the data group (nccl between GPUs, gloo between CPUs). What the hosts agree upon travels
+as JSON in a second, gloo group, so that no agreement waits for a GPU, nor gets in between the gradients' reductions.
+Without torchrun there is one process, no group at all, and every method returns at once.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from moa_train.runtime.device import pick_device
+from moa_train.runtime.errors import UserError
+
+
+@dataclass
+class Distributed:
+    """This process's place among ``world_size`` processes; ranks count from 0, ``local_rank`` on this machine."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    _control: Any = None
+    _pending: tuple[Any, Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the only one that writes files and to the terminal."""
+        return self.rank == 0
+
+    @classmethod
+    @contextmanager
+    def start(cls, device: str = "auto", timeout: float = 600.0) -> Iterator[Self]:
+        """Join the processes that torchrun started, or be alone; leave them at the end.
+
+        ``timeout`` in seconds bounds every wait for another process: a peer that hangs ends the run.
+        """
+        rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
+        local_rank = _environment("LOCAL_RANK", rank)
+        local_world_size = _environment("LOCAL_WORLD_SIZE", world_size)
+        chosen = pick_device(device, local_rank, local_world_size)
+        self = cls(rank, local_rank, world_size, local_world_size, chosen)
+        if world_size == 1:
+            yield self
+            return
+        limit = timedelta(seconds=timeout)
+        cuda = chosen.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=limit, device_id=chosen if cuda else None)
+        self._control = dist.new_group(backend="gloo", timeout=limit)
+        try:
+            yield self
+            self.barrier()
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Close the connections; after a failure nccl may wait for peers that are gone, and is then left behind."""
+        self._pending = self._control = None
+        closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        closing.start()
+        closing.join(10.0)
+
+    # What the hosts agree upon
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier(group=self._control)
+
+    def gather_objects(self, value: object) -> list[Any]:
+        """Return every rank's JSON-able ``value``, in order of rank, on every rank."""
+        if self.world_size == 1:
+            return [_decode(_encode(value))]
+        data = torch.frombuffer(bytearray(_encode(value)), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([data.numel()]), group=self._control)
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: data.numel()] = data
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded, group=self._control)
+        return [_decode(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+
+    def broadcast_object(self, value: object, source: int = 0) -> Any:
+        """Return rank ``source``'s JSON-able ``value`` on every rank (as JSON has it: tuples become lists)."""
+        if self.world_size == 1:
+            return _decode(_encode(value))
+        mine = self.rank == source
+        data = torch.frombuffer(bytearray(_encode(value)), dtype=torch.uint8) if mine else torch.empty(0)
+        size = torch.tensor([data.numel()])
+        dist.broadcast(size, source, group=self._control)
+        if not mine:
+            data = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, source, group=self._control)
+        return _decode(data.numpy().tobytes())
+
+    def on_main(self, function: Callable[[], object]) -> Any:
+        """Run ``function`` on rank 0 alone and return its JSON-able result everywhere.
+
+        If it fails, every rank fails: a UserError with its message, so that none waits for a rank that has left.
+        """
+        outcome: dict[str, object] = {}
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                outcome = {"result": function()}
+                _encode(outcome)
+            except Exception as error:
+                failure, outcome = error, {"error": str(error), "user": isinstance(error, UserError)}
+        outcome = self.broadcast_object(outcome)
+        if failure is not None:
+            raise failure
+        if "error" in outcome:
+            kind = UserError if outcome["user"] else RuntimeError
+            raise kind(f"rank 0: {outcome['error']}")
+        return outcome["result"]
+
+    def mean(self, value: float) -> float:
+        """Return the mean over the ranks of a number on the host, the same to the bit on every rank."""
+        return sum(self.gather_objects(value)) / self.world_size
+
+    def check_same(self, what: str, value: object) -> None:
+        """Raise UserError on every rank, with the differences, unless all ranks bring the same JSON-able ``value``."""
+        everyone = self.gather_objects(value)
+        if all(other == everyone[0] for other in everyone):
+            return
+        lines = [f"The ranks differ in {what}:"]
+        flat = [dict(_leaves(other)) for other in everyone]
+        keys = sorted({key for leaves in flat for key in leaves})
+        different = [key for key in keys if len({leaves.get(key, "nothing") for leaves in flat}) > 1]
+        for key in different[:6]:
+            holders: dict[str, list[str]] = {}
+            for rank, leaves in enumerate(flat):
+                holders.setdefault(leaves.get(key, "nothing"), []).append(str(rank))
+            shown = "; ".join(f"{text[:120]} on rank {', '.join(ranks)}" for text, ranks in holders.items())
+            lines.append(f"  {key or 'value'}: {shown}")
+        if len(different) > 6:
+            lines.append(f"  and {len(different) - 6} more")
+        lines.append("Start every rank with the same command and the same code.")
+        raise UserError("\n".join(lines))
+
+    def agree_any(self, flag: bool) -> bool:
+        """Return whether any rank raised its flag in the *previous* call, the same answer on every rank.
+
+        Made to be called once a step: the reduction runs on the hosts while the step computes, so nobody waits for a
+        device nor, as a rule, for a peer. Alone, the answer is ``flag`` itself.
+        """
+        if self.world_size == 1:
+            return flag
+        answer = False
+        if self._pending is not None:
+            work, total = self._pending
+            work.wait()
+            answer = bool(total.item())
+        total = torch.tensor([int(flag)])
+        self._pending = (dist.all_reduce(total, dist.ReduceOp.MAX, group=self._control, async_op=True), total)
+        return answer
+
+    # What the devices share
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum ``tensor`` over the ranks, in place, and return it; integers stay exact. Any device."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, group=self._control if tensor.device.type == "cpu" else None)
+        return tensor
+
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Give every rank the buffers of rank 0 (statistics of batch normalisation), as is due before an evaluation."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0, group=self._control if buffer.device.type == "cpu" else None)
+
+    def wrap(self, model: nn.Module, *, static_graph: bool = False) -> nn.Module:
+        """Return ``model`` such that backward averages the gradients over the ranks; alone, ``model`` itself.
+
+        Starts by giving every rank the parameters and buffers of rank 0. Buffers travel at each forward only if batch
+        normalisation changes them: tables and constants are the same everywhere already. ``static_graph`` promises
+        that every step uses the same parameters in the same order.
+        """
+        if self.world_size == 1:
+            return model
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            broadcast_buffers=any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()),
+            gradient_as_bucket_view=True,
+            static_graph=static_graph,
+        )
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[object]:
+        """Return the context in which gradients only accumulate; use it for all micro-batches but the last."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module that `Distributed.wrap` was given."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise UserError(f"The environment variable {name}={text!r} must be a number; torchrun sets it.")
+    return int(text)
+
+
+def _encode(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _decode(data: bytes) -> Any:
+    return json.loads(data)
+
+
+def _leaves(value: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Walk nested JSON: ("optim.lr", "0.1"), ..."""
+    if isinstance(value, dict) and value:
+        for key, part in value.items():
+            yield from _leaves(part, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, json.dumps(value)

@@ -1,0 +1,146 @@
+"""Where a run came from: command, code, versions and machine, recorded in its folder each time it starts."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FILE = "provenance.json"
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "einops", "hydra-core", "omegaconf")
+DIFF_LIMIT = 10 * 2**20
+_SOURCE = Path(__file__).resolve().parents[1]
+
+
+def collect() -> dict[str, Any]:
+    """Describe this start of the program, JSON-able. Never fails: what cannot be found out is null."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": command(),
+        "directory": os.getcwd(),  # noqa: PTH109 Path.cwd() is the same call
+        "host": socket.gethostname(),
+        "code": {"sha256": source_digest(), **_git()},
+        "versions": versions(),
+        "hardware": _hardware(),
+    }
+
+
+def command() -> str:
+    """Return the command line that started this process, with torchrun in front if that did."""
+    words = list(sys.orig_argv)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        world, local = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        nodes = max(1, int(world) // max(1, int(local)))
+        script = ["--no-python", *words] if words[1:2] != ["-u"] else words[2:]
+        words = ["torchrun", "--nnodes", str(nodes), "--nproc-per-node", local, *script]
+    return shlex.join(words)
+
+
+def source_digest() -> str:
+    """Return the SHA-256 over names and contents of the package's Python files: the same code, the same digest."""
+    digest = hashlib.sha256()
+    for path in sorted(_SOURCE.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(_SOURCE).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python, of moa-train and of what the numbers depend on."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in ("moa-train", *PACKAGES):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _git() -> dict[str, str | None]:
+    """Return commit and diff of the checkout that the package runs from; None where it does not run from one."""
+    # Tracked, that is: a wheel inside a virtual environment may well lie in somebody's checkout of something else.
+    tracked = _run_git("ls-files", "--error-unmatch", Path(__file__).name)
+    if tracked is None:
+        return {"commit": None, "diff": None}
+    diff = _run_git("diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color", "--binary")
+    return {
+        "commit": (_run_git("rev-parse", "HEAD") or "").strip() or None,
+        "diff": diff[:DIFF_LIMIT] if diff else diff,
+    }
+
+
+def _run_git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            timeout=10,
+            check=True,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode(errors="replace")
+
+
+def _hardware() -> dict[str, Any]:
+    gpus = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            gpus.append(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "gpus": gpus, "system": platform.platform()}
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def write(run_dir: Path, record: Mapping[str, Any]) -> Path:
+    """Append ``record`` (of `collect`, with whatever else belongs to it) to the run folder's provenance.json.
+
+    A diff goes into a file of its own, ``code-<sha256>.diff``, named in the record. Returns the path of the JSON, which
+    holds a list with a record per start, the first start first; it is replaced at once or not at all.
+    """
+    record = {**record, "code": dict(record["code"])}
+    diff = record["code"].pop("diff", None)
+    if diff:
+        name = f"code-{hashlib.sha256(diff.encode()).hexdigest()[:12]}.diff"
+        _replace(run_dir / name, diff)
+        record["code"]["diff_file"] = name
+    path = run_dir / FILE
+    _replace(path, json.dumps([*read(run_dir), record], indent=1) + "\n")
+    return path
+
+
+def read(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the records of all starts of a run, or an empty list; a file that is no such list counts as none."""
+    try:
+        records = json.loads((run_dir / FILE).read_text())
+    except (OSError, ValueError):
+        return []
+    return records if isinstance(records, list) else []
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
