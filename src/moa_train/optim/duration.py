@@ -17,7 +17,7 @@ _UNITS = {
 }
 _UNIT_OF = {spelling: unit for unit, spellings in _UNITS.items() for spelling in spellings}
 # At most two digits of exponent: Fraction("1e999999999") would fill the memory.
-_PATTERN = re.compile(r"(\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})(e[+-]?\d{1,2})?\s*([a-z%]*)")
+_PATTERN = re.compile(r"(\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})(e[+-]?\d{1,2})?\s*([a-z%]*)", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which parameters decay: matrices and kernels do; biases, norms, tokens and position tables don't."""
+"""Which parameters decay: matrices and kernels do; biases, norms, scales, tokens and position tables don't."""
 
 import re
 from collections.abc import Iterator
@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 # Matched against a parameter's own name (the last part of the dotted one): relative_position_bias_table,
-# pos_embedding, absolute_pos_embed, class_token, cls_token, in_proj_bias, ...
-_TABLE = re.compile(r"(^|_)(pos|position|positional|bias|token)(_|$)")
+# pos_embedding, absolute_pos_embed, class_token, in_proj_bias, logit_scale, layer_scale, ...
+_TABLE = re.compile(r"(^|_)(pos|position|positional|bias|token|scale)(_|$)")
 _HEADS = ("head", "heads", "fc", "classifier")
 _EMBEDDING = re.compile(r"embed|stem")
 
@@ -54,7 +54,7 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tables(model: nn.Module) -> set[str]:
-    """Return the names of biases, tokens, position tables and embeddings, whatever their number of dimensions."""
+    """Return the names of biases, scales, tokens, position tables and embeddings of any number of dimensions."""
     named = {name for name, _ in model.named_parameters() if _TABLE.search(name.rsplit(".", 1)[-1])}
     return named | {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 

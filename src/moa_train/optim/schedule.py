@@ -100,10 +100,10 @@ class Schedule:
         marks = self.milestones
         if self.kind == "step" and not marks:
             raise UserError("A step schedule needs milestones, such as schedule.milestones=[50%,75%].")
-        if any(late <= early for early, late in pairwise(marks)):
-            raise UserError(f"Milestones {list(marks)} (in steps) must increase.")
-        if marks and (marks[0] < self.warmup_steps or marks[-1] > self.total_steps):
+        if any(late < early for early, late in pairwise(marks)):
+            raise UserError(f"Milestones {list(marks)} (in steps) must be in order.")
+        if marks and (marks[0] <= self.warmup_steps or marks[-1] > self.total_steps):
             raise UserError(
-                f"Milestones {list(marks)} (in steps) must lie between the end of the warm-up "
-                f"({self.warmup_steps}) and the end of the training ({self.total_steps})."
+                f"Milestones {list(marks)} (in steps) must lie after the warm-up "
+                f"({self.warmup_steps}) and before the end of the training ({self.total_steps})."
             )

@@ -76,12 +76,12 @@ class Console(Writer):
             self.advance(step)
         self._latest = metrics
         self._train_loss.add(step, metrics.get("loss"))
-        text = self._progress(metrics)
+        parts = self._progress(metrics)
         if self._bar is not None:
-            self._bar.text = text
+            self._bar.parts = parts
         elif self._clock() >= self._line_due or step == self._total_steps:
             self._line_due = self._clock() + self._line_seconds
-            self.say(f"{self._epoch_label(step)}  step {step}/{self._total_steps}  {text}")
+            self.say("  ".join([self._epoch_label(step), f"step {step}/{self._total_steps}", *parts]))
 
     def log_eval(self, step: int, metrics: Metrics, split: str = "val") -> None:
         """Write a row of the table; ``metrics["best"]`` marks it."""
@@ -103,17 +103,17 @@ class Console(Writer):
             self._bar.close()
             self._bar = None
 
-    def _progress(self, metrics: Metrics) -> str:
-        """Compose the latest metrics, the least important last: a narrow terminal cuts off there."""
+    def _progress(self, metrics: Metrics) -> list[str]:
+        """Write out the latest metrics, the least important last: a narrow terminal leaves those out."""
         left = self._speed.seconds_left(self._total_steps - self._step)
         parts = (
             _number("loss {:.4f}", metrics.get("loss")),
             _number("{:.0f} images/s", metrics.get("images_per_second")),
-            f"{clock_time(left)} left" if left is not None else "",
-            _number("rate {:.2g}", metrics.get("rate")),
+            "" if left is None else f"{clock_time(left)} left",
+            _number("rate {:.1e}", metrics.get("rate")),
             _number("{:.1f} GB", metrics.get("memory"), 1e-9),
         )
-        return "  ".join(part for part in parts if part)
+        return [part for part in parts if part]
 
     def _epochs(self, step: int) -> int:
         """Return the number of epochs that ended by ``step``."""
@@ -172,7 +172,7 @@ class _Bar(tqdm):
     """tqdm without its monitoring thread and lock between processes: a training forks workers and may be killed."""
 
     monitor_interval = 0
-    text = ""
+    parts: Sequence[str] = ()  # the text after the bar, most important first
 
     def __init__(self, total: int, initial: int, label: str, stream: TextIO) -> None:
         super().__init__(
@@ -187,8 +187,13 @@ class _Bar(tqdm):
 
     @property
     def format_dict(self) -> dict[str, object]:
-        """Fields for ``bar_format``; tqdm's own put a colon after the label and a comma before the text."""
-        return {**super().format_dict, "label": self.desc, "text": self.text}
+        """Fields for ``bar_format``: as many of the parts as leave ten columns to the bar."""
+        known = super().format_dict
+        room = (known["ncols"] or 80) - len(f"{self.desc} || 100%  step {self.n}/{self.total}") - 10
+        parts = list(self.parts)
+        while parts and sum(len(part) + 2 for part in parts) > room:
+            parts.pop()
+        return {**known, "label": self.desc, "text": "  ".join(parts)}
 
 
 _Bar.set_lock(threading.RLock())

@@ -1,0 +1,212 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moa_train.optim.optimizers import NAMES, create_optimizer
+from moa_train.runtime.errors import UserError
+
+RATE, DECAY = 1e-2, 0.1
+
+
+class Body(nn.Module):
+    """The kinds of parameters that a Transformer has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 8, 2, 2)
+        self.position_table = nn.Parameter(torch.zeros(4, 8))
+        self.norm = nn.LayerNorm(8)
+        self.fc1 = nn.Linear(8, 16)
+        self.fc2 = nn.Linear(16, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BLC = self.patch_embed(x_BCHW).flatten(2).mT + self.position_table
+        x_BLC = x_BLC + self.fc2(self.fc1(self.norm(x_BLC)).relu())
+        return self.head(x_BLC.mean(1))
+
+
+def body() -> Body:
+    torch.manual_seed(0)
+    return Body()
+
+
+def backward(model: nn.Module, step: int) -> None:
+    x_BCHW = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(step))
+    nn.functional.cross_entropy(model(x_BCHW), torch.arange(6) % 5).backward()
+
+
+def train(model: nn.Module, optimizers: list[Any], steps: range = range(5)) -> dict[str, Tensor]:
+    for step in steps:
+        backward(model, step)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def plain(model: Body, *, matrices: bool) -> list[dict[str, Any]]:
+    """Group by hand, independently of ``parameter_groups``."""
+    named = dict(model.named_parameters())
+    body_matrices = ["fc1.weight", "fc2.weight"]
+    decay = ["patch_embed.weight", "head.weight", *([] if matrices else body_matrices)]
+    rest = [name for name in named if name not in {*decay, *body_matrices}]
+    return [
+        {"params": [named[n] for n in decay], "weight_decay": DECAY},
+        {"params": [named[n] for n in rest], "weight_decay": 0.0},
+    ]
+
+
+@pytest.mark.parametrize("fused", ["auto", True, False])
+def test_adamw_is_torchs(fused: Any) -> None:
+    ours, theirs = body(), body()
+    optimizer = create_optimizer("adamw", ours, lr=RATE, weight_decay=DECAY, betas=(0.9, 0.98), fused=fused)
+    reference = torch.optim.AdamW(plain(theirs, matrices=False), lr=RATE, betas=(0.9, 0.98), foreach=False)
+    expected = train(theirs, [reference])
+    for name, value in train(ours, [optimizer]).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_sgd_is_torchs() -> None:
+    ours, theirs = body(), body()
+    optimizer = create_optimizer("sgd", ours, lr=RATE, weight_decay=DECAY, momentum=0.9)
+    reference = torch.optim.SGD(plain(theirs, matrices=False), lr=RATE, momentum=0.9, nesterov=True, foreach=False)
+    expected = train(theirs, [reference])
+    for name, value in train(ours, [optimizer]).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_muon_is_torchs_on_the_matrices_and_adamw_on_the_rest() -> None:
+    ours, theirs = body(), body()
+    optimizer = create_optimizer("muon", ours, lr=RATE, weight_decay=DECAY, momentum=0.95)
+    named = dict(theirs.named_parameters())
+    matrices = [named["fc1.weight"], named["fc2.weight"]]
+    muon = torch.optim.Muon(matrices, lr=RATE, weight_decay=DECAY, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(plain(theirs, matrices=True), lr=RATE, foreach=False)
+    expected = train(theirs, [muon, adamw])
+    for name, value in train(ours, [optimizer]).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+    assert {optimizer.names[p] for p in optimizer.parts[0].param_groups[0]["params"]} == {"fc1.weight", "fc2.weight"}
+
+
+def test_a_step_of_muon_is_orthogonal_and_as_large_as_adamws() -> None:
+    """Without decay a step is -rate 0.2 sqrt(max(A, B)) U V^T, whose RMS is 0.2 rate (Liu et al. 2025, section 2.2)."""
+    model = body()
+    before = model.fc1.weight.detach().clone()
+    model.fc1.weight.grad = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    u_16x8, _, v_8x8 = torch.linalg.svd(model.fc1.weight.grad.double(), full_matrices=False)
+    create_optimizer("muon", model, lr=RATE, weight_decay=0.0).step()
+    update = (model.fc1.weight.detach() - before).double() / (RATE * 0.2 * 16**0.5)
+    core = -u_16x8.T @ update @ v_8x8.T  # Newton-Schulz stops early: singular values are near 1, not 1
+    assert torch.all((core.diagonal() > 0.3) & (core.diagonal() < 1.3))
+    assert float((core - core.diagonal().diag()).abs().max()) < 0.05
+    assert float((u_16x8 @ core @ v_8x8 + update).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_surface(name: str) -> None:
+    model = body()
+    optimizer = create_optimizer(name, model, lr=RATE, weight_decay=DECAY)
+    assert sorted(optimizer.names.values()) == sorted(name for name, _ in model.named_parameters())
+    assert all(dict(model.named_parameters())[n] is p for p, n in optimizer.names.items())
+    assert len(optimizer.parameters) == len(list(model.parameters()))
+    optimizer.param_groups[0]["rate_scale"] = 0.5
+    optimizer.set_rate(0.3)
+    rates = [group["lr"] for part in optimizer.parts for group in part.param_groups]
+    assert rates == [0.15] + [0.3] * (len(rates) - 1)
+    backward(model, 0)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    backward(model, 0)
+    optimizer.zero_grad(set_to_none=False)
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rate_of_zero_changes_nothing(name: str) -> None:
+    model = body()
+    optimizer = create_optimizer(name, model, lr=RATE, weight_decay=DECAY)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer.set_rate(0.0)
+    for parameter_name, value in train(model, [optimizer]).items():
+        assert torch.equal(value, before[parameter_name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_by_name_resumes_to_the_bit(name: str) -> None:
+    straight = body()
+    expected = train(straight, [create_optimizer(name, straight, lr=RATE)], range(8))
+    first = body()
+    optimizer = create_optimizer(name, first, lr=RATE)
+    train(first, [optimizer], range(4))
+    by_name = {
+        optimizer.names[parameter]: {key: value.clone() for key, value in state.items() if isinstance(value, Tensor)}
+        for part in optimizer.parts
+        for parameter, state in part.state.items()
+    }
+    second = body()
+    second.load_state_dict(first.state_dict())
+    resumed = create_optimizer(name, second, lr=RATE)
+    for part in resumed.parts:
+        for group in part.param_groups:
+            for parameter in group["params"]:
+                part.state[parameter] = by_name[resumed.names[parameter]]
+    for parameter_name, value in train(second, [resumed], range(4, 8)).items():
+        assert torch.equal(value, expected[parameter_name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_learns(name: str) -> None:
+    model = body()
+    optimizer = create_optimizer(name, model, lr=RATE, weight_decay=0.0)
+    losses = []
+    for _ in range(60):
+        logits = model(torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+        loss = nn.functional.cross_entropy(logits, torch.arange(6) % 5)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scaler_skips_all_parts_at_one_infinite_gradient(name: str) -> None:
+    model = body()
+    optimizer = create_optimizer(name, model, lr=RATE)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for bad in ("fc1.weight", "head.bias", None):
+        scaler.scale(torch.ones(()))  # the scaler begins to exist
+        backward(model, 0)
+        if bad:
+            dict(model.named_parameters())[bad].grad.view(-1)[0] = torch.inf
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        changed = {n for n, p in model.named_parameters() if not torch.equal(p.detach(), before[n])}
+        assert bool(changed) == (bad is None)
+    assert scaler.get_scale() == 1.0
+
+
+def test_mistakes() -> None:
+    model = body()
+    with pytest.raises(UserError, match=r"optim\.name=adamv is not known. Did you mean 'adamw'"):
+        create_optimizer("adamv", model, lr=RATE)
+    for change, message in (
+        ({"lr": -1.0}, r"optim\.lr"),
+        ({"lr": float("nan")}, r"optim\.lr"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"betas": (0.9, 1.0)}, r"betas\[1\]"),
+        ({"eps": 0.0}, "eps"),
+        ({"momentum": 1.0}, "momentum"),
+    ):
+        with pytest.raises(UserError, match=message):
+            create_optimizer("adamw", model, **{"lr": RATE, **change})
+    with pytest.raises(UserError, match="none in its body"):
+        create_optimizer("muon", nn.Sequential(nn.Conv2d(3, 4, 1)), lr=RATE)
+    with pytest.raises(UserError, match="all of them are frozen"):
+        create_optimizer("adamw", model.requires_grad_(False), lr=RATE)
