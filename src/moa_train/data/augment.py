@@ -1,14 +1,23 @@
-"""Augmentation of whole batches on the training device."""
+"""Stage 2: augmentation of whole batches, on the training device."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from moa_train.data import photometric
 from moa_train.data.batch import Batch
-from moa_train.data.counter import Floats, uniform
+from moa_train.data.box import check_ranges, random_boxes
+from moa_train.data.counter import Floats, Hashes, Purpose, sample_keys, uniform
+from moa_train.data.erasing import RandomErasing
+from moa_train.data.geometry import PADDING_MODES, pad_crop, warp
+from moa_train.data.randaugment import RandAugment
+from moa_train.runtime.errors import UserError, choose
+
+CROPS = ("pad", "resized", "none")
 
 
 class Normalize:
-    """Turn uint8 images into floats of zero mean and unit deviation: (x / 255 - mean) / std per channel."""
+    """Turn uint8 images into floats of zero mean and unit deviation: (x / 255 - mean) / std, per channel."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self.shift = 255 * torch.tensor(mean).view(1, -1, 1, 1)
@@ -16,12 +25,40 @@ class Normalize:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalise uint8 B C H W to float32."""
-        self.shift, self.scale = self.shift.to(images.device), self.scale.to(images.device)
+        self._move(images.device)
         return images.float().sub_(self.shift).mul_(self.scale)
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Turn normalised images back into uint8, for people to look at."""
+        self._move(images.device)
+        return images.float().div(self.scale).add_(self.shift).round_().clamp_(0, 255).to(torch.uint8)
+
+    def _move(self, device: torch.device) -> None:
+        self.shift, self.scale = self.shift.to(device), self.scale.to(device)
 
 
 class BatchAugment:
-    """Random crop, flip and normalisation of a batch; each image's draws depend on its own key alone."""
+    """Crop, flip, RandAugment, colour jitter, normalisation, random erasing, in this order.
+
+    What happens to an image follows from (seed, epoch, index, repeat) alone. It is decided on the host, for a whole
+    batch at once, and carried out on the device of the images; the host never waits for that device.
+
+    Args:
+        seed: of the run.
+        mean: of each channel, of values in 0..1.
+        std: deviation of each channel.
+        crop: ``pad``: a random crop of the padded image; ``resized``: a random rectangle, resized; ``none``.
+        padding: pixels a side for ``pad``.
+        padding_mode: ``zero`` or ``reflect``.
+        scale: range of the rectangle's area for ``resized``.
+        ratio: range of its width / height.
+        flip: probability of a horizontal flip.
+        randaugment_ops: operations an image; 0 is off. Recipes: 2.
+        randaugment_magnitude: their strength, 0 to 10.
+        randaugment_std: deviation of the strength.
+        color_jitter: brightness, contrast and saturation are changed by factors in 1 - jitter .. 1 + jitter.
+        erasing: probability of random erasing. Recipes: 0.25.
+    """
 
     def __init__(
         self,
@@ -31,29 +68,79 @@ class BatchAugment:
         std: tuple[float, ...],
         crop: str = "pad",
         padding: int = 4,
+        padding_mode: str = "zero",
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
+        randaugment_ops: int = 0,
+        randaugment_magnitude: float = 9.0,
+        randaugment_std: float = 0.5,
+        color_jitter: float = 0.0,
+        erasing: float = 0.0,
     ) -> None:
-        self.seed, self.crop, self.padding, self.flip = seed, crop, padding, flip
+        if crop not in CROPS:
+            raise UserError(choose("crop", crop, CROPS))
+        if padding_mode not in PADDING_MODES:
+            raise UserError(choose("padding_mode", padding_mode, PADDING_MODES))
+        if padding < 0:
+            raise UserError(f"padding={padding}: must be at least 0. Usual: 4.")
+        check_ranges(scale, ratio)
+        for what, value in (("flip", flip), ("color_jitter", color_jitter), ("erasing", erasing)):
+            if not 0 <= value <= 1:
+                raise UserError(f"{what}={value}: must lie between 0 and 1.")
+        self.seed, self.flip, self.color_jitter = seed, flip, color_jitter
+        self.crop, self.padding, self.padding_mode, self.scale, self.ratio = crop, padding, padding_mode, scale, ratio
         self.normalize = Normalize(mean, std)
+        fill = (255 * torch.tensor(mean)).round()
+        self.randaugment = RandAugment(randaugment_ops, randaugment_magnitude, randaugment_std, fill)
+        self.erase = RandomErasing(erasing)
 
     def __call__(self, batch: Batch, strong: bool = True) -> Tensor:
-        """Augment the images of a batch: float32, B C H W."""
-        images = batch.images
+        """Augment the images of a batch.
+
+        Args:
+            batch: uint8 images, B C H W.
+            strong: False leaves out RandAugment, colour jitter and erasing, as in the last epochs of some recipes.
+
+        Returns:
+            float32, B C H W.
+        """
+        keys = sample_keys(self.seed, batch.epoch.numpy(), batch.index.numpy(), batch.repeat.numpy())
+        images = self._flip(self._crop(batch.images, keys), keys)
+        if not strong:
+            return self.normalize(images)
+        images = self._jitter(self.randaugment(images, keys), keys)
+        return self.erase(self.normalize(images), keys)
+
+    def _crop(self, images: Tensor, keys: Hashes) -> Tensor:
+        """Return a new tensor, which later operations may write into."""
+        height, width = images.shape[-2:]
         if self.crop == "pad":
-            images = pad_crop(images, self.padding, self.draw(batch, 0), self.draw(batch, 1))
-        flipped = torch.from_numpy(self.draw(batch, 2) < self.flip).to(images.device, non_blocking=True)
-        images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
-        return self.normalize(images)
+            corners = uniform(keys[:, None], Purpose.CROP, np.arange(2)) * (2 * self.padding + 1)
+            top, left = _send(corners.T.astype(np.int64), images)
+            return pad_crop(images, self.padding, self.padding_mode, top, left)
+        if self.crop == "resized":
+            boxes = random_boxes((height, width), self.scale, self.ratio, keys, Purpose.CROP)
+            zero = np.zeros(len(keys))
+            maps = np.array([[boxes.width / width, zero, boxes.left], [zero, boxes.height / height, boxes.top]])
+            return warp(images, _send(maps.transpose(2, 0, 1).astype(np.float32), images), None, "bicubic")
+        return images.clone()
 
-    def draw(self, batch: Batch, purpose: int) -> Floats:
-        """Return one uniform number per image."""
-        return uniform(self.seed, batch.epoch.numpy(), batch.index.numpy(), batch.repeat.numpy(), purpose)
+    def _flip(self, images: Tensor, keys: Hashes) -> Tensor:
+        rows = np.flatnonzero(uniform(keys, Purpose.FLIP) < self.flip)
+        places = _send(rows, images)
+        images[places] = images[places].flip(3)
+        return images
+
+    def _jitter(self, images: Tensor, keys: Hashes) -> Tensor:
+        if not self.color_jitter:
+            return images
+        factors = 1 + self.color_jitter * (2 * uniform(keys[:, None], Purpose.JITTER, np.arange(3)) - 1)
+        bright, strong, vivid = _send(factors.T.astype(np.float32), images).view(3, -1, 1, 1)
+        images = photometric.look_up(images, photometric.brightness(images, bright))
+        images = photometric.look_up(images, photometric.contrast(images, strong))
+        return photometric.colour(images, vivid.unsqueeze(3))
 
 
-def pad_crop(images: Tensor, padding: int, top: Floats, left: Floats) -> Tensor:
-    """Crop zero-padded images back to their size."""
-    _, _, height, width = images.shape
-    padded = torch.nn.functional.pad(images, (padding,) * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-    y, x = (torch.from_numpy((u * (2 * padding + 1)).astype(int)).to(images.device) for u in (top, left))
-    return windows[torch.arange(len(images), device=images.device), :, y, x]
+def _send(numbers: Floats | np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(numbers)).to(like.device, non_blocking=True)

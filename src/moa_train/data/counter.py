@@ -20,7 +20,7 @@ Floats: TypeAlias = NDArray[np.float64]
 
 
 class Purpose(IntEnum):
-    """The last word of a draw's key: what it is for. Values are part of a run's identity; never renumber them."""
+    """The word after a sample's key: what a draw is for. Values are part of a run's identity; never renumber them."""
 
     FILE_CROP = 1
     FILE_FILTER = 2
@@ -42,6 +42,11 @@ def hashes(*words: Word) -> Hashes:
     for word in words:
         state = _finalise((state + _GOLDEN) ^ np.asarray(word).astype(np.uint64))
     return state
+
+
+def sample_keys(seed: int, epoch: Word, index: Word, repeat: Word) -> Hashes:
+    """Return the key of each sample's randomness: the first word of all its draws, before a ``Purpose``."""
+    return hashes(seed, epoch, index, repeat)
 
 
 def uniform(*words: Word) -> Floats:

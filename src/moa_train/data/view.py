@@ -2,18 +2,17 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-import numpy as np
 from torch import Tensor
 
-from moa_train.data.counter import Floats, Purpose, uniform
+from moa_train.data.box import Box, check_ranges, random_boxes
+from moa_train.data.counter import Purpose, sample_keys, uniform
 from moa_train.data.image import MAX_REDUCTION, EncodedImage
 from moa_train.data.resample import resample
 from moa_train.runtime.errors import UserError, choose
 
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
-_DRAWS = np.ogrid[:10, :4]  # ten tries of (area, shape, top, left)
 
 
 class View(Protocol):
@@ -22,15 +21,6 @@ class View(Protocol):
     def __call__(self, image: EncodedImage, epoch: int, index: int, repeat: int) -> Tensor:
         """Return uint8, 3 H W; the numbers are the key of the sample's randomness."""
         ...
-
-
-class Box(NamedTuple):
-    """A rectangle of pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -53,19 +43,16 @@ class RandomResizedCrop:
 
     def __post_init__(self) -> None:
         check_interpolation(self.interpolation)
-        for what, (low, high), most in (("scale", self.scale, 1.0), ("ratio", self.ratio, math.inf)):
-            if not 0 < low <= high <= most:
-                raise UserError(f"{what}={[low, high]}: a range needs 0 < low <= high <= {most:g}.")
+        check_ranges(self.scale, self.ratio)
 
     def __call__(self, image: EncodedImage, epoch: int, index: int, repeat: int) -> Tensor:
         """Return uint8, 3 H W."""
-        key = (self.seed, epoch, index, repeat)
-        numbers = uniform(*key, Purpose.FILE_CROP, *_DRAWS)
-        box = random_box(image.height, image.width, self.scale, self.ratio, numbers)
+        key = sample_keys(self.seed, epoch, index, repeat)
+        boxes = random_boxes((image.height, image.width), self.scale, self.ratio, key, Purpose.FILE_CROP)
         mode = self.interpolation
         if mode == "random":
-            mode = INTERPOLATIONS[int(2 * uniform(*key, Purpose.FILE_FILTER)[0])]
-        return resized_crop(image, box, self.size, mode)
+            mode = INTERPOLATIONS[int(2 * uniform(key, Purpose.FILE_FILTER)[0])]
+        return resized_crop(image, boxes.at(0), self.size, mode)
 
 
 @dataclass(frozen=True)
@@ -103,27 +90,6 @@ class CentreCrop:
         return x_CHW[:, top : top + self.size[0], left : left + self.size[1]]
 
 
-def random_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], numbers: Floats) -> Box:
-    """Draw a rectangle inside an image; the first of ten that fits, else the largest central one of allowed ratio.
-
-    Args:
-        height: of the image.
-        width: of the image.
-        scale: range of the area.
-        ratio: range of width / height.
-        numbers: uniform in [0, 1), 10 x 4.
-    """
-    for area, shape, y, x in numbers:
-        pixels = height * width * (scale[0] + area * (scale[1] - scale[0]))
-        aspect = math.exp(math.log(ratio[0]) + shape * math.log(ratio[1] / ratio[0]))
-        h, w = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
-        if 0 < h <= height and 0 < w <= width:
-            return Box(int(y * (height - h + 1)), int(x * (width - w + 1)), h, w)
-    h = min(height, max(1, round(width / ratio[0])))
-    w = min(width, max(1, round(height * ratio[1])))
-    return Box((height - h) // 2, (width - w) // 2, h, w)
-
-
 def resized_crop(image: EncodedImage, box: Box, size: tuple[int, int], interpolation: str) -> Tensor:
     """Decode a rectangle of an image at the size asked for: uint8, 3 H W.
 
@@ -133,10 +99,9 @@ def resized_crop(image: EncodedImage, box: Box, size: tuple[int, int], interpola
     spare = min(box.height // size[0], box.width // size[1], MAX_REDUCTION)
     x_CHW = image.decode(reduction=1 << max(0, spare.bit_length() - 1))
     y, x = x_CHW.shape[1] / image.height, x_CHW.shape[2] / image.width
-    top, left = round(box.top * y), round(box.left * x)
-    bottom, right = round((box.top + box.height) * y), round((box.left + box.width) * x)
-    part = x_CHW[:, top : max(bottom, top + 1), left : max(right, left + 1)]
-    return resample(part[None], size, interpolation)[0]
+    rows = slice(round(box.top * y), round((box.top + box.height) * y))
+    columns = slice(round(box.left * x), round((box.left + box.width) * x))
+    return resample(x_CHW[None, :, rows, columns], size, interpolation)[0]
 
 
 def check_interpolation(name: str, options: tuple[str, ...] = INTERPOLATIONS) -> None:

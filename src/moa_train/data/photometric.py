@@ -1,0 +1,109 @@
+"""Photometric operations on batches, as Pillow defines them.
+
+Most replace each value of a channel by another one: they return tables, B C 256 or B 1 256, for ``look_up``. Colour and
+sharpness need other pixels or channels and return images. All take uint8 images B C H W (C = 3) and one level per
+image, shaped B 1 1 or B 1 1 1, and give Pillow's result to the bit (ImageOps, ImageEnhance).
+"""
+
+import torch
+from torch import Tensor
+
+
+def look_up(images: Tensor, tables: Tensor) -> Tensor:
+    """Replace each value v of image b and channel c by tables[b, c, v]."""
+    values = images.flatten(2).long()
+    return tables.to(torch.uint8).expand(*images.shape[:2], 256).gather(2, values).view_as(images)
+
+
+def invert(images: Tensor, level: Tensor) -> Tensor:
+    """Table of the negative."""
+    return 255 - _values(images)
+
+
+def posterize(images: Tensor, bits: Tensor) -> Tensor:
+    """Table that keeps the highest ``bits`` (whole, 0 to 8) of a value."""
+    step = 2 ** (8 - bits.long())
+    return _values(images) // step * step
+
+
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """Table that inverts values from ``threshold`` on."""
+    values = _values(images)
+    return torch.where(values < threshold, values, 255 - values)
+
+
+def solarize_add(images: Tensor, amount: Tensor) -> Tensor:
+    """Table that adds ``amount`` (rounded down) to values below 128."""
+    values = _values(images)
+    return torch.where(values < 128, (values + amount.long()).clamp(max=255), values)
+
+
+def brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Table that moves values away from black (0: black, 1: no change)."""
+    return blend(torch.zeros_like(factor), _values(images), factor)
+
+
+def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Table that moves values away from the image's mean grey (0: grey, 1: no change)."""
+    mean = grey(images).double().mean((2, 3)).add(0.5).floor()
+    return blend(mean.view(-1, 1, 1).float(), _values(images), factor)
+
+
+def autocontrast(images: Tensor, level: Tensor) -> Tensor:
+    """Table that stretches each channel to the full range."""
+    pixels = images.flatten(2)
+    low, high = (extreme.unsqueeze(2).double() for extreme in (pixels.amin(2), pixels.amax(2)))
+    values = _values(images)
+    scale = 255.0 / (high - low).clamp(min=1)
+    stretched = (values * scale - low * scale).clamp(0, 255).long()
+    return torch.where(high > low, stretched, values)
+
+
+def equalize(images: Tensor, level: Tensor) -> Tensor:
+    """Table that spreads the values of each channel evenly over the range."""
+    counts = histogram(images)
+    below = counts.cumsum(2) - counts
+    last = counts.gather(2, images.flatten(2).amax(2, keepdim=True).long())
+    step = (counts.sum(2, keepdim=True) - last) // 255
+    spread = ((step // 2 + below) // step.clamp(min=1)).clamp(max=255)
+    return torch.where(step > 0, spread, _values(images))
+
+
+def colour(images: Tensor, factor: Tensor) -> Tensor:
+    """Images with colours moved away from grey (0: grey, 1: no change)."""
+    return blend(grey(images), images, factor)
+
+
+def sharpness(images: Tensor, factor: Tensor) -> Tensor:
+    """Images moved away from a blurred copy (0: blurred, 1: no change); the outermost pixels stay."""
+    if min(images.shape[-2:]) < 3:
+        return images
+    sums = torch.nn.functional.avg_pool2d(images.float(), 3, stride=1, divisor_override=1)
+    inner = images[..., 1:-1, 1:-1]
+    result = images.clone()
+    result[..., 1:-1, 1:-1] = blend(((sums + 4 * inner) / 13 + 0.5).floor(), inner, factor)
+    return result
+
+
+def grey(images: Tensor) -> Tensor:
+    """Return luma as Pillow computes it (ITU-R 601-2, 16 bits after the point): int32, B 1 H W."""
+    red, green, blue = images.int().unbind(1)
+    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).unsqueeze(1)
+
+
+def histogram(images: Tensor) -> Tensor:
+    """Count the values of each channel: int64, B C 256."""
+    batch, channels = images.shape[:2]
+    first = torch.arange(0, batch * channels * 256, 256, device=images.device).view(batch, channels, 1)
+    slots = (images.flatten(2) + first).flatten()
+    counts = torch.zeros(batch * channels * 256, dtype=torch.int64, device=images.device)
+    return counts.scatter_add_(0, slots, torch.ones_like(slots)).view(batch, channels, 256)
+
+
+def blend(start: Tensor, end: Tensor, factor: Tensor) -> Tensor:
+    """Go from ``start`` towards ``end`` and past it: uint8, rounded down, as ``Image.blend``."""
+    return (start + factor * (end.float() - start)).clamp_(0, 255).to(torch.uint8)
+
+
+def _values(images: Tensor) -> Tensor:
+    return torch.arange(256, device=images.device).view(1, 1, 256)
