@@ -115,11 +115,10 @@ def test_properties(schedule: Schedule) -> None:
         assert rates[-1] == pytest.approx(schedule.floor, abs=1e-12)
 
 
-def test_describe_and_factor() -> None:
+def test_describe() -> None:
     schedule = Schedule("cosine", PEAK, 300, floor=FLOOR, warmup_start=START, warmup_steps=20)
     assert schedule.describe() == "cosine 0.0009 -> 5e-06 over 300 steps, 20 of warm-up from 9e-07"
     assert Schedule("constant", 0.1, 10).describe() == "constant 0.1 over 10 steps"
-    assert schedule.factor(20) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -55,10 +55,6 @@ class Schedule:
             return self.floor + (self._curve(start) - self.floor) * left
         return self._curve(step)
 
-    def factor(self, step: int) -> float:
-        """Return the rate of update ``step`` as a share of the peak."""
-        return self.rate(step) / self.peak
-
     def describe(self) -> str:
         """Say in one line what the rate does."""
         warmup = f", {self.warmup_steps} of warm-up from {self.warmup_start:.3g}" if self.warmup_steps else ""

@@ -1,7 +1,7 @@
 """Running means that stay on the device, and the speed of the training with the time that is left."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sequence
 
 import torch
 from torch import Tensor
@@ -12,35 +12,35 @@ class RunningMeans:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
-        self._weights: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
 
-    def add(self, values: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
         """Add one observation of each value: scalar tensors, left on their device, or numbers."""
         for name, value in values.items():
             value = value.detach().float() if isinstance(value, Tensor) else value
-            self._sums[name] = self._sums.get(name, 0.0) + value * weight
-            self._weights[name] = self._weights.get(name, 0.0) + weight
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self) -> dict[str, float]:
         """Return the means and start anew. Here the host waits for the device, once for all values."""
+        means = {name: total / count for name, (total, count) in self.state_dict().items()}
+        self._sums.clear()
+        self._counts.clear()
+        return means
+
+    def state_dict(self) -> dict[str, tuple[float, int]]:
+        """Return the sums so far and their counts, so that a resume in between loses none. The host waits here, too."""
         names = [name for name, total in self._sums.items() if isinstance(total, Tensor)]
-        totals: dict[str, float] = {n: v for n, v in self._sums.items() if not isinstance(v, Tensor)}
+        totals = {name: total for name, total in self._sums.items() if not isinstance(total, Tensor)}
         if names:
             stacked = torch.stack([torch.as_tensor(self._sums[name]) for name in names])
             totals.update(zip(names, stacked.tolist(), strict=True))
-        means = {name: totals[name] / self._weights[name] for name in self._sums}
-        self._sums.clear()
-        self._weights.clear()
-        return means
-
-    def state_dict(self) -> dict[str, list[float]]:
-        """Return what was added since the last read, as JSON: ``{name: [sum, weight]}``. The host waits here."""
-        return {name: [float(total), self._weights[name]] for name, total in self._sums.items()}
+        return {name: (totals[name], self._counts[name]) for name in self._sums}
 
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Continue from what :meth:`state_dict` returned."""
-        self._sums = {name: total for name, (total, _) in state.items()}
-        self._weights = {name: weight for name, (_, weight) in state.items()}
+        """Go on from what :meth:`state_dict` returned. A sum is a number until the next tensor is added to it."""
+        self._sums = {name: float(total) for name, (total, _) in state.items()}
+        self._counts = {name: int(count) for name, (_, count) in state.items()}
 
 
 class Speed:

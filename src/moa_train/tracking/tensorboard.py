@@ -82,7 +82,7 @@ def image_grid(images: Tensor, columns: int = 8, rows: int = 8, gap: int = 2) ->
 
 
 def _numbers(metrics: Metrics) -> list[tuple[str, float]]:
-    return [(name, float(v)) for name, v in metrics.items() if isinstance(v, int | float)]
+    return [(name, float(v)) for name, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float | int | str | bool]]:

@@ -70,10 +70,11 @@ def open_tracker(
     """
     if not is_main:
         return Tracker()
+    first_step = resumed_step + 1 if resumed_step else 0
     writers: list[Writer] = [
         Console(total_steps, steps_per_epoch, first_step=resumed_step, style=progress, stream=stream),
-        JsonLines(run_dir / "metrics.jsonl", resumed_step + 1),
+        JsonLines(run_dir / "metrics.jsonl", first_step),
     ]
     if tensorboard:
-        writers.append(TensorBoard(run_dir / "tensorboard", resumed_step + 1, hyperparameters))
+        writers.append(TensorBoard(run_dir / "tensorboard", first_step, hyperparameters))
     return Tracker(writers)
