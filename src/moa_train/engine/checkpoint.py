@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -272,14 +273,14 @@ class CheckpointStore:
                 path.rename(current)
 
     def _prune(self) -> None:
-        valid = [found for found in self._openable() if self._is_valid(found)]
-        kept = {found.path for found in valid[: self.keep_last]}
-        kept |= {found.path for found in valid if self.keep_every and found.step % self.keep_every == 0}
+        last = list(islice(filter(self._is_valid, self._openable()), self.keep_last))
+        kept = {found.path for found in last}
         if (best := self.best()) is not None:
             kept.add(best.path)
         for path in self._folders():
+            step = folder_step(path) or 0
             # A damaged one that is newer than all valid ones stays for somebody to look at, until its step comes again.
-            if path not in kept and (folder_step(path) or 0) <= valid[0].step:
+            if path not in kept and step <= last[0].step and not (self.keep_every and step % self.keep_every == 0):
                 remove_folder(path)
         self._point_links()
 

@@ -139,7 +139,7 @@ def write_folder(
     state: bytes,
 ) -> None:
     """Make ``folder`` and fill it, the manifest last, all of it flushed to the disk. Raises OSError."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     files: dict[str, tuple[int, str]] = {}
     for part, named in tensors.items():
         name = f"{part}.safetensors"

@@ -104,7 +104,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = file.metadata() or {}
         # The library maps the file; copies stay whole when somebody truncates it.
         return {name: tensor.clone() for name, tensor in load_file(path).items()}, metadata
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path} is not a sound safetensors file: {error}.") from error
 
 
@@ -115,13 +115,14 @@ def _check_header(path: Path) -> None:
             start = file.read(9)
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+    length = int.from_bytes(start[:8], "little")
+    if size > 9 and length <= min(size - 8, HEADER_LIMIT) and start[8:] == b"{":
+        return
     if path.suffix in PICKLES or start.startswith((b"PK\x03\x04", b"\x80")):
         raise CheckpointError(
             f"{path} is a pickle (or an archive with one), and loading a pickle can execute code. Weights are read "
             "from .safetensors files only; convert it first (moa-model --help)."
         )
-    length = int.from_bytes(start[:8], "little")
-    if size < 10 or length > min(size - 8, HEADER_LIMIT) or start[8:] != b"{":
-        raise CheckpointError(
-            f"{path} is not a sound safetensors file: its header claims {length} bytes, the file has {size}."
-        )
+    raise CheckpointError(
+        f"{path} is not a sound safetensors file: its header would take {length} bytes, and the file has {size}."
+    )

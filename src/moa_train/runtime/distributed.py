@@ -48,6 +48,8 @@ class Distributed:
         ``timeout`` in seconds bounds every wait for another process: a peer that hangs ends the run.
         """
         rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
+        if world_size > 1 and "MASTER_ADDR" not in os.environ:
+            raise UserError(f"WORLD_SIZE={world_size}, but there is no MASTER_ADDR. Start the processes with torchrun.")
         local_rank = _environment("LOCAL_RANK", rank)
         local_world_size = _environment("LOCAL_WORLD_SIZE", world_size)
         chosen = pick_device(device, local_rank, local_world_size)
@@ -182,12 +184,11 @@ class Distributed:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0, group=self._control if buffer.device.type == "cpu" else None)
 
-    def wrap(self, model: nn.Module, *, static_graph: bool = False) -> nn.Module:
+    def wrap(self, model: nn.Module) -> nn.Module:
         """Return ``model`` such that backward averages the gradients over the ranks; alone, ``model`` itself.
 
         Starts by giving every rank the parameters and buffers of rank 0. Buffers travel at each forward only if batch
-        normalisation changes them: tables and constants are the same everywhere already. ``static_graph`` promises
-        that every step uses the same parameters in the same order.
+        normalisation changes them: tables and constants are the same everywhere already.
         """
         if self.world_size == 1:
             return model
@@ -195,8 +196,8 @@ class Distributed:
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             broadcast_buffers=any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()),
+            # No static_graph: together with no_sync it fails, or stops reducing (pytorch issues 143580 and 187732).
             gradient_as_bucket_view=True,
-            static_graph=static_graph,
         )
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[object]:

@@ -72,7 +72,16 @@ def _parse(environ: Mapping[str, str]) -> dict[str, _Fault]:
     return plan
 
 
-_plan = _parse(os.environ)
+_plan: dict[str, _Fault] = {}
+
+
+def arm(environ: Mapping[str, str]) -> None:
+    """Plan the faults that ``environ`` asks for, in place of those before."""
+    global _plan
+    _plan = _parse(environ)
+
+
+arm(os.environ)
 
 
 def point(name: str) -> bool:

@@ -1,6 +1,7 @@
 """The number format of a training step: bf16, fp16 with loss scaling, or fp32, and what fp32 products may round to."""
 
 import logging
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -72,8 +73,14 @@ class Precision:
 
 
 def set_fp32_products(name: str) -> None:
-    """Let fp32 matrix products and convolutions on a GPU round their inputs to TF32 (``tf32``) or not (``ieee``)."""
+    """Let fp32 matrix products and convolutions round to TF32 where there is it (``tf32``), or not (``ieee``).
+
+    By torch's older switches, because they set the newer ones (``fp32_precision``) too. Not so the other way round:
+    after the newer ones, reading an older one is an error, and torch.compile does that as late as torch 2.15.
+    """
     if name not in ("ieee", "tf32"):
         raise UserError(choose("fp32_products", name, ("ieee", "tf32")))
-    torch.backends.cuda.matmul.fp32_precision = name
-    torch.backends.cudnn.conv.fp32_precision = name  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch 2.9 recommends the newer ones
+        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = name == "tf32"

@@ -27,8 +27,8 @@ class Exit(IntEnum):
 class StopSignals:
     """While it is entered, the first SIGTERM, SIGINT or SIGUSR1 sets ``requested`` and a second SIGINT leaves at once.
 
-    Only the main thread may enter it (a rule of Python's). Forked children, such as loader workers, ignore
-    Ctrl-C, which a terminal sends to them too: their parent decides when they end.
+    Only the main thread may enter it (a rule of Python's). Forked children, such as loader workers, ignore Ctrl-C and
+    SIGUSR1, which reach them too: their parent decides when they end.
     """
 
     HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -46,6 +46,9 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             return
         self.received = self.received or signal.Signals(number)
         if number == signal.SIGINT:

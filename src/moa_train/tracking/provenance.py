@@ -30,7 +30,7 @@ def collect() -> dict[str, Any]:
         "command": command(),
         "directory": os.getcwd(),  # noqa: PTH109 Path.cwd() is the same call
         "host": socket.gethostname(),
-        "code": {"sha256": source_digest(), **_git()},
+        "code": {"sha256": source_digest(), **git_state(_SOURCE)},
         "versions": versions(),
         "hardware": _hardware(),
     }
@@ -67,23 +67,25 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def _git() -> dict[str, str | None]:
-    """Return commit and diff of the checkout that the package runs from; None where it does not run from one."""
-    # Tracked, that is: a wheel inside a virtual environment may well lie in somebody's checkout of something else.
-    tracked = _run_git("ls-files", "--error-unmatch", Path(__file__).name)
-    if tracked is None:
-        return {"commit": None, "diff": None}
-    diff = _run_git("diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color", "--binary")
+def git_state(source: Path) -> dict[str, Any]:
+    """Return commit, diff and untracked files of the checkout that the folder ``source`` is part of; else nulls."""
+    # Part of it: a wheel in a virtual environment may well lie inside somebody's checkout of something else.
+    if not _git(source, "ls-files", "--", "."):
+        return {"commit": None, "diff": None, "untracked": None}
+    untracked = _git(source, "ls-files", "--others", "--exclude-standard", "--", ".")
+    diff = _git(source, "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color", "--binary")
     return {
-        "commit": (_run_git("rev-parse", "HEAD") or "").strip() or None,
-        "diff": diff[:DIFF_LIMIT] if diff else diff,
+        "commit": (_git(source, "rev-parse", "HEAD") or "").strip() or None,
+        "diff": diff[:DIFF_LIMIT] if diff is not None else None,
+        "untracked": (untracked or "").splitlines()[:100],
     }
 
 
-def _run_git(*arguments: str) -> str | None:
+def _git(source: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
+            ["git", *arguments],
+            cwd=source,
             capture_output=True,
             timeout=10,
             check=True,
