@@ -17,8 +17,8 @@ from moa_train.tracking.writers import Metrics, Writer
 
 STYLES = ("auto", "bar", "plain")
 
-_COLUMNS = {  # heading: width
-    "epoch": 8, "step": 9, "split": 10, "loss": 9, "top-1": 8, "top-5": 8, "train loss": 12, "images/s": 10, "time": 9,
+_COLUMNS = {  # heading: width; with the mark for the best, 80 in all
+    "epoch": 6, "step": 8, "split": 6, "loss": 9, "top-1": 7, "top-5": 7, "train loss": 12, "images/s": 10, "time": 9,
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Running means that stay on the device, and the speed of the training with the time that is left."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor

@@ -1,0 +1,150 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from moa_train.tracking.tensorboard import TensorBoard, image_grid
+
+
+def load(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def scalars(folder: Path, tag: str) -> dict[int, float]:
+    events = load(folder).Scalars(tag)
+    steps = [event.step for event in events]
+    assert steps == sorted(set(steps)), "steps are repeated or out of order"
+    return {event.step: event.value for event in events}
+
+
+def test_scalars(tmp_path: Path) -> None:
+    writer = TensorBoard(tmp_path)
+    for step in range(0, 50, 10):
+        writer.log_step(step, {"loss": step / 8, "rate": 1e-3, "grad_norm": 2.0, "none": None, "flag": True})
+    writer.log_eval(40, {"top1": 62.5, "best": True}, "test")
+    loss = scalars(tmp_path, "train/loss")  # while it is still open
+    assert loss == {step: step / 8 for step in range(0, 50, 10)}
+    writer.close()
+    assert load(tmp_path).Tags()["scalars"] == ["train/loss", "train/rate", "train/grad_norm", "test/top1"]
+    assert scalars(tmp_path, "test/top1") == {40: 62.5}
+
+
+def test_nothing_is_opened_or_imported_before_the_first_event(tmp_path: Path) -> None:
+    writer = TensorBoard(tmp_path / "tensorboard")
+    writer.close()
+    assert not (tmp_path / "tensorboard").exists()
+    code = (
+        "import sys, moa_train.tracking as t, pathlib; t.open_tracker(pathlib.Path(sys.argv[1]), total_steps=1, "
+        "steps_per_epoch=1); print([m for m in sys.modules if m.split('.')[0] == 'tensorboard' or 'matplotlib' in m])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_images(tmp_path: Path) -> None:
+    images_BCHW = torch.randint(0, 256, (5, 3, 6, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    writer = TensorBoard(tmp_path)
+    writer.log_images(7, images_BCHW)
+    writer.close()
+    (event,) = load(tmp_path).Images("train/input")
+    assert event.step == 7
+    picture = np.asarray(Image.open(BytesIO(event.encoded_image_string)))
+    assert np.array_equal(picture, image_grid(images_BCHW).permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize(("count", "channels", "columns"), [(1, 3, 8), (5, 3, 3), (9, 1, 3), (100, 3, 4)])
+def test_grid_by_loops(count: int, channels: int, columns: int) -> None:
+    height, width, gap, rows = 5, 3, 2, 8
+    images = torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8)
+    grid = image_grid(images, columns=columns, rows=rows, gap=gap)
+    shown = min(count, columns * rows)
+    across = min(columns, shown)
+    down = -(-shown // across)
+    expected = np.full((channels, gap + down * (height + gap), gap + across * (width + gap)), 255, dtype=np.uint8)
+    for i in range(shown):
+        y, x = gap + i // across * (height + gap), gap + i % across * (width + gap)
+        expected[:, y : y + height, x : x + width] = images[i].numpy()
+    assert np.array_equal(grid.numpy(), expected)
+
+
+def test_hyperparameters_with_the_final_metrics(tmp_path: Path) -> None:
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    config: dict[str, Any] = {
+        "optim": {"lr": 1e-3, "name": "adamw", "betas": [0.9, 0.99]},
+        "compile": False,
+        "root": None,
+    }
+    writer = TensorBoard(tmp_path, hyperparameters=config)
+    writer.log_step(1, {"loss": 1.0})
+    writer.close({"top1": 97.5, "text": "no number"})
+    data = load(tmp_path).summary_metadata
+    start = HParamsPluginData.FromString(data["_hparams_/session_start_info"].plugin_data.content)
+    values = {key: getattr(value, value.WhichOneof("kind")) for key, value in start.session_start_info.hparams.items()}
+    assert values == {
+        "optim.lr": 1e-3, "optim.name": "adamw", "optim.betas": "[0.9, 0.99]", "compile": False, "root": "None",
+    }  # fmt: skip
+    experiment = HParamsPluginData.FromString(data["_hparams_/experiment"].plugin_data.content)
+    assert [info.name.tag for info in experiment.experiment.metric_infos] == ["final/top1"]
+    assert scalars(tmp_path, "final/top1") == {0: 97.5}
+
+
+def test_a_run_that_did_not_end_has_no_final_metrics(tmp_path: Path) -> None:
+    writer = TensorBoard(tmp_path, hyperparameters={"lr": 1.0})
+    writer.log_step(1, {"loss": 1.0})
+    writer.close()
+    tags = load(tmp_path).Tags()
+    assert (tags["scalars"], tags["tensors"]) == (["train/loss"], [])
+    assert load(tmp_path).summary_metadata == {}
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from moa_train.tracking.tensorboard import TensorBoard
+folder, first = Path(sys.argv[1]), int(sys.argv[2])
+writer = TensorBoard(folder, first)
+for step in range(first, 10**9):
+    writer.log_step(step, {"loss": float(step)})
+    print(step, flush=True)
+"""
+
+
+def test_sigkill_while_writing_then_resume(tmp_path: Path) -> None:
+    """Whatever was logged before a kill is there; after each resume, steps neither repeat nor have gaps."""
+    first = 0
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path), str(first)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        while int(process.stdout.readline()) < first + 30:
+            pass
+        os.kill(process.pid, signal.SIGKILL)
+        logged = [int(line) for line in process.stdout.read().splitlines() if line]
+        process.wait()
+        process.stdout.close()
+        last = max([*logged, first + 30])
+        loss = scalars(tmp_path, "train/loss")
+        assert list(loss)[: last + 1] == list(range(last + 1))
+        assert all(value == step for step, value in loss.items())
+        first = last - 10
+        time.sleep(1.1)  # event files are ordered by their names, which begin with the second
+    writer = TensorBoard(tmp_path, first)
+    writer.log_step(first, {"loss": -1.0})
+    writer.close()
+    loss = scalars(tmp_path, "train/loss")
+    assert list(loss) == list(range(first + 1))
+    assert loss[first] == -1.0
