@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moa_train.optim.groups import ParameterGroup, parameter_groups, split_matrices
+from moa_train.optim.muon import BatchedMuon
 from moa_train.runtime.errors import UserError, choose
 
 NAMES = ("adamw", "nadamw", "sgd", "muon")
@@ -87,7 +88,7 @@ def create_optimizer(
     matrices, rest = split_matrices(model, groups)
     if not matrices:
         raise UserError("optim.name=muon needs matrices and this model has none in its body. Try optim.name=adamw.")
-    muon = torch.optim.Muon(matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+    muon = BatchedMuon(matrices, lr=lr, momentum=momentum)
     return Optimizers([muon, *([torch.optim.AdamW(rest, **adam, **fast)] if rest else [])])
 
 
