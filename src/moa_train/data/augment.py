@@ -95,6 +95,7 @@ class BatchAugment:
         self.randaugment = RandAugment(randaugment_ops, randaugment_magnitude, randaugment_std, fill)
         self.erase = RandomErasing(erasing)
 
+    @torch.no_grad()
     def __call__(self, batch: Batch, strong: bool = True) -> Tensor:
         """Augment the images of a batch.
 
@@ -127,10 +128,12 @@ class BatchAugment:
         return images.clone()
 
     def _flip(self, images: Tensor, keys: Hashes) -> Tensor:
-        rows = np.flatnonzero(uniform(keys, Purpose.FLIP) < self.flip)
-        places = _send(rows, images)
-        images[places] = images[places].flip(3)
-        return images
+        flips = uniform(keys, Purpose.FLIP) < self.flip
+        order = np.argsort(flips, kind="stable")  # flips last: copying slices is much faster than indexing
+        images = images.index_select(0, _send(order, images))
+        flipped = images[len(flips) - flips.sum() :]
+        flipped.copy_(flipped.flip(3))
+        return images.index_select(0, _send(np.argsort(order), images))
 
     def _jitter(self, images: Tensor, keys: Hashes) -> Tensor:
         if not self.color_jitter:

@@ -9,7 +9,7 @@ from moa_train.data.counter import Hashes, Purpose, normal, uniform
 
 AREA = (0.02, 1 / 3)
 RATIO = (0.3, 1 / 0.3)
-_OFFSETS = 1 << 16
+_STARTS = 1 << 16
 
 
 class RandomErasing:
@@ -28,26 +28,20 @@ class RandomErasing:
 
     def __call__(self, images: Tensor, keys: Hashes) -> Tensor:
         """Erase in float images B C H W, in place."""
-        numbers = uniform(keys[:, None], Purpose.ERASING, 0, np.arange(2))
-        rows = np.flatnonzero(numbers[:, 0] < self.probability)
-        if not len(rows):
-            return images
-        device, (channels, height, width) = images.device, images.shape[1:]
+        whether, where = uniform(keys, Purpose.ERASING, 0, np.arange(2)[:, None])
+        rows = np.flatnonzero(whether < self.probability)
+        channels, height, width = images.shape[1:]
         boxes = random_boxes((height, width), AREA, RATIO, keys[rows], Purpose.ERASING)
-        top, left, high, wide = torch.from_numpy(np.stack(boxes)[:, :, None]).to(device, non_blocking=True)
-        y, x = torch.arange(height, device=device), torch.arange(width, device=device)
-        in_rows, in_columns = (y >= top) & (y < top + high), (x >= left) & (x < left + wide)
-        inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]
-
-        places = torch.from_numpy(rows).to(device, non_blocking=True)
-        offsets = torch.from_numpy((numbers[rows, 1] * _OFFSETS).astype(np.int64)).to(device, non_blocking=True)
-        pieces = self._table(channels * height * width, images).unfold(0, channels * height * width, 1)
-        noise = pieces[offsets].view(-1, channels, height, width)
-        images[places] = torch.where(inside, noise, images[places])
+        noise = self._table(images)
+        starts = (where[rows] * _STARTS).astype(np.int64)
+        for row, start, top, left, high, wide in np.stack((rows, starts, *boxes), 1).tolist():
+            piece = noise[start : start + channels * high * wide].view(channels, high, wide)
+            images[row, :, top : top + high, left : left + wide] = piece
         return images
 
-    def _table(self, length: int, like: Tensor) -> Tensor:
-        if len(self._noise) != length + _OFFSETS:
-            self._noise = torch.from_numpy(normal(Purpose.ERASING, np.arange(length + _OFFSETS)))
+    def _table(self, like: Tensor) -> Tensor:
+        length = like[0].numel() + _STARTS
+        if len(self._noise) != length:
+            self._noise = torch.from_numpy(normal(Purpose.ERASING, np.arange(length)))
         self._noise = self._noise.to(like)
         return self._noise

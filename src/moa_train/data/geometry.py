@@ -17,37 +17,46 @@ def pad_crop(images: Tensor, padding: int, mode: str, top: Tensor, left: Tensor)
         top: int64, B in 0 .. 2 padding; first row of the crop in the padded image.
         left: int64, B; first column.
     """
-    _, _, height, width = images.shape
+    batch, channels, height, width = images.shape
     padded = F.pad(images, (padding,) * 4, mode=PADDING_MODES[mode])
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: B C 2p+1 2p+1 H W
-    return windows[torch.arange(len(images), device=images.device), :, top, left]
+    # Each row of a crop is a run of the padded pixels. Where the runs start, B C H; copying runs is 5 to 15 times
+    # faster than indexing single pixels.
+    planes = torch.arange(batch * channels, device=images.device).view(batch, channels, 1)
+    rows = planes * padded.shape[2] + top.view(-1, 1, 1) + torch.arange(height, device=images.device)
+    starts = rows * padded.shape[3] + left.view(-1, 1, 1)
+    return padded.flatten().unfold(0, width, 1).index_select(0, starts.flatten()).view_as(images)
 
 
 def warp(images: Tensor, maps: Tensor, fill: Tensor | None = None, interpolation: str = "bilinear") -> Tensor:
     """Move the pixels of each image by an affine map.
 
-    As Pillow's ``Image.transform``: the pixel at (x, y) of the result has its centre at (x + 1/2, y + 1/2) and shows
-    what the image has at A (x + 1/2, y + 1/2, 1).
+    The pixel at (x, y) of the result has its centre at (x + 1/2, y + 1/2) and shows what the image has at
+    A (x + 1/2, y + 1/2, 1), interpolated between the centres of pixels.
 
     Args:
         images: uint8, B C H W.
         maps: float32, B 2 3; from places in the result to places in the image, in pixels, x first.
-        fill: C values for places outside the image; without, its nearest pixel.
+        fill: C values for places outside the image; without, they show its nearest pixel.
         interpolation: bilinear or bicubic.
 
     Returns:
         uint8, B C H W.
     """
-    batch, _, height, width = images.shape
-    y, x = (torch.arange(side, device=images.device) + 0.5 for side in (height, width))
-    centres = torch.stack((*torch.meshgrid(x, y, indexing="xy"), torch.ones(height, width, device=images.device)), -1)
-    size = torch.tensor([width, height], device=images.device, dtype=torch.float32)
-    places = (centres.view(1, -1, 3) @ maps.transpose(1, 2)).view(batch, height, width, 2)
+    height, width = images.shape[-2:]
+    # grid_sample wants places between -1 and 1
+    scale = torch.tensor([[2 / width], [2 / height]], device=images.device)
+    along_x, along_y, shift = (maps * scale)[..., None, None].unbind(2)
+    x = torch.arange(width, device=images.device) + 0.5
+    y = torch.arange(height, device=images.device)[:, None] + 0.5
+    places_B2HW = along_x * x + (along_y * y + (shift - 1))
+    # Zeros stand for the fill: it is taken off before, and added after together with the half that rounds.
+    fill_C11 = torch.zeros(1, 1, 1) if fill is None else fill.view(-1, 1, 1)
+    fill_C11 = fill_C11.to(images.device, torch.float32)
     result = F.grid_sample(
-        images.float(), places * (2 / size) - 1, mode=interpolation, padding_mode="border", align_corners=False
-    )
-    result = result.add_(0.5).clamp_(0, 255).to(torch.uint8)
-    if fill is None:
-        return result
-    inside = ((places >= 0) & (places < size)).all(-1)
-    return torch.where(inside[:, None], result, fill.to(torch.uint8).view(1, -1, 1, 1))
+        images - fill_C11,
+        places_B2HW.permute(0, 2, 3, 1),
+        mode=interpolation,
+        padding_mode="border" if fill is None else "zeros",
+        align_corners=False,
+    ).add_(fill_C11 + 0.5)
+    return (result.clamp_(0, 255) if interpolation == "bicubic" else result).to(torch.uint8)

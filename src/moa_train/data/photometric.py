@@ -45,8 +45,10 @@ def brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Table that moves values away from the image's mean grey (0: grey, 1: no change)."""
-    mean = grey(images).double().mean((2, 3)).add(0.5).floor()
-    return blend(mean.view(-1, 1, 1).float(), _values(images), factor)
+    luma = grey(images)
+    pixels = luma[0].numel()
+    mean = (luma.sum((2, 3)) + pixels // 2) // pixels  # rounded
+    return blend(mean.view(-1, 1, 1), _values(images), factor)
 
 
 def autocontrast(images: Tensor, level: Tensor) -> Tensor:
@@ -78,7 +80,8 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
     """Images moved away from a blurred copy (0: blurred, 1: no change); the outermost pixels stay."""
     if min(images.shape[-2:]) < 3:
         return images
-    sums = torch.nn.functional.avg_pool2d(images.float(), 3, stride=1, divisor_override=1)
+    rows = images[..., :-2, :].short() + images[..., 1:-1, :] + images[..., 2:, :]
+    sums = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     inner = images[..., 1:-1, 1:-1]
     result = images.clone()
     result[..., 1:-1, 1:-1] = blend(((sums + 4 * inner) / 13 + 0.5).floor(), inner, factor)
@@ -88,7 +91,8 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
 def grey(images: Tensor) -> Tensor:
     """Return luma as Pillow computes it (ITU-R 601-2, 16 bits after the point): int32, B 1 H W."""
     red, green, blue = images.int().unbind(1)
-    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).unsqueeze(1)
+    luma = (19595 * red).add_(green, alpha=38470).add_(blue, alpha=7471).add_(0x8000)
+    return luma.bitwise_right_shift_(16).unsqueeze(1)
 
 
 def histogram(images: Tensor) -> Tensor:

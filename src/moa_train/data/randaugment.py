@@ -6,12 +6,15 @@ by a table, colour, sharpness, affine maps.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moa_train.data import photometric
+from moa_train.data.box import Whole
 from moa_train.data.counter import Floats, Hashes, Purpose, normal, uniform
 from moa_train.data.geometry import warp
 from moa_train.runtime.errors import UserError
@@ -89,57 +92,55 @@ class RandAugment:
         self.ops, self.magnitude, self.std, self.fill = ops, magnitude, std, fill
 
     def __call__(self, images: Tensor, keys: Hashes) -> Tensor:
-        """Augment uint8 images B 3 H W, whose samples have these keys. May write into ``images``."""
-        for layer in range(self.ops):
-            chosen, levels = self.draw(keys, layer)
-            images = self._apply(images, chosen, levels)
-        return images
+        """Augment uint8 images B 3 H W, whose samples have these keys."""
+        layers = self.draw(keys)
+        order = np.arange(len(keys))  # images are kept sorted by operation, so that equal ones are a slice
+        for chosen, strength, sign in zip(*layers, strict=True):
+            by_operation = np.argsort(chosen[order], kind="stable")
+            order = order[by_operation]
+            images = images.index_select(0, _send(by_operation, images))
+            self._apply(images, chosen[order], strength[order], sign[order])
+        return images.index_select(0, _send(np.argsort(order), images))
 
-    def draw(self, keys: Hashes, layer: int) -> tuple[np.ndarray, Floats]:
-        """Return for each image the place of its operation in ``OPERATIONS`` (-1: none) and the argument."""
-        numbers = uniform(keys[:, None], Purpose.RANDAUGMENT, layer, np.arange(3))
-        chosen = np.floor(numbers[:, 0] * len(OPERATIONS)).astype(np.int64)
-        strength = self.magnitude + self.std * normal(keys, Purpose.RANDAUGMENT, layer, 3)
-        strength = strength.clip(0, MAX_MAGNITUDE) / MAX_MAGNITUDE
-        sign = np.where(numbers[:, 1] < 0.5, -1.0, 1.0)
-        levels = np.select(
-            [chosen == place for place in range(len(OPERATIONS))],
-            [level_of(operation, strength, sign) for operation in OPERATIONS],
+    def draw(self, keys: Hashes) -> tuple[Whole, Floats, Floats]:
+        """Return, for each layer and image, the operation's place in ``OPERATIONS`` (-1: none), strength and sign."""
+        layers, last = np.arange(self.ops)[:, None], np.arange(3)[:, None, None]
+        which, whether, direction = uniform(keys, Purpose.RANDAUGMENT, layers, last)
+        strength = self.magnitude + self.std * normal(keys, Purpose.RANDAUGMENT, layers, 3)
+        chosen = np.floor(which * len(OPERATIONS)).astype(np.int64)
+        return (
+            np.where(whether < PROBABILITY, chosen, -1),
+            strength.clip(0, MAX_MAGNITUDE) / MAX_MAGNITUDE,
+            np.where(direction < 0.5, -1.0, 1.0),
         )
-        return np.where(numbers[:, 2] < PROBABILITY, chosen, -1), levels
 
-    def _apply(self, images: Tensor, chosen: np.ndarray, levels: Floats) -> Tensor:
-        for group, apply in ((TABLES, self._tables), (IMAGES, self._images), (MAPS, self._maps)):
-            first = OPERATIONS.index(group[0])
-            rows = np.flatnonzero((chosen >= first) & (chosen < first + len(group)))
-            if len(rows):
-                rows = rows[np.argsort(chosen[rows], kind="stable")]
-                places = torch.from_numpy(rows).to(images.device, non_blocking=True)
-                names = [OPERATIONS[place] for place in chosen[rows]]
-                images[places] = apply(images[places], names, levels[rows])
-        return images
+    def _apply(self, images: Tensor, chosen: Whole, strength: Floats, sign: Floats) -> None:
+        """Carry out one layer in place; ``chosen`` ascends."""
+        bounds = np.searchsorted(chosen, np.arange(len(OPERATIONS) + 1)).tolist()
+        parts = {name: slice(*bounds[place : place + 2]) for place, name in enumerate(OPERATIONS)}
+        parts = {name: part for name, part in parts.items() if part.start < part.stop}
+        levels = np.zeros(len(chosen))
+        for name, part in parts.items():
+            levels[part] = level_of(name, strength[part], sign[part])
+        level_B = _send(levels.astype(np.float32), images)
 
-    def _tables(self, images: Tensor, names: list[str], levels: Floats) -> Tensor:
         tables = torch.empty(*images.shape[:2], 256, dtype=torch.uint8, device=images.device)
-        for name, part, level in _runs(names, levels, images.device):
-            tables[part] = getattr(photometric, name)(images[part], level.view(-1, 1, 1))
-        return photometric.look_up(images, tables)
+        for name, part in parts.items():
+            if name in TABLES:
+                tables[part] = getattr(photometric, name)(images[part], level_B[part].view(-1, 1, 1))
+            elif name in IMAGES:
+                images[part] = getattr(photometric, name)(images[part], level_B[part].view(-1, 1, 1, 1))
+        with_table = slice(bounds[0], bounds[len(TABLES)])
+        images[with_table] = photometric.look_up(images[with_table], tables[with_table])
 
-    def _images(self, images: Tensor, names: list[str], levels: Floats) -> Tensor:
-        for name, part, level in _runs(names, levels, images.device):
-            images[part] = getattr(photometric, name)(images[part], level.view(-1, 1, 1, 1))
-        return images
-
-    def _maps(self, images: Tensor, names: list[str], levels: Floats) -> Tensor:
+        moved = slice(bounds[-1 - len(MAPS)], bounds[-1])
         size = images.shape[-2:]
-        maps = [affine_map(name, level, *size) for name, level in zip(names, levels, strict=True)]
-        self.fill = self.fill.to(images.device)
-        return warp(images, torch.tensor(maps, dtype=torch.float32).to(images.device, non_blocking=True), self.fill)
+        names = [name for name in MAPS if name in parts]
+        maps = [affine_map(name, level, *size) for name in names for level in levels[parts[name]].tolist()]
+        if maps:
+            self.fill = self.fill.to(images.device)
+            images[moved] = warp(images[moved], _send(np.array(maps, np.float32), images), self.fill)
 
 
-def _runs(names: list[str], levels: Floats, device: torch.device) -> list[tuple[str, slice, Tensor]]:
-    """Return each operation of a sorted list with its slice and its levels."""
-    arguments = torch.from_numpy(levels.astype(np.float32)).to(device, non_blocking=True)
-    starts = {name: names.index(name) for name in dict.fromkeys(names)}
-    parts = {name: slice(start, start + names.count(name)) for name, start in starts.items()}
-    return [(name, part, arguments[part]) for name, part in parts.items()]
+def _send(numbers: NDArray[Any], like: Tensor) -> Tensor:
+    return torch.from_numpy(numbers).to(like.device, non_blocking=True)
