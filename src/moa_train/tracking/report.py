@@ -1,0 +1,134 @@
+"""Curves and tables of finished runs, from their metrics.jsonl, for documents.
+
+python -m moa_train.tracking.report RUN [RUN ...] --png curves.png
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moa_train.runtime.errors import UserError
+from moa_train.tracking.jsonl import Row, read_rows
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: safe for colour-blind
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Rows of one run: those of training, and those of evaluations of one split."""
+
+    name: str
+    train: list[Row]
+    evaluations: list[Row]
+    split: str
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "Curves":
+        """Read a run folder. The split is the one that was evaluated most often.
+
+        Raises:
+            UserError: where there are no metrics to read.
+        """
+        path = run_dir / "metrics.jsonl"
+        if not path.is_file():
+            raise UserError(f"{run_dir} is no run folder: it holds no metrics.jsonl.")
+        rows = read_rows(path)
+        splits = [row["split"] for row in rows if row.get("kind") == "eval"]
+        split = max(dict.fromkeys(splits), key=splits.count) if splits else "none"
+        train = [row for row in rows if row.get("kind") == "train"]
+        evaluations = [row for row in rows if row.get("kind") == "eval" and row["split"] == split]
+        if not train and not evaluations:
+            raise UserError(f"{path} holds no rows yet.")
+        return cls(run_dir.resolve().name, train, evaluations, split)
+
+
+def table(curves: Curves, most: int = 12) -> str:
+    """Return a Markdown table of at most ``most`` evaluations, evenly spread, with the last and the best (in bold)."""
+    rows = curves.evaluations
+    if not rows:
+        return f"{curves.name}: no evaluations."
+    best = max(range(len(rows)), key=lambda index: rows[index].get("top1") or 0.0)
+    count = min(most, len(rows))
+    shown = {round(i * (len(rows) - 1) / max(count - 1, 1)) for i in range(count)} | {best, len(rows) - 1}
+    lines = [f"| epoch | step | train loss | {curves.split} loss | top-1 % | top-5 % |", "| ---: " * 6 + "|"]
+    for index in sorted(shown):
+        row = rows[index]
+        top1 = _text(row.get("top1"), ".2f")
+        lines.append(
+            f"| {_text(row.get('epoch'), '.3g')} | {row['step']} | {_text(_train_loss(curves, row['step']), '.4f')} "
+            f"| {_text(row.get('loss'), '.4f')} | {f'**{top1}**' if index == best else top1} "
+            f"| {_text(row.get('top5'), '.2f')} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(runs: Sequence[Curves], path: Path) -> None:
+    """Draw losses and top-1 accuracy of runs over epochs to a PNG of two panels."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("Drawing needs matplotlib: pip install 'moa-train[plot]'.") from error
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for run, colour in zip(runs, _COLOURS * len(runs), strict=False):
+        loss.plot(*_points(run.train, "loss"), color=colour, linewidth=1, alpha=0.45)
+        loss.plot(*_points(run.evaluations, "loss"), color=colour, linewidth=1.8)
+        accuracy.plot(*_points(run.evaluations, "top1"), color=colour, linewidth=1.8, label=_label(run))
+    loss.plot([], [], color="0.4", linewidth=1, alpha=0.45, label="train (augmented)")
+    splits = sorted({run.split for run in runs})
+    loss.plot([], [], color="0.4", linewidth=1.8, label=" or ".join(splits))
+    accuracy.set_ylim(bottom=0)
+    for axes, title in ((loss, "loss (nats)"), (accuracy, f"top-1 on {' or '.join(splits)} (%)")):
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_xlabel("epoch")
+        axes.grid(color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    loss.legend(frameon=False, fontsize=9, loc="upper right")  # where falling and rising curves are not
+    accuracy.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.savefig(path, dpi=150)
+
+
+def _points(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
+    """Return epochs (steps where there are none) and values of the rows that have a number there."""
+    present = [row for row in rows if row.get(key) is not None]
+    return [row["epoch" if "epoch" in row else "step"] for row in present], [row[key] for row in present]
+
+
+def _label(run: Curves) -> str:
+    _, values = _points(run.evaluations, "top1")
+    return f"{run.name}: best {max(values):.2f} %" if values else run.name
+
+
+def _train_loss(curves: Curves, step: int) -> float | None:
+    """Return the training loss that was logged last at ``step`` or before."""
+    losses = [row["loss"] for row in curves.train if row["step"] <= step and row.get("loss") is not None]
+    return losses[-1] if losses else None
+
+
+def _text(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table of each run, and draw all of them if asked to."""
+    parser = argparse.ArgumentParser(prog="python -m moa_train.tracking.report", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--png", type=Path, help="draw the curves to this file")
+    options = parser.parse_args(arguments)
+    try:
+        runs = [Curves.read(run_dir) for run_dir in options.runs]
+        for run in runs:
+            print(f"{run.name}\n\n{table(run)}\n")
+        if options.png:
+            draw(runs, options.png)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
