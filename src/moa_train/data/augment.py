@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moa_train.data import photometric
 from moa_train.data.batch import Batch
-from moa_train.data.box import check_ranges, random_boxes
+from moa_train.data.box import box_numbers, check_ranges, random_box
 from moa_train.data.counter import Floats, Hashes, Purpose, sample_keys, uniform
 from moa_train.data.erasing import RandomErasing
 from moa_train.data.geometry import PADDING_MODES, pad_crop, warp
@@ -121,10 +121,10 @@ class BatchAugment:
             top, left = _send(corners.T.astype(np.int64), images)
             return pad_crop(images, self.padding, self.padding_mode, top, left)
         if self.crop == "resized":
-            boxes = random_boxes((height, width), self.scale, self.ratio, keys, Purpose.CROP)
-            zero = np.zeros(len(keys))
-            maps = np.array([[boxes.width / width, zero, boxes.left], [zero, boxes.height / height, boxes.top]])
-            return warp(images, _send(maps.transpose(2, 0, 1).astype(np.float32), images), None, "bicubic")
+            numbers = box_numbers(keys, Purpose.CROP)
+            boxes = [random_box((height, width), self.scale, self.ratio, sample) for sample in numbers]
+            maps = [[[box.width / width, 0, box.left], [0, box.height / height, box.top]] for box in boxes]
+            return warp(images, _send(np.array(maps, np.float32), images), interpolation="bicubic")
         return images.clone()
 
     def _flip(self, images: Tensor, keys: Hashes) -> Tensor:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 Word: TypeAlias = int | NDArray[np.integer]
 Hashes: TypeAlias = NDArray[np.uint64]
 Floats: TypeAlias = NDArray[np.float64]
+Whole: TypeAlias = NDArray[np.int64]
 
 
 class Purpose(IntEnum):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moa_train.data.box import random_boxes
+from moa_train.data.box import box_numbers, random_box
 from moa_train.data.counter import Hashes, Purpose, normal, uniform
 
 AREA = (0.02, 1 / 3)
@@ -31,12 +31,12 @@ class RandomErasing:
         whether, where = uniform(keys, Purpose.ERASING, 0, np.arange(2)[:, None])
         rows = np.flatnonzero(whether < self.probability)
         channels, height, width = images.shape[1:]
-        boxes = random_boxes((height, width), AREA, RATIO, keys[rows], Purpose.ERASING)
-        noise = self._table(images)
-        starts = (where[rows] * _STARTS).astype(np.int64)
-        for row, start, top, left, high, wide in np.stack((rows, starts, *boxes), 1).tolist():
-            piece = noise[start : start + channels * high * wide].view(channels, high, wide)
-            images[row, :, top : top + high, left : left + wide] = piece
+        noise, numbers = self._table(images), box_numbers(keys[rows], Purpose.ERASING)
+        for place, row in enumerate(rows.tolist()):
+            box = random_box((height, width), AREA, RATIO, numbers[place])
+            start = int(where[row] * _STARTS)
+            piece = noise[start : start + channels * box.height * box.width].view(channels, box.height, box.width)
+            images[row, :, box.top : box.top + box.height, box.left : box.left + box.width] = piece
         return images
 
     def _table(self, like: Tensor) -> Tensor:

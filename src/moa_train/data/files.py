@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moa_train.data.counter import Floats, sample_keys
 from moa_train.data.fingerprint import fingerprint
 from moa_train.data.image import open_image, unreadable
 from moa_train.data.order import Draw, Indices
@@ -58,11 +59,12 @@ class FileSource:
             "fingerprint": self.fingerprint,
         }
 
-    def read(self, draw: Draw, view: View, substitute: bool) -> tuple[Tensor, Indices, list[str]]:
+    def read(self, draw: Draw, seed: int, view: View, substitute: bool) -> tuple[Tensor, Indices, list[str]]:
         """Read the files of a batch.
 
         Args:
             draw: B samples.
+            seed: of the run.
             view: makes pixels of ``image_size`` of a file.
             substitute: put the next readable file in the place of an unreadable one.
 
@@ -73,12 +75,12 @@ class FileSource:
             UserError: a file is unreadable and ``substitute`` is False, or a hundred in a row are.
         """
         x_BCHW = torch.empty(len(draw), 3, *self.image_size, dtype=torch.uint8)
+        numbers = view.numbers(sample_keys(seed, draw.epoch, draw.index, draw.repeat))
         index, failures = draw.index.copy(), list[str]()
         for place in range(len(draw)):
-            epoch, repeat = int(draw.epoch[place]), int(draw.repeat[place])
             for _ in range(_NEIGHBOURS):
                 try:
-                    x_BCHW[place] = self._read(view, epoch, int(index[place]), repeat)
+                    x_BCHW[place] = self._read(index[place], view, numbers[place])
                     break
                 except UserError as error:
                     if not substitute:
@@ -89,10 +91,10 @@ class FileSource:
                 raise UserError(f"{_NEIGHBOURS} files in a row are unreadable. The last: {failures[-1]}")
         return x_BCHW, index, failures
 
-    def _read(self, view: View, epoch: int, index: int, repeat: int) -> Tensor:
+    def _read(self, index: int, view: View, numbers: Floats) -> Tensor:
         path = self.tree.path(self.rows[index])
         image = open_image(path)
         try:
-            return view(image, epoch, index, repeat)
+            return view(image, numbers)
         except Exception as error:  # the pixels are decoded there, and decoders raise anything
             raise unreadable(path, error) from error

@@ -71,10 +71,10 @@ class TrainLoader:
             raise UserError(choose("unreadable", unreadable, POLICIES))
         view: View = CentreCrop(source.image_size, 1.0)
         if crop == "resized":
-            view = RandomResizedCrop(order.seed, source.image_size, scale, ratio, interpolation)
+            view = RandomResizedCrop(source.image_size, scale, ratio, interpolation)
         self.order, self.micro_batch_size = order, micro_batch_size
         self._share = micro_batches(order.batch_size, micro_batch_size, rank, world_size)
-        self._read = _Reader(source, view, substitute=unreadable == "quarantine")
+        self._read = _Reader(source, order.seed, view, substitute=unreadable == "quarantine")
         self._budget, self._unreadable = quarantine_budget, dict[str, None]()
         self._start = partial(_start, self._read, workers=workers, pin_memory=pin_memory, timeout=timeout)
 
@@ -138,7 +138,7 @@ class EvalLoader:
             raise UserError(f"eval batch_size={batch_size}: must be at least 1.")
         self.source, self.batch_size = source, batch_size
         self._chunks = range(rank, -(-len(source) // batch_size), world_size)
-        read = _Reader(source, CentreCrop(source.image_size, crop_ratio, interpolation), substitute=False)
+        read = _Reader(source, 0, CentreCrop(source.image_size, crop_ratio, interpolation), substitute=False)
         self._start = partial(_start, read, workers=workers, pin_memory=pin_memory, timeout=timeout)
 
     def __len__(self) -> int:
@@ -179,8 +179,8 @@ class _Requests:
 class _Reader(Dataset):
     """Turns requests into batches, in this process or in a worker."""
 
-    def __init__(self, source: Source, view: View, substitute: bool) -> None:
-        self.source, self.view, self.substitute = source, view, substitute
+    def __init__(self, source: Source, seed: int, view: View, substitute: bool) -> None:
+        self.source, self.seed, self.view, self.substitute = source, seed, view, substitute
 
     def __getitem__(self, request: _Request) -> Batch | UserError:
         draw, unreadable = request.draw, list[str]()
@@ -188,7 +188,7 @@ class _Reader(Dataset):
             if isinstance(self.source, ArraySource):
                 images, index = self.source.gather(draw.index), draw.index
             else:
-                images, index, unreadable = self.source.read(draw, self.view, self.substitute)
+                images, index, unreadable = self.source.read(draw, self.seed, self.view, self.substitute)
         except UserError as error:
             return error  # as a value: raised in a worker, it would come back with the worker's traceback as its text
         return Batch(

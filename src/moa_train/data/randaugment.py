@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moa_train.data import photometric
-from moa_train.data.box import Whole
-from moa_train.data.counter import Floats, Hashes, Purpose, normal, uniform
+from moa_train.data.counter import Floats, Hashes, Purpose, Whole, normal, uniform
 from moa_train.data.geometry import warp
 from moa_train.runtime.errors import UserError
 

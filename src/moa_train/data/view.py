@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
-from moa_train.data.box import Box, check_ranges, random_boxes
-from moa_train.data.counter import Purpose, sample_keys, uniform
+from moa_train.data.box import Box, box_numbers, check_ranges, random_box
+from moa_train.data.counter import Floats, Hashes, Purpose, uniform
 from moa_train.data.image import MAX_REDUCTION, EncodedImage
 from moa_train.data.resample import resample
 from moa_train.runtime.errors import UserError, choose
@@ -18,8 +19,12 @@ INTERPOLATIONS = ("bilinear", "bicubic", "random")
 class View(Protocol):
     """Turns an image into pixels of one size."""
 
-    def __call__(self, image: EncodedImage, epoch: int, index: int, repeat: int) -> Tensor:
-        """Return uint8, 3 H W; the numbers are the key of the sample's randomness."""
+    def numbers(self, keys: Hashes) -> Floats:
+        """Draw what samples with these keys need, for B samples at once."""
+        ...
+
+    def __call__(self, image: EncodedImage, numbers: Floats) -> Tensor:
+        """Return the pixels of one sample, given its numbers: uint8, 3 H W."""
         ...
 
 
@@ -28,14 +33,12 @@ class RandomResizedCrop:
     """Cut out a random rectangle and resize it (Szegedy et al. 2015).
 
     Attributes:
-        seed: of the run.
         size: height and width of the result.
         scale: range of the rectangle's area, as a part of the image's; uniform.
         ratio: range of its width / height; uniform in the logarithm.
         interpolation: bilinear, bicubic, or random: one of them for each sample.
     """
 
-    seed: int
     size: tuple[int, int]
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -45,14 +48,18 @@ class RandomResizedCrop:
         check_interpolation(self.interpolation)
         check_ranges(self.scale, self.ratio)
 
-    def __call__(self, image: EncodedImage, epoch: int, index: int, repeat: int) -> Tensor:
-        """Return uint8, 3 H W."""
-        key = sample_keys(self.seed, epoch, index, repeat)
-        boxes = random_boxes((image.height, image.width), self.scale, self.ratio, key, Purpose.FILE_CROP)
+    def numbers(self, keys: Hashes) -> Floats:
+        """Draw the numbers of the rectangles, and one for the filter in an eleventh row: B 11 4."""
+        which = uniform(keys[:, None, None], Purpose.FILE_FILTER, np.zeros((1, 4), np.int64))
+        return np.concatenate((box_numbers(keys, Purpose.FILE_CROP), which), 1)
+
+    def __call__(self, image: EncodedImage, numbers: Floats) -> Tensor:
+        """Cut out and resize: uint8, 3 H W."""
+        box = random_box((image.height, image.width), self.scale, self.ratio, numbers[:-1])
         mode = self.interpolation
         if mode == "random":
-            mode = INTERPOLATIONS[int(2 * uniform(key, Purpose.FILE_FILTER)[0])]
-        return resized_crop(image, boxes.at(0), self.size, mode)
+            mode = INTERPOLATIONS[int(2 * numbers[-1, 0])]
+        return resized_crop(image, box, self.size, mode)
 
 
 @dataclass(frozen=True)
@@ -76,8 +83,12 @@ class CentreCrop:
         if not 0 < self.ratio <= 1:
             raise UserError(f"eval_crop={self.ratio}: must be above 0 and at most 1. Usual: 0.875.")
 
-    def __call__(self, image: EncodedImage, epoch: int = 0, index: int = 0, repeat: int = 0) -> Tensor:
-        """Return uint8, 3 H W."""
+    def numbers(self, keys: Hashes) -> Floats:
+        """Nothing is random here: B 0."""
+        return np.empty((len(keys), 0))
+
+    def __call__(self, image: EncodedImage, numbers: Floats) -> Tensor:
+        """Resize and cut out: uint8, 3 H W."""
         cover = [math.floor(side / self.ratio) for side in self.size]
         x_CHW = image.decode()
         # in whole numbers: the side that decides becomes its cover, the other is rounded down (as in torchvision)
