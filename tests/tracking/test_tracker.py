@@ -1,9 +1,16 @@
 import io
+import re
+import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from moa_train.runtime.errors import UserError
 from moa_train.tracking import open_tracker
 from moa_train.tracking.jsonl import read_rows
 
@@ -58,3 +65,45 @@ def test_tensorboard_can_be_switched_off(tmp_path: Path) -> None:
     tracker.log_step(1, {"loss": 1.0})
     tracker.close({"top1": 1.0})
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+FULL = """
+import io, sys
+from pathlib import Path
+from moa_train.tracking import open_tracker
+tracker = open_tracker(
+    Path(sys.argv[1]), total_steps=10**6, steps_per_epoch=10, tensorboard=sys.argv[2] == "True", stream=io.StringIO()
+)
+try:
+    for step in range(1, 10**6):
+        tracker.log_step(step, {"loss": 1.0})
+finally:
+    tracker.close()
+"""
+
+
+@pytest.mark.parametrize("tensorboard", [True, False])
+def test_a_full_disk_is_named_at_once_and_what_was_written_stays(tmp_path: Path, tensorboard: bool) -> None:
+    def fill() -> None:  # files of the child may not grow beyond 2,000 bytes
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    command = [sys.executable, "-c", FULL, str(tmp_path), str(tensorboard)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, preexec_fn=fill)
+    name = r"tensorboard/events\.out\.\S+" if tensorboard else r"metrics\.jsonl"
+    pattern = rf"moa_train\.runtime\.errors\.UserError: {tmp_path}/{name} cannot be written: File too large\..*"
+    assert re.fullmatch(pattern, done.stderr.splitlines()[-1])
+    steps = [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert steps
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written: Not a directory"):
+        open_tracker(tmp_path / "file", total_steps=3, steps_per_epoch=3)
+    (tmp_path / "tensorboard").touch()
+    tracker = open_tracker(tmp_path, total_steps=3, steps_per_epoch=3, stream=io.StringIO())
+    with pytest.raises(UserError, match=r"tensorboard cannot be written: File exists"):
+        tracker.log_step(1, {"loss": 1.0})
+    tracker.close()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moa_train.tracking.writers import Metrics, Writer
+from moa_train.tracking.writers import Metrics, Writer, writing
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,9 @@ class JsonLines(Writer):
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
         self.path = path
-        _rewind(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        with writing(path):
+            _rewind(path, first_step)
+            self._file = path.open("ab", buffering=0)  # nothing is left to write when a write has failed
 
     def log_step(self, step: int, metrics: Metrics) -> None:
         """Append a row of kind ``train``."""
@@ -43,8 +44,10 @@ class JsonLines(Writer):
         self._file.close()
 
     def _write(self, row: Row) -> None:
-        self._file.write(_encode(row) + "\n")
-        self._file.flush()
+        line = _encode(row).encode() + b"\n"
+        with writing(self.path):
+            while line:
+                line = line[self._file.write(line) :]
 
 
 def read_rows(path: Path) -> list[Row]:

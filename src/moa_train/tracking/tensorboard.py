@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from moa_train.tracking.events import EventFile
 from moa_train.tracking.writers import Metrics, Writer
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorBoard(Writer):
@@ -25,7 +23,7 @@ class TensorBoard(Writer):
         self.folder = folder
         self._first_step = first_step
         self._hyperparameters = dict(_flat(hyperparameters or {}))
-        self._opened: SummaryWriter | None = None
+        self._opened: EventFile | None = None
 
     def log_step(self, step: int, metrics: Metrics) -> None:
         """Write ``train/<name>`` for each number."""
@@ -37,35 +35,32 @@ class TensorBoard(Writer):
 
     def log_images(self, step: int, images: Tensor) -> None:
         """Write one picture of up to 64 images."""
-        self._events.add_image("train/input", image_grid(images), step)
+        from torch.utils.tensorboard.summary import image
+
+        self._events.add(image("train/input", image_grid(images), dataformats="CHW"), step)
 
     def close(self, final: Metrics | None = None) -> None:
         """Write hyperparameters and final metrics, if there are any, and close the file."""
         if final:
             from torch.utils.tensorboard.summary import hparams
 
-            numbers = dict(_numbers(final))
-            file_writer = self._events._get_file_writer()
-            for summary in hparams(self._hyperparameters, {f"final/{name}": v for name, v in numbers.items()}):
-                file_writer.add_summary(summary)
-            for name, value in numbers.items():
-                self._events.add_scalar(f"final/{name}", value)
+            numbers = {f"final/{name}": value for name, value in _numbers(final)}
+            for summary in hparams(self._hyperparameters, numbers):
+                self._events.add(summary)
+            self._scalars("final", 0, final)
         if self._opened is not None:
             self._opened.close()
 
     @property
-    def _events(self) -> "SummaryWriter":
-        if self._opened is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge = self._first_step or None
-            self._opened = SummaryWriter(str(self.folder), purge_step=purge, flush_secs=30)
+    def _events(self) -> EventFile:
+        self._opened = self._opened or EventFile(self.folder, self._first_step)
         return self._opened
 
     def _scalars(self, prefix: str, step: int, metrics: Metrics) -> None:
+        from torch.utils.tensorboard.summary import scalar
+
         for name, value in _numbers(metrics):
-            self._events.add_scalar(f"{prefix}/{name}", value, step)
-        self._events.flush()  # what a checkpoint will have passed must be on disk: it is not logged again
+            self._events.add(scalar(f"{prefix}/{name}", value), step)
 
 
 def image_grid(images: Tensor, columns: int = 8, rows: int = 8, gap: int = 2) -> Tensor:

@@ -1,8 +1,12 @@
 """What every writer of metrics offers. Steps count the updates that were done."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 from torch import Tensor
+
+from moa_train.runtime.errors import UserError
 
 Metrics = Mapping[str, float | int | str | bool | None]
 
@@ -30,3 +34,18 @@ class Writer:
 
     def close(self, final: Metrics | None = None) -> None:
         """Write what is left. ``final`` holds the final metrics of a training that came to its end."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name ``path`` where the system refuses to write it (a full disk, permissions).
+
+    Raises:
+        UserError: instead of the OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}. Make room or mend the permissions, then resume the run."
+        ) from error
