@@ -91,6 +91,12 @@ def test_epochs_that_are_no_whole_number_of_steps() -> None:
     assert ends == [(epoch, -(-epoch * 1797 // 100)) for epoch in range(1, 101)]
 
 
+def test_three_epochs_of_digits_have_no_fourth() -> None:
+    stream, clock = io.StringIO(), Clock()
+    run(Console(61, Fraction(1295, 64), stream=stream, clock=clock, line_seconds=1e9), clock, range(1, 62))
+    assert stream.getvalue().splitlines()[-1].startswith("epoch 3/3  step 61/61")
+
+
 def test_resumed_in_the_middle_of_an_epoch() -> None:
     stream, clock = io.StringIO(), Clock()
     console = Console(40, 10, first_step=15, stream=stream, clock=clock, line_seconds=1e9)

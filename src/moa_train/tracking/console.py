@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from math import ceil
 from typing import TextIO
 
 from tqdm import tqdm
@@ -120,7 +119,8 @@ class Console(Writer):
         return int(step // self._steps_per_epoch)
 
     def _epoch_label(self, step: int) -> str:
-        return f"epoch {self._epochs(max(step - 1, 0)) + 1}/{ceil(self._total_steps / self._steps_per_epoch)}"
+        """Name the epoch that update number ``step`` begins in; three epochs of 20.2 steps are 61 steps."""
+        return f"epoch {self._epochs(max(step - 1, 0)) + 1}/{self._epochs(self._total_steps - 1) + 1}"
 
     def _finish_epoch(self, step: int) -> None:
         """Write a row at ``step`` if an epoch has ended by then and no evaluation made one."""
