@@ -9,7 +9,7 @@ from moa_train.data.arrays import ArraySource
 from moa_train.data.cifar import ARCHIVES, fetch, pack_archive
 from moa_train.data.digits import open_digits
 from moa_train.data.files import FileSource
-from moa_train.data.image import open_image, unreadable
+from moa_train.data.image import EncodedImage, reading
 from moa_train.data.pack import check_origin, is_packed, read_pack, write_pack
 from moa_train.data.source import Source
 from moa_train.data.split import hold_out
@@ -108,13 +108,13 @@ def _open_files(root: Path, split: str, title: str, image_size: tuple[int, int])
             + (f"{root} has {', '.join(found)}. " if found else "Set data.root to the folder of the data set. ")
             + f"Images are expected as {root / split}/CLASS/NAME.jpg."
         )
-    return FileSource(title, _scan(root, split), image_size)
+    return FileSource(title, scan_split(root, split), image_size)
 
 
 def _open_cifar(
     name: str, split: str, root: Path, title: str, image_size: tuple[int, int], download: bool
 ) -> ArraySource:
-    tree = _scan(root, split) if (root / split).is_dir() else None
+    tree = scan_split(root, split) if (root / split).is_dir() else None
     archive = ARCHIVES[name]
     if is_packed(root, split):
         if tree is not None:
@@ -133,7 +133,12 @@ def _open_cifar(
     return read_pack(root, split, title, image_size)
 
 
-def _scan(root: Path, split: str) -> ClassTree:
+def scan_split(root: Path, split: str) -> ClassTree:
+    """List the images of root/split.
+
+    Raises:
+        UserError: it is missing or empty, or its classes are not those of root/train.
+    """
     if split != "train" and (root / "train").is_dir():
         same_classes(root / "train", root / split)
     return scan(root / split)
@@ -149,17 +154,15 @@ def pack_tree(tree: ClassTree, root: Path, split: str) -> None:
     images: np.ndarray | None = None
     for row in range(len(tree.files)):
         path = tree.path(row)
-        image = open_image(path)
+        with reading(path):
+            image = EncodedImage(path.read_bytes()).decode().numpy()
         if images is None:
-            images = np.empty((len(tree.files), 3, image.height, image.width), np.uint8)
-        if (image.height, image.width) != images.shape[2:]:
+            images = np.empty((len(tree.files), *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
             raise UserError(
-                f"{path} is {image.width} x {image.height} pixels, other images are {images.shape[3]} x "
+                f"{path} is {image.shape[2]} x {image.shape[1]} pixels, the first image is {images.shape[3]} x "
                 f"{images.shape[2]}: a pack needs one size. Use data=folder for images of any size."
             )
-        try:
-            images[row] = image.decode()
-        except Exception as error:  # decoders raise anything
-            raise unreadable(path, error) from error
+        images[row] = image
     assert images is not None  # scan never returns an empty tree
     write_pack(root, split, images, tree.labels, tree.classes, origin=tree.fingerprint)

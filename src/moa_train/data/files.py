@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moa_train.data.counter import Floats, sample_keys
 from moa_train.data.fingerprint import fingerprint
-from moa_train.data.image import open_image, unreadable
+from moa_train.data.image import EncodedImage, reading
 from moa_train.data.order import Draw, Indices
 from moa_train.data.tree import ClassTree
 from moa_train.data.view import View
@@ -93,8 +93,5 @@ class FileSource:
 
     def _read(self, index: int, view: View, numbers: Floats) -> Tensor:
         path = self.tree.path(self.rows[index])
-        image = open_image(path)
-        try:
-            return view(image, numbers)
-        except Exception as error:  # the pixels are decoded there, and decoders raise anything
-            raise unreadable(path, error) from error
+        with reading(path):
+            return view(EncodedImage(path.read_bytes()), numbers)

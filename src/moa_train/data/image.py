@@ -2,6 +2,8 @@
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -65,21 +67,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def open_image(path: Path) -> EncodedImage:
-    """Read a file.
-
-    Raises:
-        UserError: it cannot be read or is no image.
-    """
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong while ``path`` is read into a UserError that names it."""
     try:
-        return EncodedImage(path.read_bytes())
+        yield
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: Path, error: Exception) -> UserError:
-    """Return the error for a file that is no proper image."""
-    reason = str(error).splitlines()[0].replace(repr(path), "").strip() if str(error) else type(error).__name__
-    return UserError(
-        f"{path}: unreadable image ({reason}). Repair or remove it; `moa-data check ROOT` lists all such files."
-    )
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: unreadable image ({reason}). Repair or remove it; `moa-data check ROOT` lists all such files."
+        ) from error

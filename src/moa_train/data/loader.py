@@ -12,13 +12,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from moa_train.data.arrays import ArraySource
+from moa_train.data.augment import CROPS
 from moa_train.data.batch import Batch
 from moa_train.data.order import Draw, Order, micro_batches
 from moa_train.data.source import Source
 from moa_train.data.view import CentreCrop, RandomResizedCrop, View
 from moa_train.runtime.errors import UserError, choose
 
-CROPS = ("pad", "resized", "none")
 POLICIES = ("fail", "quarantine")
 
 _log = logging.getLogger(__name__)
@@ -38,13 +38,16 @@ class TrainLoader:
         world_size: number of processes.
         workers: processes that read files; 0 reads them here. Sources in memory need none.
         crop: ``resized`` cuts random rectangles out of files as they are read. Otherwise, and for sources in memory,
-            images only get their size here and ``BatchAugment`` crops.
+            images only get their size here, and ``BatchAugment`` crops.
         scale, ratio, interpolation: of the random resized crop.
         unreadable: ``fail`` at the first image that cannot be read, or ``quarantine`` it: the next readable file
             takes its place, the same one whenever and wherever it is drawn.
         quarantine_budget: number of different unreadable files at which quarantine fails, too.
         pin_memory: hand out batches in page-locked memory.
         timeout: seconds to wait for a worker.
+
+    Attributes:
+        batch_crop: the crop that is left to ``BatchAugment``.
     """
 
     def __init__(
@@ -70,7 +73,9 @@ class TrainLoader:
         if unreadable not in POLICIES:
             raise UserError(choose("unreadable", unreadable, POLICIES))
         view: View = CentreCrop(source.image_size, 1.0)
-        if crop == "resized":
+        self.batch_crop = crop
+        if crop == "resized" and not source.in_memory:
+            self.batch_crop = "none"
             view = RandomResizedCrop(source.image_size, scale, ratio, interpolation)
         self.order, self.micro_batch_size = order, micro_batch_size
         self._share = micro_batches(order.batch_size, micro_batch_size, rank, world_size)
