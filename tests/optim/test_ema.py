@@ -1,4 +1,7 @@
 import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,9 +70,20 @@ def test_applied_computes_with_the_averages_and_gives_the_weights_back() -> None
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
 
 
-def test_under_compile_wrapper_and_ddp_the_bare_model_is_averaged() -> None:
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), nn.parallel.DistributedDataParallel])
+def test_wrapped_models_see_the_averages_of_the_bare_one(
+    wrap: Callable[[nn.Module], nn.Module], process_group: None
+) -> None:
     model = network()
-    wrapped = torch.compile(model, backend="eager")
+    wrapped = wrap(model)
     ema = AveragedWeights(model, 0.5)
     x = torch.randn(5, 4)
     wrapped.eval()
@@ -80,6 +94,8 @@ def test_under_compile_wrapper_and_ddp_the_bare_model_is_averaged() -> None:
         assert torch.equal(wrapped(x), before)
     assert torch.equal(wrapped(x), moved)
     assert not torch.equal(before, moved)
+    wrapped.train()(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_half_precision_parameters_are_averaged_in_fp32_and_come_back_to_the_bit() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
@@ -98,6 +98,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
     )
 
 
+@settings(derandomize=True, deadline=None)
 @given(schedules())
 def test_properties(schedule: Schedule) -> None:
     """Up in the warm-up, down after it, always between floor (or start) and peak, and no jump but at milestones."""
