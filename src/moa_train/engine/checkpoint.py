@@ -7,32 +7,27 @@ and by the score in the manifest, never by time stamps, nor by a pointer that a 
 """
 
 import contextlib
-import json
 import logging
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from moa_train.engine.manifest import (
     FILES,
     MANIFEST,
-    PARTS,
     Checkpoint,
     folder_name,
     folder_step,
     fsync_folder,
     remove_folder,
-    write_folder,
 )
+from moa_train.engine.snapshot import Snapshot
 from moa_train.engine.tensorfile import CheckpointError
 from moa_train.runtime import faults
 
@@ -64,18 +59,17 @@ class CheckpointStore:
         A damaged one is passed over with a warning that names the file. If all are damaged that is a CheckpointError:
         a run must not silently start afresh.
         """
-        damage, vanished = [], False
-        for path in self._folders():
+        damage, folders = [], self._folders()
+        for path in folders:
             try:
                 checkpoint = Checkpoint.open(path).verify()
             except CheckpointError as error:
-                vanished = vanished or not path.exists()
                 damage.append(str(error))
                 continue
             for line in damage:
                 log.warning("%s Falling back to step %d.", line, checkpoint.step)
             return checkpoint
-        if vanished:  # the run that owns them removed them while we looked: it has newer ones
+        if self._folders() != folders:  # the run goes on: it removed what we looked at, and has newer ones
             return self.newest()
         if damage:
             listed = "\n  ".join(damage[:6])
@@ -91,16 +85,25 @@ class CheckpointStore:
         for _, _, checkpoint in sorted(scored, key=lambda entry: entry[:2], reverse=True):
             if self._is_valid(checkpoint):
                 return checkpoint
+            if not checkpoint.path.exists():  # the run goes on, and has a better one
+                return self.best()
             log.warning("%s, the best so far, is damaged.", checkpoint.path)
         return None
 
     def at(self, step: int) -> Checkpoint:
         """Return the valid checkpoint of ``step``; raises CheckpointError, which lists the steps there are."""
-        for path in self._folders():
+        folders = self._folders()
+        damage: CheckpointError | None = None
+        for path in folders:
             if folder_step(path) == step:
-                return Checkpoint.open(path).verify()
-        steps = ", ".join(str(step) for step in sorted({folder_step(path) or 0 for path in self._folders()}))
-        raise CheckpointError(f"{self.directory} has no checkpoint of step {step}; it has: {steps or 'none'}.")
+                try:
+                    return Checkpoint.open(path).verify()
+                except CheckpointError as error:
+                    damage = damage or error
+        steps = ", ".join(str(step) for step in sorted({folder_step(path) or 0 for path in folders}))
+        raise damage or CheckpointError(
+            f"{self.directory} has no checkpoint of step {step}; it has: {steps or 'none'}."
+        )
 
     def _folders(self) -> list[Path]:
         """List folders of checkpoints, the newest step first; one that was being replaced follows its replacement."""
@@ -158,20 +161,12 @@ class CheckpointStore:
             CheckpointError: if it cannot be written; no partial file is left, and older checkpoints are untouched.
         """
         self.wait()
-        assert {"model"} <= set(tensors) <= set(PARTS), f"parts are {PARTS}, not {list(tensors)}"
-        job = _Job(
-            step,
-            score if score is not None and math.isfinite(score) else None,
-            {part: {name: _to_host(t, background) for name, t in named.items()} for part, named in tensors.items()},
-            dict(metadata or {}),
-            (json.dumps(state, indent=1) + "\n").encode(),
-            _copies_done(tensors),
-        )
+        snapshot = Snapshot.take(step, tensors, state, metadata or {}, score, copy=background)
         if not background:
-            self._save(job)
+            self._save(snapshot)
             return
         self._executor = self._executor or ThreadPoolExecutor(1, "checkpoint")
-        self._saving = self._executor.submit(self._save, job)
+        self._saving = self._executor.submit(self._save, snapshot)
 
     def poll(self) -> None:
         """Raise the error of a background save that has failed; costs nothing otherwise."""
@@ -206,15 +201,14 @@ class CheckpointStore:
                 raise
             log.error("%s", failure)  # the error on its way out is the one to see
 
-    def _save(self, job: "_Job") -> None:
-        if job.ready is not None:
-            job.ready.synchronize()
-        temporary = self.directory / f"{_SAVING}{folder_name(job.step)}"
+    def _save(self, snapshot: Snapshot) -> None:
+        step = snapshot.step
+        temporary = self.directory / f"{_SAVING}{folder_name(step)}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._clean()
-            self._check_space(job)
-            write_folder(temporary, job.step, job.score, job.tensors, job.metadata, job.state)
+            self._check_space(snapshot)
+            snapshot.write(temporary)
             faults.point("checkpoint.before_rename")
             self._put_into_place(temporary)
         except BaseException as error:
@@ -222,7 +216,7 @@ class CheckpointStore:
                 remove_folder(temporary)
             if isinstance(error, OSError):
                 raise CheckpointError(
-                    f"Cannot save step {job.step} in {self.directory}: {error.strerror or error}. "
+                    f"Cannot save step {step} in {self.directory}: {error.strerror or error}. "
                     "Older checkpoints are untouched."
                 ) from error
             raise
@@ -233,12 +227,12 @@ class CheckpointStore:
         except OSError as error:
             log.warning("Cannot remove older checkpoints: %s.", error)
 
-    def _check_space(self, job: "_Job") -> None:
+    def _check_space(self, snapshot: Snapshot) -> None:
         free = shutil.disk_usage(self.directory).free
-        if free < job.bytes * 1.01 + 2**20:  # headers, blocks
+        if free < snapshot.bytes * 1.01 + 2**20:  # headers, blocks
             raise CheckpointError(
-                f"Cannot save step {job.step}: it takes {job.bytes / 2**20:.0f} MiB and {self.directory} has only "
-                f"{free / 2**20:.0f} MiB free. Free some space, or keep fewer checkpoints."
+                f"Cannot save step {snapshot.step}: it takes {snapshot.bytes / 2**20:.0f} MiB and {self.directory} has "
+                f"only {free / 2**20:.0f} MiB free. Free some space, or keep fewer checkpoints."
             )
 
     def _put_into_place(self, temporary: Path) -> None:
@@ -260,17 +254,27 @@ class CheckpointStore:
 
     def _clean(self) -> None:
         """Finish what a crash interrupted: half-written folders go, one that never got its replacement comes back."""
-        for path in self.directory.glob(f"{_SAVING}*"):
-            if path.is_dir() and not path.is_symlink():
+        for path in self.directory.iterdir():
+            if path.is_symlink() or not path.is_dir():
+                continue
+            if path.name.startswith(_SAVING):
                 remove_folder(path)
-        for path in self._folders():
-            current = path.with_suffix("")
-            if path.suffix and any(found.path == current and self._is_valid(found) for found in self._openable()):
-                remove_folder(path)
-            elif path.suffix:
-                if current.exists():
-                    remove_folder(current)
-                path.rename(current)
+            elif folder_step(path) is not None:
+                with contextlib.suppress(OSError):
+                    path.rmdir()  # only if it is empty: all but removed
+        for path in self.directory.glob(f"step-*{_REPLACED}"):
+            if folder_step(path) is not None and not path.is_symlink():
+                self._settle(path.with_suffix(""), replaced=path)
+
+    def _settle(self, current: Path, replaced: Path) -> None:
+        """Keep one of the two folders of a step."""
+        if any(found.path == current and self._is_valid(found) for found in self._openable()):
+            remove_folder(replaced, rest=current)
+            return
+        if current.is_dir():
+            remove_folder(current, rest=replaced)
+        if not current.exists():
+            replaced.rename(current)
 
     def _prune(self) -> None:
         last = list(islice(filter(self._is_valid, self._openable()), self.keep_last))
@@ -306,34 +310,3 @@ class CheckpointStore:
                 else:
                     temporary.symlink_to(target.path.name)
                     temporary.replace(link)
-
-
-@dataclass(frozen=True)
-class _Job:
-    step: int
-    score: float | None
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    metadata: Mapping[str, str]
-    state: bytes
-    ready: torch.cuda.Event | None
-
-    @property
-    def bytes(self) -> int:
-        tensors = (tensor for named in self.tensors.values() for tensor in named.values())
-        return len(self.state) + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _to_host(tensor: Tensor, copy: bool) -> Tensor:
-    tensor = tensor.detach()
-    if tensor.device.type == "cpu":
-        return tensor.clone() if copy else tensor
-    return tensor.to("cpu", non_blocking=True)  # into pinned memory, without waiting; see _copies_done
-
-
-def _copies_done(tensors: Mapping[str, Mapping[str, Tensor]]) -> torch.cuda.Event | None:
-    """Return an event behind all copies to the host; later updates of the tensors queue up behind it."""
-    if not any(tensor.is_cuda for named in tensors.values() for tensor in named.values()):
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event

@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import Any, Self
 
 from torch import Tensor
 
-from moa_train.engine.tensorfile import CheckpointError, read_tensors, write_tensors
+from moa_train.engine.tensorfile import CheckpointError, read_tensors
 from moa_train.runtime import faults
 
 FORMAT = 1
@@ -66,7 +67,7 @@ class Checkpoint:
             files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
             step, score = manifest["step"], manifest["score"]
             # The manifest vouches for the files, its own sum for itself, and its form is fixed to the byte.
-            sound = text == compose(step, score, files)
+            sound = text == compose(step, score, files) and type(step) is int and type(score) in (int, float, NoneType)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             sound = False
         if not sound:
@@ -130,33 +131,18 @@ def compose(step: int, score: float | None, files: Mapping[str, tuple[int, str]]
     return (json.dumps({**content, "sha256": own}, indent=1) + "\n").encode()
 
 
-def write_folder(
-    folder: Path,
-    step: int,
-    score: float | None,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    metadata: Mapping[str, str],
-    state: bytes,
-) -> None:
-    """Make ``folder`` and fill it, the manifest last, all of it flushed to the disk. Raises OSError."""
-    folder.mkdir(exist_ok=True)
-    files: dict[str, tuple[int, str]] = {}
-    for part, named in tensors.items():
-        name = f"{part}.safetensors"
-        files[name] = write_tensors(folder / name, named, metadata if part in ("model", "ema") else None)
-    _write(folder / "state.json", state)
-    files["state.json"] = (len(state), hashlib.sha256(state).hexdigest())
-    faults.point("checkpoint.before_manifest")
-    _write(folder / MANIFEST, compose(step, score, files))
-    fsync_folder(folder)
+def remove_folder(folder: Path, rest: Path | None = None) -> None:
+    """Remove a checkpoint's own files, the manifest first, and the folder too if nothing else is in it.
 
-
-def remove_folder(folder: Path) -> None:
-    """Remove a checkpoint's own files, the manifest first, and the folder too if nothing else is in it."""
+    Somebody's own files stay, or move to the folder ``rest`` where that has none of their names.
+    """
     for name in (MANIFEST, *FILES):
         (folder / name).unlink(missing_ok=True)
         faults.point("checkpoint.mid_remove")
-    if not any(folder.iterdir()):  # somebody's own files stay
+    for path in folder.iterdir() if rest else ():
+        if rest and not (rest / path.name).exists():
+            path.rename(rest / path.name)
+    if not any(folder.iterdir()):
         folder.rmdir()
 
 
@@ -169,7 +155,8 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file and flush it to the disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()

@@ -57,6 +57,7 @@ def write_tensors(
     offset = 0
     for name in names:
         tensor = tensors[name]
+        assert tensor.dtype in _DTYPES, f"{name} is of {tensor.dtype}, which is not stored"
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": _DTYPES[tensor.dtype],

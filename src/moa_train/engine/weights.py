@@ -7,8 +7,10 @@ from pathlib import Path
 from torch import Tensor
 
 from moa_train.engine.checkpoint import CheckpointStore
-from moa_train.engine.manifest import FILES, MANIFEST, Checkpoint
+from moa_train.engine.manifest import MANIFEST, Checkpoint
 from moa_train.engine.tensorfile import CheckpointError, read_tensors
+
+WEIGHTS = ("model.safetensors", "ema.safetensors")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,11 @@ def find_weights(path: Path, parts: Sequence[str] = ("ema", "model")) -> FoundWe
     averaged weights before plain ones. Raises CheckpointError if there is none.
     """
     if path.is_file():
-        if path.name in FILES and (path.parent / MANIFEST).is_file():
+        if path.name == "optimizer.safetensors":
+            raise CheckpointError(
+                f"{path} is the optimizer's state. Give the model.safetensors or ema.safetensors there."
+            )
+        if path.name in WEIGHTS and (path.parent / MANIFEST).is_file():
             checkpoint = Checkpoint.open(path.resolve().parent)
             return FoundWeights(path, checkpoint, f"{path.name} of step {checkpoint.step}")
         return FoundWeights(path, None, f"the file {path.name}")

@@ -77,6 +77,6 @@ class RunLock:
 def _describe(content: bytes) -> str:
     try:
         holder = json.loads(content)
-        return f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command'][:120]})"
     except (ValueError, KeyError, TypeError):
         return "another process"

@@ -47,12 +47,12 @@ def command() -> str:
     return shlex.join(words)
 
 
-def source_digest() -> str:
+def source_digest(source: Path = _SOURCE) -> str:
     """Return the SHA-256 over names and contents of the package's Python files: the same code, the same digest."""
     digest = hashlib.sha256()
-    for path in sorted(_SOURCE.rglob("*.py")):
+    for path in sorted(source.rglob("*.py")):
         content = path.read_bytes()
-        digest.update(f"{path.relative_to(_SOURCE).as_posix()}\0{len(content)}\0".encode() + content)
+        digest.update(f"{path.relative_to(source).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
 
@@ -126,6 +126,8 @@ def write(run_dir: Path, record: Mapping[str, Any]) -> Path:
         _replace(run_dir / name, diff)
         record["code"]["diff_file"] = name
     path = run_dir / FILE
+    if path.exists() and not read(run_dir):
+        path.replace(path.with_name(f"{FILE}.damaged"))
     _replace(path, json.dumps([*read(run_dir), record], indent=1) + "\n")
     return path
 

@@ -1,0 +1,137 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moa_train.runtime.distributed import Distributed, unwrap
+from moa_train.runtime.errors import UserError
+
+SCRIPT = str(Path(__file__).with_name("two_ranks.py"))
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What the ranks of two_ranks.py left behind."""
+    folder = tmp_path_factory.mktemp("ranks")
+    done = subprocess.run([sys.executable, SCRIPT, str(folder)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "destroy_process_group" not in done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seen(folder) -> list[dict]:
+    """What two ranks saw that came to a good end."""
+    failure = "".join(path.read_text() for path in folder.glob("all-*.txt"))
+    assert not failure
+    return [json.loads((folder / f"all-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_ranks_know_their_place(seen):
+    assert [rank["place"] for rank in seen] == [[0, 0, 2, 2, True], [1, 1, 2, 2, False]]
+
+
+def test_objects_reach_every_rank(seen):
+    for rank in seen:
+        found = rank["agreements"]
+        assert found["broadcast"] == {"from": 0, "nested": [1, None, "ä", 0.1]}
+        assert found["broadcast_from_1"] == 1
+        assert found["broadcast_long"] == 1_000_000
+        assert found["gather"] == ["", "ab"]
+        assert found["mean"] == (0.1 + 1.1) / 2
+
+
+def test_what_rank_0_does_alone_succeeds_or_fails_everywhere(seen):
+    for number, rank in enumerate(seen):
+        found = rank["agreements"]
+        assert found["on_main"] == {"rank": 0}
+        assert found["on_main_user"] == ("rank 0: " if number else "") + "no such folder"
+        assert found["on_main_bug"] == ("RuntimeError: rank 0: disk on fire" if number else "OSError: disk on fire")
+
+
+def test_differences_are_named_with_their_ranks(seen):
+    for rank in seen:
+        found = rank["agreements"]
+        assert found["same"] == "accepted"
+        assert "optim.lr: 0.1 on rank 0; 0.2 on rank 1" in found["other"]
+        assert "seed" not in found["other"]
+        assert "only: nothing on rank 0; 1 on rank 1" in found["other_keys"]
+
+
+def test_a_flag_is_known_to_all_one_call_later(seen):
+    for rank in seen:
+        assert rank["agreements"]["agree_any"] == [False, False, False, True, False]
+        assert rank["agreements"]["agree_any_seconds"] < 0.02
+
+
+def test_integer_sums_are_exact(seen):
+    for rank in seen:
+        assert rank["sums"]["counts"] == [2**54 + 3, 1, -6]  # 2**54 + 3 is no double
+
+
+def test_accumulated_and_reduced_gradients_are_those_of_the_large_batch(seen):
+    for rank in seen:
+        assert rank["accumulate"]["error"] < 1e-12
+        assert rank["accumulate"]["unwrapped"]
+
+
+def test_statistics_of_batch_normalisation_are_made_those_of_rank_0(seen):
+    first, second = (rank["buffers"] for rank in seen)
+    assert first["wrapped"]
+    assert first["before"] != second["before"]
+    assert first["before"] == first["after"] == second["after"]
+
+
+def test_a_peer_that_fails_or_hangs_ends_the_others(folder):
+    codes = json.loads((folder / "codes.json").read_text())
+    assert codes["all-0"] == codes["all-1"] == 0
+    assert codes["raising-0"] == codes["raising-1"] == 1
+    assert "the root cause" in (folder / "raising-1.txt").read_text()
+    assert (codes["hanging-0"], codes["hanging-1"]) == (1, "stopped")  # after its time-out of 3 seconds
+    assert "barrier" in (folder / "hanging-0.txt").read_text()
+
+
+def test_alone_there_is_no_group_and_no_waiting(monkeypatch):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    with Distributed.start("cpu") as alone:
+        assert not torch.distributed.is_initialized()
+        assert (alone.rank, alone.world_size, alone.is_main) == (0, 1, True)
+        assert alone.agree_any(True)
+        assert not alone.agree_any(False)
+        assert alone.gather_objects({"a": (1, 2)}) == [{"a": [1, 2]}]
+        assert alone.broadcast_object((1, 2)) == [1, 2]
+        assert alone.on_main(lambda: "x") == "x"
+        alone.check_same("anything", 1)
+        alone.barrier()
+        counts = torch.tensor([3])
+        assert alone.all_reduce_sum(counts) is counts
+        model = torch.nn.Linear(1, 1)
+        assert alone.wrap(model) is model
+        assert unwrap(model) is model
+        with alone.no_sync(model):
+            pass
+        with pytest.raises(UserError, match="no luck"):
+            alone.on_main(lambda: _fail(UserError("no luck")))
+
+
+def _fail(error: Exception) -> None:
+    raise error
+
+
+def test_an_environment_that_is_not_torchruns_is_named(monkeypatch):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(UserError, match=r"no MASTER_ADDR\. Start the processes with torchrun"),
+        Distributed.start("cpu"),
+    ):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE='two'"), Distributed.start("cpu"):
+        pass

@@ -1,0 +1,62 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moa_train.runtime import faults
+from moa_train.runtime.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _disarmed():
+    yield
+    faults.arm({})
+
+
+def run(plan: str, code: str, **environ: str) -> subprocess.CompletedProcess:
+    program = f"from moa_train.runtime.faults import point\n{code}"
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "MOA_TRAIN_FAULTS": plan, **environ},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def test_a_process_is_killed_at_the_nth_hit_of_its_point():
+    done = run("b=kill@2", "[(point('a'), point('b'), print(i, flush=True)) for i in range(5)]")
+    assert done.returncode == -signal.SIGKILL
+    assert done.stdout.split() == ["0"]
+
+
+def test_a_rank_and_a_first_incarnation_can_be_meant():
+    assert run("a=kill/1", "point('a')", RANK="0").returncode == 0
+    assert run("a=kill/1", "point('a')", RANK="1").returncode == -signal.SIGKILL
+    assert run("a=kill", "point('a')", TORCHELASTIC_RESTART_COUNT="1").returncode == 0
+
+
+def test_a_wrong_plan_is_named_at_once():
+    assert "Did you mean 'kill'?" in run("a=kil", "").stderr
+
+
+def test_actions_within_the_process():
+    faults.arm({"MOA_TRAIN_FAULTS": "a=true@2, b=raise, c=full@1"})
+    assert [faults.point("a") for _ in range(3)] == [False, True, False]
+    with pytest.raises(faults.InjectedFaultError, match="at b"):
+        faults.point("b")
+    with pytest.raises(OSError, match="No space left"):
+        faults.point("c")
+    assert not faults.point("d")
+    with pytest.raises(UserError, match="point=action@n/rank"):
+        faults.arm({"MOA_TRAIN_FAULTS": "a"})
+
+
+def test_off_it_costs_next_to_nothing():
+    start = time.perf_counter()
+    for _ in range(10_000):
+        faults.point("checkpoint.before_rename")
+    assert time.perf_counter() - start < 0.05  # 5 us each; about 0.06 us measured

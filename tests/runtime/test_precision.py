@@ -1,0 +1,79 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moa_train.runtime.errors import UserError
+from moa_train.runtime.precision import Precision, has_bf16
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs /proc/cpuinfo to compare with")
+def test_bf16_is_found_where_the_kernel_lists_it():
+    words = Path("/proc/cpuinfo").read_text().split()
+    assert has_bf16(CPU) == any(flag in words for flag in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+
+
+def test_auto_is_bf16_with_the_hardware_and_fp32_without():
+    assert Precision.resolve("auto", CPU).name == ("bf16" if has_bf16(CPU) else "fp32")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_forward_pass_computes_in_it_and_gradients_stay_fp32(name, dtype):
+    precision = Precision.resolve(name, CPU)
+    layer = torch.nn.Linear(4, 4)
+    with precision.autocast():
+        output = layer(torch.ones(2, 4))
+    assert output.dtype == precision.dtype == dtype
+    loss = output.float().sum()
+    assert torch.equal(precision.scaler.scale(loss), loss)
+    loss.backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
+    assert precision.scaler.state_dict() == {}
+
+
+def test_what_cannot_be_done_is_named_with_the_options():
+    with pytest.raises(UserError, match=r"needs a GPU.*auto, bf16 and fp32"):
+        Precision.resolve("fp16", CPU)
+    with pytest.raises(UserError, match="Did you mean 'bf16'"):
+        Precision.resolve("bf61", CPU)
+
+
+# In a process of its own: torch's switches are global, and warnings must be errors before torch is imported.
+SWITCHES = """
+import torch
+from moa_train.runtime.precision import set_fp32_products
+for name, expected in (("tf32", True), ("ieee", False), ("tf32", True)):
+    set_fp32_products(name)
+    old = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32  # what torch.compile reads
+    new = torch.backends.cuda.matmul.fp32_precision == "tf32", torch.backends.cudnn.conv.fp32_precision == "tf32"
+    assert old == new == (expected, expected), (name, old, new)
+    assert torch.get_float32_matmul_precision() == ("high" if expected else "highest")
+try:
+    set_fp32_products("tf23")
+except ValueError as error:
+    assert "Did you mean 'tf32'" in str(error)
+"""
+
+
+def test_tf32_can_be_read_by_old_and_new_names_without_a_warning():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", SWITCHES], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fp16_skips_the_update_at_an_infinite_gradient():
+    device = torch.device("cuda", 0)
+    precision = Precision.resolve("fp16", device)
+    weight = torch.nn.Parameter(torch.ones(2, device=device))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    precision.scaler.scale((weight * torch.tensor([float("inf"), 1.0], device=device)).sum()).backward()
+    precision.scaler.unscale_(optimizer)
+    precision.scaler.step(optimizer)
+    precision.scaler.update()
+    assert torch.equal(weight, torch.ones_like(weight))

@@ -1,0 +1,75 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moa_train.runtime.signals import Exit, StopSignals
+
+LOOP = """
+import sys, time
+from moa_train.runtime.signals import Exit, StopSignals
+with StopSignals() as stop:
+    print("ready", flush=True)
+    while not (stop.requested and "stubborn" not in sys.argv):
+        time.sleep(0.01)
+    print(stop.received.name)
+sys.exit(Exit.STOPPED)
+"""
+
+
+def started(*arguments: str) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOOP, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_each_signal_lets_the_loop_end_by_itself(number):
+    process = started()
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=10)
+    assert (process.returncode, output.strip()) == (75, number.name)
+
+
+def test_a_second_ctrl_c_leaves_at_once():
+    process = started("stubborn")
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        process.send_signal(number)
+        time.sleep(0.1)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == Exit.INTERRUPTED == 130
+    assert "without saving" in errors
+
+
+def test_handlers_come_back():
+    before = [signal.getsignal(number) for number in StopSignals.HANDLED]
+    with StopSignals() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.requested
+    assert [signal.getsignal(number) for number in StopSignals.HANDLED] == before
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("number", "end"), [(signal.SIGINT, "exit 0"), (signal.SIGUSR1, "exit 0"), (signal.SIGTERM, "signal 15")]
+)
+def test_forked_children_leave_ctrl_c_to_their_parent_and_can_be_terminated(number, end):
+    with StopSignals() as stop:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert not stop.requested
+    ended = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
+    assert ended == end
