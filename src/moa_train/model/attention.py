@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# AMX, on Intel servers since 2023. The private name is the only one that torch 2.9 has.
+HAS_MATRIX_TILES: bool = torch.cpu._is_amx_tile_supported()
+
 
 class BiasedAttention(nn.Module):
     """``softmax(q kᵀ / √D + bias) v`` with a learned bias for every head and relative position on a grid.
@@ -47,16 +50,34 @@ def relative_position_index(height: int, width: int) -> Tensor:
 def attend(q_GNLD: Tensor, k_GNLD: Tensor, v_GNLD: Tensor, bias: Tensor) -> Tensor:
     """Return ``softmax(q kᵀ / √D + bias) v`` (G, N, L, D); ``bias`` is (N, L, L), or (G, N, L, L) with a mask in it.
 
-    This is the seam where the kernel is chosen. A bias that needs a gradient sends PyTorch's fused attention
-    to its slow path on the CPU; a plain product in the dtype of ``q`` is about twice as fast there.
+    This is the seam where the kernel is chosen: PyTorch's fused attention, or a plain product where that is faster.
     """
-    if q_GNLD.device.type == "cpu" and bias.requires_grad and torch.is_grad_enabled():
-        return _plain_product(q_GNLD, k_GNLD, v_GNLD, bias)
-    return F.scaled_dot_product_attention(q_GNLD, k_GNLD, v_GNLD, bias if bias.dim() == 4 else bias[None])
-
-
-def _plain_product(q_GNLD: Tensor, k_GNLD: Tensor, v_GNLD: Tensor, bias: Tensor) -> Tensor:
+    if fused_pays(q_GNLD, bias):
+        return F.scaled_dot_product_attention(q_GNLD, k_GNLD, v_GNLD, aligned(bias if bias.dim() == 4 else bias[None]))
     # Autocast would promote the softmax, and with it the scores, the largest tensor of the model, to fp32.
     with torch.autocast(q_GNLD.device.type, enabled=False):
-        scores_GNLL = (q_GNLD * q_GNLD.shape[-1] ** -0.5) @ k_GNLD.transpose(-2, -1) + bias
-        return scores_GNLL.softmax(-1) @ v_GNLD
+        scores_GNLL = (q_GNLD * q_GNLD.shape[-1] ** -0.5) @ k_GNLD.transpose(-2, -1)
+        return scores_GNLL.add_(bias).softmax(-1) @ v_GNLD
+
+
+def fused_pays(q_GNLD: Tensor, bias: Tensor) -> bool:
+    """Say whether the fused kernel is the faster one. Measured: docs/MODEL.md.
+
+    On the CPU, a bias that needs a gradient sends it to a slow path, and without matrix tiles its bf16 products
+    are slower than oneDNN's.
+    """
+    if q_GNLD.device.type != "cpu":
+        return True
+    needs_gradient = bias.requires_grad and torch.is_grad_enabled()
+    return not needs_gradient and (HAS_MATRIX_TILES or q_GNLD.dtype != torch.bfloat16)
+
+
+def aligned(bias: Tensor) -> Tensor:
+    """Give rows of the bias (..., L, L) a stride of 16 elements' multiple on CUDA, as the fused kernels need it.
+
+    PyTorch would do the same copy for windows of 196, but after expanding the bias to all groups.
+    """
+    if bias.device.type == "cpu" or bias.shape[-1] % 16 == 0:
+        return bias
+    L = bias.shape[-1]
+    return F.pad(bias, (0, -L % 16))[..., :L]

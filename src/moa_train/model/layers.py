@@ -1,9 +1,12 @@
 """Layers of a local-window Transformer. Maps are B, H, W, C from end to end (letters: see `attention`)."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moa_train.model.attention import BiasedAttention, attend
 
@@ -21,6 +24,7 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Map images (B, in_channels, H, W) to a map (B, H/patch, W/patch, C)."""
         images_BCHW = pad_to_multiple(images_BCHW.permute(0, 2, 3, 1), self.patch).permute(0, 3, 1, 2)
         # In this memory format the convolution's result is B, H, W, C already.
         x_BCHW = self.proj(images_BCHW.contiguous(memory_format=torch.channels_last))
@@ -39,6 +43,7 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
+        """Map (B, H, W, C) to (B, H/2, W/2, 2C)."""
         x_BHWC = pad_to_multiple(x_BHWC, 2)
         x_BHWC = rearrange(x_BHWC, "b (h row) (w col) c -> b h w (col row c)", row=2, col=2)
         return self.reduction(self.norm(x_BHWC))
@@ -66,6 +71,7 @@ class WindowAttention(BiasedAttention):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
+        """Attend within each window; (B, H, W, C) in and out."""
         q_GNLD, k_GNLD, v_GNLD = self.to_windows(self.qkv(x_BHWC))
         bias = self.position_bias(q_GNLD)
         if self.padding_mask is not None:
@@ -108,6 +114,7 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
+        """Drop the branch ``x`` (B, ...) of some samples, in training only."""
         if not self.training or self.rate == 0.0:
             return x
         keep = 1.0 - self.rate
@@ -140,8 +147,27 @@ class LocalBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
+        """Mix positions within windows, then channels; (B, H, W, C) in and out."""
         x_BHWC = x_BHWC + self.drop_path(self.attn(self.norm1(x_BHWC)))
         return x_BHWC + self.drop_path(self.mlp(self.norm2(x_BHWC)))
+
+
+class LocalStage(nn.Module):
+    """Local blocks, and the way down to the next stage (the last one has none)."""
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: PatchMerging | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+    def global_attention(self, x_BHWC: Tensor) -> Tensor:
+        """Relate windows to each other, (B, H, W, C) in and out: not here, but in the stages of both MOA forms."""
+        return x_BHWC
+
+
+def run_block(block: Callable[[Tensor], Tensor], x: Tensor, *, recompute: bool) -> Tensor:
+    """Apply a block; with ``recompute`` its inner activations are not kept, but computed again for the gradient."""
+    return checkpoint(block, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(x)
 
 
 def pad_to_multiple(x_BHWC: Tensor, size: int) -> Tensor:

@@ -1,18 +1,16 @@
-"""The MOA-Transformer: windows for what is near, one small attention over all windows for what is far.
+"""The MOA block of the paper: windows for what is near, one small attention over all windows for what is far.
 
 Patel, Bur, Li, Wang: "Aggregating Global Features into Local Vision Transformer", arXiv 2201.12903.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moa_train.model.attention import BiasedAttention, attend
 from moa_train.model.geometry import Stage
-from moa_train.model.layers import MLP, DropPath, LocalBlock, PatchEmbedding, PatchMerging, pad_to_multiple
+from moa_train.model.layers import MLP, DropPath, LocalStage, PatchMerging, pad_to_multiple
 
 
 class MOABlock(BiasedAttention):
@@ -41,6 +39,7 @@ class MOABlock(BiasedAttention):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
+        """Add to every window what its token learned from all windows; (B, H, W, C) in and out."""
         tokens_BhwC = self.tokens(x_BHWC)
         update_BhwC = self.drop_path(self.expand(tokens_BhwC))
         return add_to_windows(x_BHWC, update_BhwC, self.window)
@@ -73,76 +72,13 @@ def add_to_windows(x_BHWC: Tensor, update_BhwC: Tensor, window: int) -> Tensor:
     return x_BHWC + repeated_BHWC[:, :height, :width]
 
 
-class MOAStage(nn.Module):
-    """Local blocks, what is global after them, and the way down to the next stage.
+class MOAStage(LocalStage):
+    """A stage that ends in a MOA block."""
 
-    A stage of either form has ``blocks``, ``global_attention`` (B, H, W, C in and out) and ``downsample``.
-    """
-
-    def __init__(self, blocks: Sequence[nn.Module], moa: MOABlock | None, downsample: PatchMerging | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+    def __init__(self, blocks: Sequence[nn.Module], moa: MOABlock, downsample: PatchMerging) -> None:
+        super().__init__(blocks, downsample)
         self.moa = moa
-        self.downsample = downsample
 
     def global_attention(self, x_BHWC: Tensor) -> Tensor:
-        """Apply the MOA block, where the stage has one."""
-        return x_BHWC if self.moa is None else self.moa(x_BHWC)
-
-
-class MOATransformer(nn.Module):
-    """The whole network: patch embedding, stages with patch merging between them, LayerNorm, mean, linear head."""
-
-    def __init__(
-        self,
-        layers: Sequence[nn.Module],
-        stages: Sequence[Stage],
-        *,
-        image_size: tuple[int, int],
-        in_channels: int,
-        patch_size: int,
-        num_classes: int,
-        dropout: float,
-        checkpointing: bool,
-    ) -> None:
-        super().__init__()
-        self.image_size = image_size
-        self.stages = tuple(stages)
-        self.checkpointing = checkpointing
-        self.patch_embed = PatchEmbedding(patch_size, in_channels, stages[0].dim)
-        self.pos_drop = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(stages[-1].dim)
-        self.head = nn.Linear(stages[-1].dim, num_classes)
-        self.apply(init_weights)
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Map images (B, in_channels, H, W), of the size the model was built for, to logits (B, num_classes)."""
-        return self.head(self.forward_features(images_BCHW)[-1].mean((2, 3)))
-
-    def forward_features(self, images_BCHW: Tensor) -> list[Tensor]:
-        """Return every stage's map (B, C, H, W), as it goes into patch merging; the last one after the LayerNorm."""
-        assert images_BCHW.shape[2:] == self.image_size, f"built for {self.image_size}, got {images_BCHW.shape}"
-        maps: list[Tensor] = []
-        x_BHWC = self.pos_drop(self.patch_embed(images_BCHW))
-        for layer in self.layers:
-            for block in (*layer.blocks, layer.global_attention):
-                x_BHWC = self.run_block(block, x_BHWC)
-            maps.append((x_BHWC if layer.downsample else self.norm(x_BHWC)).permute(0, 3, 1, 2))
-            if layer.downsample:
-                x_BHWC = layer.downsample(x_BHWC)
-        return maps
-
-    def run_block(self, block: Callable[[Tensor], Tensor], x_BHWC: Tensor) -> Tensor:
-        """Apply a block; with ``checkpointing`` its inner activations are recomputed in the backward pass."""
-        if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x_BHWC, use_reentrant=False)
-        return block(x_BHWC)
-
-
-def init_weights(module: nn.Module) -> None:
-    """Initialise: projections from a normal of deviation 0.02 cut at 2, biases 0, LayerNorm the identity."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        """Apply the MOA block, (B, H, W, C) in and out."""
+        return self.moa(x_BHWC)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moa_train.model.attention import BiasedAttention, attend
 from moa_train.model.geometry import Stage
-from moa_train.model.layers import DropPath, PatchMerging
+from moa_train.model.layers import DropPath, LocalStage, PatchMerging
 
 
 class ReleasedAttention(BiasedAttention):
@@ -45,8 +45,8 @@ class ReleasedAttention(BiasedAttention):
         return self.dropout(self.proj(rearrange(x_BNLD, "b n l d -> b l (n d)")))
 
 
-class ReleasedStage(nn.Module):
-    """A stage that ends in the published MOA block, under the published names; see `moa.MOAStage`."""
+class ReleasedStage(LocalStage):
+    """A stage that ends in the published MOA block; names and their order are the published ones."""
 
     def __init__(
         self,
@@ -58,8 +58,7 @@ class ReleasedStage(nn.Module):
         dropout: float,
         drop_path: float,
     ) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        super().__init__(blocks, None)
         self.glb_attn = ReleasedAttention(stage, overlap=overlap, reduction=reduction, dropout=dropout)
         self.post_conv = nn.Conv2d(stage.dim, stage.dim, kernel_size=3, padding=1)
         self.norm1 = nn.LayerNorm(stage.dim)
