@@ -1,8 +1,11 @@
 """Loaders: from a source and an order to micro-batches of uint8 images."""
 
+import atexit
 import logging
 import signal
-from collections.abc import Iterable, Iterator
+import warnings
+import weakref
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -211,31 +214,54 @@ class _Reader(Dataset):
 def _start(
     reader: _Reader, requests: Iterable[_Request], *, workers: int, pin_memory: bool, timeout: float
 ) -> Iterator[Batch]:
-    results: Iterable[Batch | UserError] = map(reader.__getitem__, requests)
-    in_workers = workers > 0 and not reader.source.in_memory
-    if in_workers:
-        results = DataLoader(
-            reader,
-            batch_size=None,
-            sampler=requests,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            timeout=timeout,
-            worker_init_fn=_leave_signals_to_trainer,
-            generator=torch.Generator(),  # else starting a loader would draw from the global one
-        )
-    try:
-        for result in results:
-            if isinstance(result, UserError):
-                raise result
-            yield result.pin_memory() if pin_memory and not in_workers else result
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        raise UserError(
-            f"A process that reads images failed: {str(error).splitlines()[0]} Usual causes: memory or /dev/shm is "
-            "full (lower data.workers or the batch size), or storage hangs. data.workers=0 reads without processes."
-        ) from error
+    if workers > 0 and not reader.source.in_memory:
+        return _in_workers(reader, requests, workers, pin_memory, timeout)
+    return (batch.pin_memory() if pin_memory else batch for batch in map(_unwrap, map(reader.__getitem__, requests)))
+
+
+def _in_workers(
+    reader: _Reader, requests: Iterable[_Request], workers: int, pin_memory: bool, timeout: float
+) -> Iterator[Batch]:
+    def results() -> Generator[Batch, None, None]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # the user chose how many
+            loader = iter(
+                DataLoader(
+                    reader,
+                    batch_size=None,
+                    sampler=requests,
+                    num_workers=workers,
+                    pin_memory=pin_memory,
+                    timeout=timeout,
+                    worker_init_fn=_leave_signals_to_trainer,
+                    generator=torch.Generator(),  # else starting a loader would draw from the global one
+                )
+            )
+        try:
+            yield from map(_unwrap, loader)
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            raise UserError(
+                f"A process that reads images failed: {str(error).splitlines()[0]} Usual causes: memory or /dev/shm "
+                "is full (lower data.workers or the batch size), or storage hangs. data.workers=0 reads without them."
+            ) from error
+
+    batches = results()
+    atexit.register(_close, weakref.ref(batches))
+    return batches
+
+
+def _close(batches: weakref.ref[Generator[Batch, None, None]]) -> None:
+    """End the workers before the interpreter does: they ignore the signal that it would send."""
+    if (generator := batches()) is not None:
+        generator.close()
+
+
+def _unwrap(result: Batch | UserError) -> Batch:
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def _leave_signals_to_trainer(worker: int) -> None:
