@@ -15,31 +15,30 @@ HAS_MATRIX_TILES: bool = torch.cpu._is_amx_tile_supported()
 class BiasedAttention(nn.Module):
     """``softmax(q kᵀ / √D + bias) v`` with a learned bias for every head and relative position on a grid.
 
-    The table has ``(2h - 1) (2w - 1)`` rows, one per offset between two cells of the ``h x w`` grid, and a column
-    per head. ``relative_position_index`` (L, L) says which row belongs to a pair of tokens; it is a constant, kept
-    in the state dict only where the published files have it (``keep_index``).
+    The table (2h - 1, 2w - 1, N) has a cell for every offset between two positions of the ``h x w`` grid.
+    ``relative_position_index`` (L, L) tells the cell of each pair of tokens. ``published_layout`` flattens the table
+    to two dimensions and keeps the index in the state dict, as the published files have it.
     """
 
     relative_position_index: Tensor
 
-    def __init__(self, heads: int, grid: tuple[int, int], *, keep_index: bool = False) -> None:
+    def __init__(self, heads: int, grid: tuple[int, int], *, published_layout: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.grid = grid
-        rows = (2 * grid[0] - 1) * (2 * grid[1] - 1)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
-        index_LL = relative_position_index(*grid)
-        self.register_buffer("relative_position_index", index_LL, persistent=keep_index)
+        table_RRN = torch.zeros(2 * grid[0] - 1, 2 * grid[1] - 1, heads)
+        self.relative_position_bias_table = nn.Parameter(table_RRN.flatten(0, 1) if published_layout else table_RRN)
+        self.register_buffer("relative_position_index", relative_position_index(*grid), persistent=published_layout)
 
     def position_bias(self, like: Tensor) -> Tensor:
         """Look the bias (N, L, L) up, in the dtype of ``like``: cast before the copy, so that less is moved."""
-        table_NR = self.relative_position_bias_table.to(like.dtype).t()
+        table_RN = self.relative_position_bias_table.to(like.dtype).view(-1, self.heads)
         L = self.relative_position_index.shape[0]
-        return table_NR.index_select(1, self.relative_position_index.flatten()).view(self.heads, L, L)
+        return table_RN.t().index_select(1, self.relative_position_index.view(-1)).view(self.heads, L, L)
 
 
 def relative_position_index(height: int, width: int) -> Tensor:
-    """Return the table row (L, L) of every query-key pair, L = height x width cells counted row by row."""
+    """Return the table's cell (L, L) of every query-key pair; L = height x width, cells counted row by row."""
     row_L, column_L = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     row_L, column_L = row_L.flatten(), column_L.flatten()
     down_LL = row_L[:, None] - row_L[None, :] + height - 1

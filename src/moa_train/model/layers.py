@@ -59,9 +59,16 @@ class WindowAttention(BiasedAttention):
     padding_mask: Tensor | None
 
     def __init__(
-        self, dim: int, heads: int, map_size: tuple[int, int], window: int, dropout: float, *, keep_index: bool = False
+        self,
+        dim: int,
+        heads: int,
+        map_size: tuple[int, int],
+        window: int,
+        dropout: float,
+        *,
+        published_layout: bool = False,
     ) -> None:
-        super().__init__(heads, (window, window), keep_index=keep_index)
+        super().__init__(heads, (window, window), published_layout=published_layout)
         self.map_size = map_size
         self.window = window
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -137,11 +144,11 @@ class LocalBlock(nn.Module):
         mlp_ratio: float,
         dropout: float,
         drop_path: float,
-        keep_index: bool = False,
+        published_layout: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, heads, map_size, window, dropout, keep_index=keep_index)
+        self.attn = WindowAttention(dim, heads, map_size, window, dropout, published_layout=published_layout)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim, int(dim * mlp_ratio), dropout)
         self.drop_path = DropPath(drop_path)

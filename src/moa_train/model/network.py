@@ -112,7 +112,7 @@ def build_moa(
                 mlp_ratio=mlp_ratio,
                 dropout=dropout,
                 drop_path=next(local_rates),
-                keep_index=moa_form == "released",
+                published_layout=moa_form == "released",
             )
             for _ in range(stage.depth)
         ]

@@ -7,10 +7,8 @@ first. (`torch.load(weights_only=True)` is as careful, but refuses files that ho
 """
 
 import math
-import pickle
 import pickletools
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -33,6 +31,23 @@ DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+LITERALS = set(
+    [
+        "INT",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG",
+        "LONG1",
+        "LONG4",
+        "FLOAT",
+        "BINFLOAT",
+        "STRING",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+    ]
+)
+LITERALS |= set(["UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"])
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object of files written before PyTorch 1.6
 LARGEST_PROGRAM = 64 << 20  # bytes; the instructions of real checkpoints take well below one
 
@@ -94,7 +109,7 @@ def read_checkpoint(path: Path) -> Any:
             return _read_legacy(stream, path.stat().st_size)
     except UserError as error:
         raise DamagedFileError(f"{path}: {error}") from None
-    except (zipfile.BadZipFile, EOFError, KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+    except (zipfile.BadZipFile, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise DamagedFileError(f"{path} is no PyTorch checkpoint, or is damaged ({error}).") from error
 
 
@@ -103,8 +118,6 @@ def _read_zip(archive: zipfile.ZipFile) -> Any:
     if len(programs) != 1:
         raise UserError("it is a zip archive without PyTorch's data.pkl")
     prefix = programs[0].filename.removesuffix("data.pkl")
-    if f"{prefix}byteorder" in archive.namelist() and archive.read(f"{prefix}byteorder") != b"little":
-        raise UserError("it was written on a big-endian machine, which is not supported")
 
     def read(storage: Storage) -> bytes:
         entry = archive.getinfo(f"{prefix}data/{storage.key}")
@@ -113,36 +126,183 @@ def _read_zip(archive: zipfile.ZipFile) -> Any:
             raise UserError(f"the size of storage {storage.key} contradicts its description")
         return archive.read(entry)
 
+    order = f"{prefix}byteorder"
+    if order in archive.namelist() and (archive.getinfo(order).file_size > 6 or archive.read(order) != b"little"):
+        raise UserError("it was written on a big-endian machine, which is not supported")
     if programs[0].file_size > LARGEST_PROGRAM or programs[0].compress_type != zipfile.ZIP_STORED:
         raise UserError(f"its description takes {programs[0].file_size} bytes, too many to be one")
-    content = interpret(BytesIO(archive.read(programs[0])))
-    return _with_tensors(content, {storage.key: (storage, read(storage)) for storage in _storages(content)})
+    content, storages = interpret(BytesIO(archive.read(programs[0])))
+    return _with_tensors(content, {key: (storage, read(storage)) for key, storage in storages.items()})
 
 
 def _read_legacy(stream: IO[bytes], size: int) -> Any:
-    if size < 32 or stream.read(2)[:1] != b"\x80":
-        raise UserError("it is no PyTorch checkpoint")
-    stream.seek(0)
-    if interpret(stream) != LEGACY_MAGIC:
+    if interpret(stream)[0] != LEGACY_MAGIC:
         raise UserError("it is a pickle, but not one that PyTorch wrote")
-    _protocol, _machine, content, keys = (interpret(stream) for _ in range(4))
-    described = {storage.key: storage for storage in _storages(content)}
-    found: dict[str, tuple[Storage, bytes]] = {}
+    interpret(stream)  # version of the format
+    interpret(stream)  # the machine that wrote it
+    content, storages = interpret(stream)
+    keys, _ = interpret(stream)
+    data: dict[str, tuple[Storage, bytes]] = {}
     for key in keys:
-        storage = described[key]
-        elements = int.from_bytes(stream.read(8), "little")
-        length = storage.elements * storage.dtype.itemsize
+        storage = storages[key]
+        elements, length = int.from_bytes(stream.read(8), "little"), storage.elements * storage.dtype.itemsize
         if elements != storage.elements or length > size - stream.tell():
             raise UserError(f"the size of storage {key} contradicts its description")
-        found[key] = storage, stream.read(length)
-    return _with_tensors(content, found)
+        data[key] = storage, stream.read(length)
+    return _with_tensors(content, data)
 
 
-def interpret(stream: IO[bytes]) -> Any:
-    """Follow one pickle up to its end; the stream is left behind it."""
+def interpret(stream: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
+    """Follow one pickle to its end, where the stream is left; return what it describes and the storages it names."""
     machine = _Machine()
-    for opcode, argument, _position in pickletools.genops(stream):
-        if opcode.name == "STOP":
-            break
+    for opcode, argument, _ in pickletools.genops(stream):
         machine.step(opcode.name, argument)
-    return machine.stack.pop()
+    return machine.stack.pop(), machine.storages
+
+
+class _Machine:
+    """The state of an unpickler: a stack, the marks on it, and a memo."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        self.storages: dict[str, Storage] = {}
+
+    def step(self, opcode: str, argument: Any) -> None:
+        """Follow one instruction, under its name in `pickletools`."""
+        push = self.stack.append
+        match opcode:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "MARK":
+                self.marks.append(len(self.stack))
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                push({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode])
+            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE" | "EMPTY_SET":
+                push({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}[opcode]())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                push(tuple(self.pop(int(opcode[-1]))))
+            case "TUPLE":
+                push(tuple(self.pop_marked()))
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = self.stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = self.stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                push(self.memo[argument])
+            case "APPEND":
+                self.extend(self.pop(1))
+            case "APPENDS" | "ADDITEMS":
+                self.extend(self.pop_marked())
+            case "SETITEM":
+                self.update(self.pop(2))
+            case "SETITEMS":
+                self.update(self.pop_marked())
+            case "GLOBAL":
+                push(Name(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                push(Name(*self.pop(2)))
+            case "BINPERSID":
+                push(self.storage(*self.pop(1)[0]))
+            case "REDUCE" | "NEWOBJ":
+                push(described(*self.pop(2)))
+            case "BUILD":
+                (state,) = self.pop(1)
+                if isinstance(self.stack[-1], Foreign):  # on others, only the version that state dicts carry
+                    self.stack[-1].state = state
+            case _ if opcode in LITERALS:
+                push(argument)
+            case _:
+                raise UserError(f"it holds the instruction {opcode}, which checkpoints have no need of")
+
+    def pop(self, count: int) -> list[Any]:
+        """Take the topmost ``count`` objects, the deepest first."""
+        start = len(self.stack) - count
+        if start < 0:
+            raise UserError("its description is incomplete")
+        taken = self.stack[start:]
+        del self.stack[start:]
+        return taken
+
+    def pop_marked(self) -> list[Any]:
+        """Take everything above the last mark."""
+        return self.pop(len(self.stack) - self.marks.pop())
+
+    def extend(self, values: list[Any]) -> None:
+        """Add to the list or set on top."""
+        top = self.stack[-1]
+        if isinstance(top, list):
+            top.extend(values)
+        elif isinstance(top, set):
+            top.update(values)
+        elif isinstance(top, Foreign):
+            top.items.update(enumerate(values, len(top.items)))
+        else:
+            raise UserError("it adds elements to what is no list")
+
+    def update(self, pairs: list[Any]) -> None:
+        """Set items of the dictionary on top; ``pairs`` are keys and values in turn."""
+        top = self.stack[-1].items if isinstance(self.stack[-1], Foreign) else self.stack[-1]
+        if not isinstance(top, dict):
+            raise UserError("it sets items of what is no dictionary")
+        top.update(zip(pairs[::2], pairs[1::2], strict=True))
+
+    def storage(self, kind: str, storage_type: Name, key: str, location: str, elements: int, *_: Any) -> Storage:
+        """Note a storage; ``location``, the device that it was on, does not matter here."""
+        if kind != "storage" or storage_type.name not in DTYPES or elements < 0:
+            raise UserError(f"it holds elements of a kind that is not known, {storage_type}")
+        self.storages[key] = Storage(key, DTYPES[storage_type.name], elements)
+        return self.storages[key]
+
+
+def described(name: Any, arguments: Any) -> Any:
+    """Return what a call in the file describes. The few calls that checkpoints consist of are understood."""
+    if not isinstance(name, Name) or not isinstance(arguments, tuple):
+        raise UserError("it calls what is no function")
+    match name.module, name.name:
+        case "collections", "OrderedDict":
+            return dict(*arguments)
+        case "torch", "Size":
+            return tuple(*arguments)
+        case "torch._utils", "_rebuild_parameter":
+            return arguments[0]
+        case "torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2":
+            return TensorRecord(*arguments[:4])
+    return Foreign(name, arguments)
+
+
+def _with_tensors(content: Any, data: dict[str, tuple[Storage, bytes]]) -> Any:
+    """Put tensors in the place of their records. Every container is visited once, however often it occurs."""
+    elements = {key: _elements(storage, raw) for key, (storage, raw) in data.items()}
+    done: dict[int, Any] = {}
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, TensorRecord):
+            return _tensor(value, elements[value.storage.key])
+        if not isinstance(value, dict | list | tuple):
+            return value
+        if id(value) not in done:
+            done[id(value)] = value  # a container that contains itself stays as it is there
+            if isinstance(value, dict):
+                done[id(value)] = {key: visit(item) for key, item in value.items()}
+            else:
+                done[id(value)] = type(value)(visit(item) for item in value)
+        return done[id(value)]
+
+    return visit(content)
+
+
+def _elements(storage: Storage, raw: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=storage.dtype) if raw else torch.empty(0, dtype=storage.dtype)
+
+
+def _tensor(record: TensorRecord, elements: Tensor) -> Tensor:
+    numbers = (record.offset, *record.shape, *record.stride)
+    if len(record.shape) != len(record.stride) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise UserError("a tensor has an impossible shape")
+    count = math.prod(record.shape)
+    last = record.offset + sum((side - 1) * step for side, step in zip(record.shape, record.stride, strict=True))
+    if count > len(elements) or (count and last >= len(elements)):
+        raise UserError("a tensor reaches beyond its storage")
+    return elements.as_strided(record.shape, record.stride, record.offset)

@@ -21,7 +21,7 @@ class ReleasedAttention(BiasedAttention):
     """Attention from the patches of a reinterpreted map to overlapping ones: (B, C, H, W) -> (B, h w, C)."""
 
     def __init__(self, stage: Stage, *, overlap: int, reduction: int, dropout: float) -> None:
-        super().__init__(stage.heads, stage.windows, keep_index=True)
+        super().__init__(stage.heads, stage.windows, published_layout=True)
         dim, self.window, self.overlap = stage.dim, stage.window, overlap
         thin = dim // reduction
         self.pre_conv = nn.Conv2d(dim, thin, kernel_size=1)
