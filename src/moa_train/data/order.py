@@ -113,4 +113,5 @@ def micro_batches(batch_size: int, micro_batch_size: int, rank: int = 0, world_s
 
 
 def _nearest(valid: list[int], value: int) -> str:
-    return ", ".join(map(str, sorted(sorted(valid, key=lambda v: abs(v - value))[:2])))
+    below, above = [v for v in valid if v < value], [v for v in valid if v > value]
+    return ", ".join(map(str, below[-1:] + above[:1]))

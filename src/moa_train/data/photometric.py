@@ -56,7 +56,8 @@ def autocontrast(images: Tensor, level: Tensor) -> Tensor:
     pixels = images.flatten(2)
     low, high = (extreme.unsqueeze(2).double() for extreme in (pixels.amin(2), pixels.amax(2)))
     values = _values(images)
-    scale = 255.0 / (high - low).clamp(min=1)
+    full = torch.tensor(255.0, dtype=torch.float64)  # as a tensor: a number would be multiplied by the reciprocal
+    scale = full / (high - low).clamp(min=1)
     stretched = (values * scale - low * scale).clamp(0, 255).long()
     return torch.where(high > low, stretched, values)
 
@@ -84,7 +85,7 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
     sums = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     inner = images[..., 1:-1, 1:-1]
     result = images.clone()
-    result[..., 1:-1, 1:-1] = blend(((sums + 4 * inner) / 13 + 0.5).floor(), inner, factor)
+    result[..., 1:-1, 1:-1] = blend(((sums + 4 * inner.short()) / 13 + 0.5).floor(), inner, factor)
     return result
 
 

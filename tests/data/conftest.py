@@ -1,0 +1,59 @@
+"""Real images for the tests of the input pipeline: two photographs and handwritten digits, from scikit-learn."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def photographs() -> list[Image.Image]:
+    """Two photographs, 640 x 427."""
+    return [Image.fromarray(pixels) for pixels in load_sample_images().images]
+
+
+@pytest.fixture(scope="session")
+def tiles(photographs: list[Image.Image]) -> Tensor:
+    """Real 32 x 32 colour images, cut from the photographs and enlarged or reduced: uint8, 64 3 32 32."""
+    rng = np.random.default_rng(0)
+    cut = []
+    for place in range(64):
+        side = int(rng.integers(16, 200))
+        left, top = int(rng.integers(640 - side)), int(rng.integers(427 - side))
+        tile = photographs[place % 2].resize((32, 32), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+        cut.append(torch.from_numpy(np.array(tile)).permute(2, 0, 1))
+    return torch.stack(cut)
+
+
+@pytest.fixture
+def make_tree(tmp_path: Path, photographs: list[Image.Image]) -> Callable[..., Path]:
+    """Return a function that writes a class-folder tree of different crops of the photographs."""
+    rng = np.random.default_rng(1)
+
+    def make(
+        splits: tuple[str, ...] = ("train", "test"),
+        classes: tuple[str, ...] = ("ant", "bee", "cat"),
+        per_class: int = 4,
+        size: tuple[int, int] = (60, 50),
+        suffix: str = ".jpg",
+        name: str = "tree",
+    ) -> Path:
+        root = tmp_path / name
+        for split in splits:
+            for label, class_name in enumerate(classes):
+                folder = root / split / class_name
+                folder.mkdir(parents=True)
+                for number in range(per_class):
+                    left, top = int(rng.integers(400)), int(rng.integers(200))
+                    box = (left, top, left + 200, top + 200)
+                    photographs[label % 2].resize(size, box=box).save(folder / f"{number:03}{suffix}")
+        return root
+
+    return make
