@@ -92,6 +92,31 @@ def test_the_newest_is_the_highest_step_whatever_the_clock_says(store):
     assert [found.step for found in [store.newest()] if found] == [10]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to tell which file is flushed")
+def test_all_is_flushed_to_the_disk_before_the_rename_and_the_rename_before_anything_is_removed(store, monkeypatch):
+    save(store, 1)
+    events: list[str] = []
+    fsync, rename, unlink = os.fsync, os.rename, os.unlink
+
+    def note(event: str, path: object) -> None:
+        events.append(f"{event} {Path(str(path)).relative_to(store.directory)}")
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (note("fsync", Path(f"/proc/self/fd/{fd}").readlink()), fsync(fd)))
+    monkeypatch.setattr(os, "rename", lambda old, new: (note("rename", old), rename(old, new)))
+    monkeypatch.setattr(os, "unlink", lambda path: (unlink(path), note("unlink", path)))
+    store.keep_last = 1
+    save(store, 2)
+    files = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+    saving = ".saving-step-00000002"
+    assert events[:7] == [
+        *(f"fsync {saving}/{name}" for name in files),
+        f"fsync {saving}",
+        f"rename {saving}",
+        "fsync .",
+    ]
+    assert events[7] == "unlink step-00000001/manifest.json"
+
+
 def test_a_step_above_99999999_is_still_found(store):
     save(store, 99_999_999)
     save(store, 100_000_000)
@@ -210,6 +235,7 @@ def test_truncation_is_noticed_and_named(three, caplog, name):
         assert step == 2
         assert str(path) in warning
         assert "Falling back to step 2" in warning
+        assert name == "manifest.json" or f"it has {length} bytes and should have {len(content)}" in warning
     path.write_bytes(content + b"\n")
     assert fallen_back(three, caplog)[0] == 2
     path.unlink()
@@ -245,6 +271,25 @@ def test_only_damaged_ones_are_an_error_and_no_fresh_start(three):
         (three.directory / f"step-{step:08d}/manifest.json").unlink()
     with pytest.raises(CheckpointError, match="to start afresh"):
         three.newest()
+
+
+@pytest.mark.parametrize("look", [CheckpointStore.newest, CheckpointStore.best])
+def test_what_is_removed_while_somebody_looks_is_looked_for_again(tmp_path, caplog, monkeypatch, look):
+    writer, reader = CheckpointStore(tmp_path, keep_last=1), CheckpointStore(tmp_path)
+    save(writer, 1, score=1.0)
+    opened = Checkpoint.open
+
+    def overtaken(path: Path) -> Checkpoint:
+        monkeypatch.setattr(Checkpoint, "open", opened)
+        found = opened(path)
+        save(writer, 2, score=2.0)  # removes step 1
+        return found
+
+    monkeypatch.setattr(Checkpoint, "open", overtaken)
+    found = look(reader)
+    assert found is not None
+    assert found.step == 2
+    assert caplog.text == ""
 
 
 def test_a_file_is_verified_when_it_is_read(three):

@@ -137,6 +137,7 @@ def start(folder: Path, scenario: str, rank: int, port: int) -> int:
         return child
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    os.environ["TORCHELASTIC_ERROR_FILE"] = str(folder / f"{scenario}-{rank}-error.json")
     try:
         rank_of(folder, scenario)
     except BaseException:

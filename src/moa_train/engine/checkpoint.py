@@ -205,7 +205,9 @@ class CheckpointStore:
         step = snapshot.step
         temporary = self.directory / f"{_SAVING}{folder_name(step)}"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            if not self.directory.is_dir():
+                self.directory.mkdir(parents=True)
+                fsync_folder(self.directory.parent)
             self._clean()
             self._check_space(snapshot)
             snapshot.write(temporary)

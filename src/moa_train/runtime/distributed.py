@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 
 from moa_train.runtime.device import pick_device
@@ -64,15 +65,19 @@ class Distributed:
         try:
             yield self
             self.barrier()
-        finally:
-            self._leave()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        dist.destroy_process_group()
 
-    def _leave(self) -> None:
-        """Close the connections; after a failure nccl may wait for peers that are gone, and is then left behind."""
-        self._pending = self._control = None
+    def _abandon(self, error: BaseException) -> None:
+        """Leave after a failure, and tell torchrun, which reports the rank that failed first as the root cause."""
+        if isinstance(error, Exception) and "TORCHELASTIC_ERROR_FILE" in os.environ:
+            get_error_handler().record_exception(error)
+        # nccl may wait for peers that are gone: it gets a moment, and is then left behind.
         closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
         closing.start()
-        closing.join(10.0)
+        closing.join(5.0)
 
     # What the hosts agree upon
 
