@@ -92,7 +92,7 @@ def test_a_peer_that_fails_or_hangs_ends_the_others(folder):
     assert codes["raising-0"] == codes["raising-1"] == 1
     assert "the root cause" in (folder / "raising-1.txt").read_text()
     assert "the root cause" in (folder / "raising-1-error.json").read_text()  # where torchrun looks for it
-    assert (codes["hanging-0"], codes["hanging-1"]) == (1, "stopped")  # after its time-out of 3 seconds
+    assert (codes["hanging-0"], codes["hanging-1"]) == (1, "stopped")  # after its time-out of 5 seconds
     assert "barrier" in (folder / "hanging-0.txt").read_text()
 
 

@@ -91,25 +91,30 @@ def test_a_damaged_record_is_set_aside_not_lost(tmp_path):
     assert (tmp_path / "provenance.json.damaged").read_text() == '[{"command": "one"'
 
 
-ECHO = "from moa_train.tracking.provenance import command; print(command())"
-
-
-def commanded(words: list[str], **environ: str) -> str:
-    plain = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
-    done = subprocess.run(words, env={**plain, **environ}, capture_output=True, text=True, timeout=60, check=True)
-    return done.stdout.strip()
-
-
 def test_the_command_line_can_be_typed_again(tmp_path):
     script = tmp_path / "a script.py"
-    script.write_text(ECHO)
+    script.write_text("from moa_train.tracking.provenance import command; print(command())")
     words = [sys.executable, str(script), "model=moa_t", "data.root=/my data"]
-    assert shlex.split(commanded(words)) == words
-    torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    plain = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
+    done = subprocess.run(words, env=plain, capture_output=True, text=True, timeout=60, check=True)
+    assert shlex.split(done.stdout) == words
+
+
+@pytest.mark.parametrize(
+    ("worker", "typed"),
+    [
+        (["python", "-u", "-m", "moa_train.cli.train", "a=b c"], ["-m", "moa_train.cli.train", "a=b c"]),
+        (["python", "-u", "train.py"], ["train.py"]),
+        (["python", "/bin/moa-train", "a=b"], ["--no-python", "python", "/bin/moa-train", "a=b"]),
+    ],
+)
+def test_torchrun_stands_before_it(monkeypatch, worker, typed):
+    """Torchrun starts its workers with -u, unless --no-python gave it a program."""
+    monkeypatch.setattr(sys, "orig_argv", worker)
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
     prefix = ["torchrun", "--nnodes", "2", "--nproc-per-node", "2"]
-    # torchrun starts its workers with -u; without it, it was given a program by --no-python.
-    assert shlex.split(commanded([words[0], "-u", *words[1:]], **torchrun)) == [*prefix, *words[1:]]
-    assert shlex.split(commanded(words, **torchrun)) == [*prefix, "--no-python", *words]
+    assert shlex.split(provenance.command()) == [*prefix, *typed]
 
 
 def test_the_digest_of_the_code_is_that_of_its_files():
