@@ -67,7 +67,7 @@ def evaluate(
 
     Args:
         model: any module from images (B, C, H, W) to logits (B, K); put into eval mode, and back into its mode after.
-        batches: this rank's share, with ``.labels`` and ``.to(device)``. Every sample must be in exactly one rank's share.
+        batches: this rank's share, with ``.labels`` and ``.to(device)``; every sample is in one rank's share.
         transform: from a batch on the device to normalised images.
         autocast: context of the forward pass.
         distributed: the ranks, and the device.

@@ -28,7 +28,6 @@ class Plan:
     log: Cadence
     evaluate: Cadence
     save: Cadence
-    epoch: Cadence
     stop_step: int  # total_steps, or earlier where this session shall end sooner
 
     def __post_init__(self) -> None:

@@ -5,12 +5,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moa_train.engine.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
+from moa_train.engine.checkpoint import Checkpoint
+from moa_train.engine.optimizer_state import pack_optimizers, unpack_optimizers
 from moa_train.optim.ema import AveragedWeights
 from moa_train.optim.optimizers import Optimizers
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.precision import Precision
 from moa_train.tracking.meters import RunningMeans
+
+HYPERPARAMETERS = ("lr", "weight_decay", "betas", "eps", "momentum")
+"""Follow the configuration, also on a resume: there the user was told of every change."""
 
 
 @dataclass
@@ -28,26 +32,24 @@ class TrainState:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of every file of a checkpoint, by file and name. They are the live ones."""
-        files = {"model": dict(self.model.state_dict()), "optimizer": {}}
-        for part in self.optimizer.parts:
-            files["optimizer"] |= pack_optimizer(part, self.optimizer.names)
-        if self.ema is not None:
-            files["ema"] = self.ema.state_dict()
-        return files
+        tensors, _ = pack_optimizers(self.optimizer.parts, self.model.named_parameters())
+        files = {"model": dict(self.model.state_dict()), "optimizer": tensors}
+        return files if self.ema is None else {**files, "ema": self.ema.state_dict()}
 
     def scalars(self) -> dict[str, Any]:
-        """Return the rest of the state, as JSON."""
+        """Return the rest of the state, as JSON, but for the meters, of which every rank has its own."""
+        _, optimizer = pack_optimizers(self.optimizer.parts, self.model.named_parameters())
         return {
             "step": self.step,
+            "optimizer": optimizer,
             "evaluated_step": self.evaluated_step,
             "best": self.best,
-            "meters": self.meters.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
             "ema_updates": self.ema.updates if self.ema is not None else None,
         }
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Take over a checkpoint's state.
+    def restore(self, checkpoint: Checkpoint, rank: int = 0) -> None:
+        """Take over a checkpoint's state, as the rank of that number.
 
         Raises:
             UserError: where something that this run needs is missing from it, or does not fit.
@@ -60,13 +62,18 @@ class TrainState:
                 "Keep engine.ema_decay as it was, or start a new run with init=."
             )
         self.model.load_state_dict(checkpoint.tensors("model"), strict=True)
-        optimizer = checkpoint.tensors("optimizer")
-        for part in self.optimizer.parts:
-            unpack_optimizer(part, self.optimizer.names, optimizer)
+        unpack_optimizers(
+            self.optimizer.parts,
+            self.model.named_parameters(),
+            checkpoint.tensors("optimizer"),
+            scalars["optimizer"],
+            keep=HYPERPARAMETERS,
+        )
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint.tensors("ema"), scalars["ema_updates"])
         if self.precision.scaler.is_enabled() and scalars["scaler"]:
             self.precision.scaler.load_state_dict(scalars["scaler"])
-        self.meters.load_state_dict(scalars["meters"])
+        meters = scalars["meters"]
+        self.meters.load_state_dict(meters[rank % len(meters)])  # of more ranks than before some share one's sums
         self.step, self.evaluated_step = scalars["step"], scalars["evaluated_step"]
         self.best = scalars["best"]

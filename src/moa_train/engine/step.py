@@ -77,11 +77,9 @@ class TrainStep:
 
     def _update(self) -> Tensor:
         scaler = self.precision.scaler
-        for part in self.optimizer.parts:
-            scaler.unscale_(part)
+        scaler.unscale_(self.optimizer)  # all parts as one: either all of them skip a step or none
         grad_norm = self.clip(self.parameters)
-        for part in self.optimizer.parts:
-            scaler.step(part)
+        scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad()
         if self.ema is not None:

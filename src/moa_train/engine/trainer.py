@@ -61,18 +61,14 @@ class Trainer:
             self.speed.tick(self.batch_size)
             if plan.log.due(state.step) or state.step == plan.stop_step:
                 self._log(rate)  # here the host waits for the device, and nowhere else
+            self.store.poll()  # a background save that failed ends the run here
             self.stopping = self.distributed.agree_any(self.stop.requested)
             is_best = self._evaluate_if_due()
             if self.stopping or is_best or plan.save.due(state.step) or state.step == plan.stop_step:
                 self._save(is_best)
         self.store.close()
+        self.distributed.barrier()  # rank 0 has written its last checkpoint: all may read it
         return not self.stopping
-
-    def restore(self) -> None:
-        """Go on from the newest valid checkpoint of the run folder, if there is one."""
-        checkpoint = self.store.newest()
-        if checkpoint is not None:
-            self.state.restore(checkpoint)
 
     def _log(self, rate: float) -> None:
         step, epoch = self.state.step, float(self.state.step / self.plan.steps_per_epoch)
@@ -80,8 +76,8 @@ class Trainer:
         means["loss"] = self.distributed.mean(means["loss"])
         if not math.isfinite(means["loss"]):
             raise UserError(
-                f"The loss is {means['loss']} at step {step} (epoch {epoch:.2f}, rate {rate:.3g}). Lower optim.lr, lengthen "
-                "schedule.warmup or set runtime.precision=fp32; resume goes on from the last checkpoint."
+                f"The loss is {means['loss']} at step {step} (epoch {epoch:.2f}, rate {rate:.3g}). Lower optim.lr, "
+                "lengthen schedule.warmup or set runtime.precision=fp32; resume goes on from the last checkpoint."
             )
         row = {"epoch": epoch, **means, "rate": rate, "images_per_second": self.speed.rate}
         self.tracker.log_step(step, {**row, "memory": peak_memory(self.distributed.device)})
@@ -106,7 +102,11 @@ class Trainer:
         return is_best
 
     def _save(self, is_best: bool) -> None:
+        meters = self.distributed.gather_objects(self.state.meters.state_dict())
         if self.distributed.is_main:
-            state = {**self.record, "train": self.state.scalars()}
-            self.store.save(self.state.step, self.state.tensors(), state, self.metadata, best=is_best)
+            state = {**self.record, "train": {**self.state.scalars(), "meters": meters}}
+            score = self.state.best["top1"] if is_best else None
+            self.store.save(
+                self.state.step, self.state.tensors(), state, metadata=self.metadata, score=score, background=True
+            )
         self.speed.restart()

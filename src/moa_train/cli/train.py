@@ -1,0 +1,135 @@
+"""moa-train: train, resume, fine-tune."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moa_train.cli import app
+from moa_train.schema import RunConfig, to_dict
+
+if TYPE_CHECKING:
+    from moa_train.build import Run
+    from moa_train.runtime.distributed import Distributed
+
+EXAMPLES = """moa-train: train a MOA-Transformer, or a model to compare it with.
+
+  moa-train                                              digits, offline, under three minutes on two cores
+  moa-train model=moa_b data=cifar100 data.download=true
+  moa-train model=moa_t data=imagenet data.root=/data/imagenet
+  torchrun --nproc-per-node 8 -m moa_train.cli.train model=moa_t data=imagenet data.root=/data/imagenet
+  moa-train resume=outputs/RUN                           go on where a run was stopped
+  moa-train -m optim.lr=5e-4,1e-3,2e-3                   one run after the other
+  moa-train model=swin_t data=cifar100 --cfg job         show the composed configuration, run nothing"""
+
+
+def train(config: RunConfig, overrides: list[str]) -> int:
+    """Run a training to its end, or until it is asked to stop; return the exit code."""
+    # torch takes seconds to import: only now that the configuration is known to be sound.
+    from moa_train.build import build_run, build_runtime
+    from moa_train.runtime.distributed import Distributed
+    from moa_train.runtime.lock import RunLock
+    from moa_train.runtime.signals import Exit, StopSignals
+    from moa_train.tracking import provenance
+
+    with StopSignals() as stop, Distributed.start(config.runtime.device) as distributed:
+        run_dir = Path(distributed.broadcast_object(str(choose_run_dir(config))))
+        config.run_dir = str(run_dir)
+        build_runtime(config.runtime, distributed)
+        lock = RunLock(run_dir) if distributed.is_main else None
+        distributed.on_main(lambda: lock and lock.__enter__() and None)
+        distributed.check_same("configuration and code", {**to_dict(config), "code": provenance.source_digest()})
+        run = build_run(config, run_dir=run_dir, distributed=distributed, stop=stop)
+        distributed.on_main(lambda: write_record(run, run_dir))
+        run.trainer.tracker.say(banner(run, distributed))
+        try:
+            finished = run.trainer.fit()
+            outcome = report(run, distributed) if finished else stopped(run)
+        finally:
+            run.trainer.tracker.close()
+        if distributed.is_main:
+            print(outcome)
+    return Exit.FINISHED if finished else Exit.STOPPED
+
+
+def choose_run_dir(config: RunConfig) -> Path:
+    """Return the run folder: the one asked for, or a new one below outputs/."""
+    if config.run_dir:
+        return Path(config.run_dir)
+    return Path("outputs") / f"{config.data.name}-{config.model.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def write_record(run: "Run", run_dir: Path) -> None:
+    """Write the resolved configuration and where the run comes from, for people; checkpoints carry what they need."""
+    from moa_train.tracking import provenance
+
+    (run_dir / "config.json").write_text(json.dumps(to_dict(run.config), indent=2) + "\n")
+    data = {split: source.describe() for split, source in run.sources.items()}
+    provenance.write(run_dir, {**provenance.collect(), "data": data, "first_step": run.trainer.state.step})
+
+
+def banner(run: "Run", distributed: "Distributed") -> str:
+    """Describe the run before it starts."""
+    from moa_train.optim import explain_rate
+    from moa_train.tracking.console import block
+
+    config, trainer = run.config, run.trainer
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    optim, batch = config.optim, config.engine.batch_size
+    micro = config.engine.micro_batch_size or batch
+    rows = {
+        "model": f"{config.model.variant}, {parameters / 1e6:.2f} M parameters",
+        "data": ", ".join(f"{len(source):,} {split}" for split, source in run.sources.items())
+        + f" images of {len(run.sources['train'].classes)} classes ({config.data.name})",
+        "device": f"{distributed.device}, {distributed.world_size} rank(s), "
+        f"{trainer.state.precision.name} (evaluation {config.runtime.eval_precision})",
+        "batch": f"{batch} = {batch // micro} x {micro} examples",
+        "rate": f"{optim.name} {explain_rate(optim.lr, batch, optim.lr_batch, optim.lr_scaling)}; "
+        + trainer.schedule.describe(),
+        "best by": f"top-1 on {trainer.eval_split}" if trainer.eval_split != "none" else "no choice: the last weights",
+        "run": config.run_dir,
+    }
+    if trainer.state.step:
+        rows["resumed"] = f"at step {trainer.state.step}"
+    return block("moa-train", rows)
+
+
+def report(run: "Run", distributed: "Distributed") -> str:
+    """Evaluate the weights that the run yields on the test split; write the result and describe it."""
+    from moa_train.tracking.console import block
+
+    trainer, state, run_dir = run.trainer, run.trainer.state, Path(run.config.run_dir or "")
+    step = state.best["step"] if state.best else state.step
+    checkpoint = trainer.store.at(step)
+    run.model.load_state_dict(checkpoint.tensors("ema" if state.ema is not None else "model"))
+    result = run.test(run.model)
+    assert result is not None, "nobody can stop the last evaluation but by a signal that ends it"
+    outcome: dict[str, Any] = {"step": step, "weights": str(checkpoint.path), "test": result.as_dict()}
+    if state.best:
+        outcome[trainer.eval_split] = state.best
+    if distributed.is_main:
+        (run_dir / "result.json").write_text(json.dumps(outcome, indent=2) + "\n")
+    trainer.tracker.log_eval(state.step, result.as_dict(), "test")
+    trainer.tracker.close({f"test_{key}": value for key, value in result.as_dict().items()})
+    rows = {
+        "accuracy": f"{result.top1:.2f} % top-1 ({result.top1_count:,} of {result.total:,} test images), "
+        f"{result.top5:.2f} % top-5",
+        "weights": checkpoint.path,
+        "logs": f"{run_dir}/metrics.jsonl; tensorboard --logdir {run_dir}",
+        "next": f"moa-eval ckpt={run_dir}",
+    }
+    return block("done", rows)
+
+
+def stopped(run: "Run") -> str:
+    """Say how to go on with a run that was asked to stop."""
+    return f"Stopped at step {run.trainer.state.step}; saved. To go on: moa-train resume={run.config.run_dir}"
+
+
+def main() -> None:
+    """Entry point."""
+    app.run(train, RunConfig, "train", EXAMPLES)
+
+
+if __name__ == "__main__":
+    main()
