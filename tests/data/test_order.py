@@ -67,7 +67,8 @@ def test_batches_that_do_not_divide_are_errors_with_the_nearest_that_do(
 
 
 @pytest.mark.parametrize(
-    ("epochs", "length", "batch_size", "steps"), [(1, 10, 5, 2), (1, 11, 5, 3), (0.1, 10, 1, 1), (300, 1281167, 512, 750684)]
+    ("epochs", "length", "batch_size", "steps"),
+    [(1, 10, 5, 2), (1, 11, 5, 3), (0.1, 10, 1, 1), (300, 1281167, 512, 750684)],
 )
 def test_epochs_become_steps_rounded_up(epochs: float, length: int, batch_size: int, steps: int) -> None:
     assert steps_for_epochs(epochs, length, batch_size) == steps

@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     RANDAUGMENT = 5
     JITTER = 6
     ERASING = 7
+    ERASING_BOX = 8
 
 
 _GOLDEN = np.array(0x9E3779B97F4A7C15, np.uint64)

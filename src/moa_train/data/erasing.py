@@ -28,10 +28,10 @@ class RandomErasing:
 
     def __call__(self, images: Tensor, keys: Hashes) -> Tensor:
         """Erase in float images B C H W, in place."""
-        whether, where = uniform(keys, Purpose.ERASING, 0, np.arange(2)[:, None])
+        whether, where = uniform(keys, Purpose.ERASING, np.arange(2)[:, None])
         rows = np.flatnonzero(whether < self.probability)
         channels, height, width = images.shape[1:]
-        noise, numbers = self._table(images), box_numbers(keys[rows], Purpose.ERASING)
+        noise, numbers = self._table(images), box_numbers(keys[rows], Purpose.ERASING_BOX)
         for place, row in enumerate(rows.tolist()):
             box = random_box((height, width), AREA, RATIO, numbers[place])
             start = int(where[row] * _STARTS)

@@ -31,7 +31,7 @@ def warp(images: Tensor, maps: Tensor, fill: Tensor | None = None, interpolation
     """Move the pixels of each image by an affine map.
 
     The pixel at (x, y) of the result has its centre at (x + 1/2, y + 1/2) and shows what the image has at
-    A (x + 1/2, y + 1/2, 1), interpolated between the centres of pixels.
+    A (x + 1/2, y + 1/2, 1), interpolated between the centres of pixels, as if the image lay on a sheet of the fill.
 
     Args:
         images: uint8, B C H W.

@@ -61,7 +61,7 @@ def affine_map(operation: str, level: float, height: int, width: int) -> list[li
     match operation:
         case "rotate":  # counter-clockwise about the centre
             cos, sin, x, y = math.cos(level), math.sin(level), width / 2, height / 2
-            return [[cos, sin, x - cos * x - sin * y], [-sin, cos, y + sin * x - cos * y]]
+            return [[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y]]
         case "shear_x":
             return [[1, level, 0], [0, 1, 0]]
         case "shear_y":

@@ -1,0 +1,170 @@
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from moa_train.data.augment import BatchAugment, Normalize
+from moa_train.data.batch import Batch
+from moa_train.data.preview import preview
+from moa_train.runtime.errors import UserError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FULL = {"randaugment_ops": 2, "erasing": 0.25, "color_jitter": 0.4}
+
+
+def augment(**settings: object) -> BatchAugment:
+    return BatchAugment(**{"seed": 0, "mean": MEAN, "std": STD, **settings})  # type: ignore[arg-type]
+
+
+def batch_of(images: Tensor, rows: Tensor | None = None, epoch: int = 0) -> Batch:
+    rows = torch.arange(len(images)) if rows is None else rows
+    same = torch.full_like(rows, epoch)
+    return Batch(images[rows], rows, index=rows, epoch=same, repeat=torch.zeros_like(rows), step=0)
+
+
+def plain(**settings: object) -> BatchAugment:
+    return augment(**{"crop": "none", "flip": 0.0, **settings})
+
+
+def test_normalize_and_back(tiles: Tensor) -> None:
+    normalize = Normalize(MEAN, STD)
+    expected = (tiles.double() / 255 - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+    assert normalize(tiles).dtype == torch.float32
+    torch.testing.assert_close(normalize(tiles).double(), expected, atol=1e-5, rtol=0)
+    assert torch.equal(normalize.undo(normalize(tiles)), tiles)
+
+
+@pytest.mark.parametrize("crop", ["pad", "resized", "none"])
+def test_pixels_do_not_depend_on_the_batch(tiles: Tensor, crop: str) -> None:
+    """The same samples, in other batches and another order, are the same to the bit."""
+    transform = augment(crop=crop, **FULL)
+    whole = transform(batch_of(tiles))
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    parts = torch.cat([transform(batch_of(tiles, rows)) for rows in order.split(10)])
+    assert torch.equal(parts, whole[order])
+
+
+@pytest.mark.parametrize("key", ["seed", "epoch", "index", "repeat"])
+def test_each_word_of_the_key_matters(tiles: Tensor, key: str) -> None:
+    batch = batch_of(tiles[:1].expand(64, -1, -1, -1))
+    one = torch.zeros_like(batch.index)
+    names = {"index": one, "epoch": one, "repeat": one}
+    if key != "seed":
+        names[key] = torch.arange(64)
+    many = Batch(batch.images, batch.labels, step=0, **names)
+    results = [augment(seed=seed, **FULL)(many) for seed in ((0, 1) if key == "seed" else (0,))]
+    distinct = {image.numpy().tobytes() for result in results for image in result}
+    assert len(distinct) == 2 if key == "seed" else len(distinct) > 55
+
+
+def test_the_images_of_the_batch_stay_as_they_are(tiles: Tensor) -> None:
+    for crop in ("pad", "resized", "none"):
+        batch = batch_of(tiles.clone())
+        augment(crop=crop, **FULL)(batch)
+        assert torch.equal(batch.images, tiles)
+
+
+def test_nothing_on_is_normalisation(tiles: Tensor) -> None:
+    assert torch.equal(plain()(batch_of(tiles)), Normalize(MEAN, STD)(tiles))
+
+
+def test_strong_off_leaves_crop_and_flip(tiles: Tensor) -> None:
+    batch = batch_of(tiles)
+    assert torch.equal(augment(**FULL)(batch, strong=False), augment()(batch))
+    assert not torch.equal(augment(**FULL)(batch), augment()(batch))
+
+
+def test_flips_are_as_frequent_as_asked_for(tiles: Tensor) -> None:
+    many = batch_of(tiles[:1].expand(4000, -1, -1, -1))
+    flipped = (plain(flip=0.3)(many) == Normalize(MEAN, STD)(tiles[:1].flip(3))).flatten(1).all(1)
+    kept = (plain(flip=0.3)(many) == Normalize(MEAN, STD)(tiles[:1])).flatten(1).all(1)
+    assert (flipped | kept).all()
+    assert stats.binomtest(int(flipped.sum()), 4000, 0.3).pvalue > 1e-3
+
+
+def test_padded_crops_are_equally_likely() -> None:
+    ramp = torch.arange(24 * 24).view(1, 1, 24, 24)  # each value names its place
+    images = torch.cat((ramp % 256, ramp // 256, torch.ones_like(ramp)), 1).to(torch.uint8)
+    many = batch_of(images.expand(8100, -1, -1, -1))
+    transform = plain(crop="pad", padding=4)
+    result = transform.normalize.undo(transform(many)).int()
+    value = result[:, 0, 12, 12] + 256 * result[:, 1, 12, 12]  # the centre always shows the image
+    places = torch.stack((value // 24 - 12, value % 24 - 12), 1)
+    assert places.abs().max() == 4
+    counts = torch.bincount((places[:, 0] + 4) * 9 + places[:, 1] + 4, minlength=81)
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def test_resized_crops_show_parts_of_the_image() -> None:
+    ramp = torch.arange(32.0).mul(8).expand(1, 3, 32, 32).to(torch.uint8)  # brightness is the column
+    many = batch_of(ramp.expand(500, -1, -1, -1))
+    transform = plain(crop="resized", scale=(0.25, 0.25), ratio=(1.0, 1.0))
+    result = transform.normalize.undo(transform(many)).float()[:, 0]
+    step = result[:, :, 4:-4].diff(dim=2).mean((1, 2))
+    torch.testing.assert_close(step, torch.full_like(step, 4.0), atol=0.1, rtol=0)  # half the side: half the slope
+    assert len(result[:, 16, 16].unique()) > 10
+
+
+def test_jitter_changes_by_the_factors_asked_for() -> None:
+    grey = torch.full((2000, 3, 4, 4), 100, dtype=torch.uint8)  # contrast and saturation do nothing here
+    transform = plain(color_jitter=0.4)
+    values = transform.normalize.undo(transform(batch_of(grey)))[:, 0, 0, 0].float() / 100
+    assert stats.kstest((values.numpy() - 0.6) / 0.8, "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"crop": "padd"},
+        {"padding_mode": "mirror"},
+        {"padding": -1},
+        {"flip": 1.5},
+        {"erasing": -0.1},
+        {"color_jitter": float("nan")},
+        {"scale": (0.0, 1.0)},
+        {"randaugment_magnitude": 12},
+    ],
+)
+def test_impossible_settings_are_errors(settings: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=next(iter(settings))):
+        augment(**settings)
+
+
+def test_global_random_state_is_left_alone(tiles: Tensor) -> None:
+    torch.manual_seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]  # noqa: NPY002
+    augment(**FULL)(batch_of(tiles))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])  # type: ignore[index]  # noqa: NPY002
+
+
+def test_numbers_never_change() -> None:
+    """What a sample looks like is part of a run's identity: a resumed run must go on with the same pixels."""
+    ramp = torch.arange(16 * 3 * 8 * 8).view(16, 3, 8, 8).to(torch.uint8)
+    transform = augment(**FULL, padding=1)
+    result = transform.normalize.undo(transform(batch_of(ramp), strong=False))
+    assert result.long().flatten(1).mul(torch.arange(192)).sum(1).tolist()[:4] == 
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("crop", ["pad", "resized", "none"])
+def test_a_gpu_gives_the_same_pixels(tiles: Tensor, crop: str) -> None:
+    batch = batch_of(tiles)
+    here = augment(crop=crop, **FULL)(batch)
+    torch.cuda.set_sync_debug_mode("error")  # the host must never wait
+    try:
+        there = augment(crop=crop, **FULL)(batch.to("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert ((here - there.cpu()).abs() > 2 / 255 / 0.224).float().mean() < 1e-3
+
+
+def test_preview_shows_the_images(tiles: Tensor) -> None:
+    normalize = Normalize(MEAN, STD)
+    grid = preview(normalize(tiles), normalize, columns=8, rows=2)
+    assert grid.shape == (3, 2 * 34 - 2, 8 * 34 - 2)
+    assert torch.equal(grid[:, 34:, 34:66], tiles[9])
+    assert preview(normalize(tiles[:3]), normalize).shape == (3, 32, 100)
