@@ -194,7 +194,8 @@ def _check_patches(image_size: tuple[int, int], patch_size: int, name: str) -> N
             low = side // patch_size * patch_size
             raise UserError(
                 f"model.name={name} needs images that divide into patches: {side} pixels, patch_size={patch_size}. "
-                f"Nearest sizes that do: {low}, {low + patch_size}. Nearest patches: {nearest_divisors(side, patch_size)}."
+                f"Nearest sizes that do: {low}, {low + patch_size}; "
+                f"nearest patches: {nearest_divisors(side, patch_size)}."
             )
 
 

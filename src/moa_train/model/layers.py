@@ -128,6 +128,7 @@ class DropPath(nn.Module):
         return x * x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep).div_(keep)
 
     def extra_repr(self) -> str:
+        """Show the rate where the model is printed."""
         return f"{self.rate:.3f}"
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from moa_train.model.geometry import Stage, plan_stages
@@ -140,4 +139,4 @@ def build_moa(
 
 def ramp(highest: float, blocks: int) -> list[float]:
     """Return stochastic depth rates that grow linearly from 0 to ``highest`` over the blocks; a single one gets 0."""
-    return torch.linspace(0, highest, blocks).tolist()
+    return [highest * block / max(blocks - 1, 1) for block in range(blocks)]

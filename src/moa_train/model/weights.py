@@ -84,10 +84,10 @@ def offsets(table: Tensor, index: Tensor | None) -> tuple[int, int]:
     rows = table.shape[0]  # (2h - 1) (2w - 1): h and w are equal, or the index (L, L) tells
     if index is None or index.dim() != 2 or math.isqrt(len(index)) ** 2 == len(index):
         return math.isqrt(rows), math.isqrt(rows)
-    # To the right, the offset falls by one; where a new row of the grid begins, by 2w - 1.
+    # Along the first row of the grid the offset falls by one a position; it ends where that stops.
     falls = (index[0, 0] - index[0]).tolist()
-    across = falls[len([j for j, fall in enumerate(falls) if fall == j]) % len(falls)] or 1
-    return rows // across, across
+    width = sum(fall == position for position, fall in enumerate(falls))
+    return rows // (2 * width - 1), 2 * width - 1
 
 
 def resize_offsets(table: Tensor, old: tuple[int, int], shape: torch.Size, new: tuple[int, int]) -> Tensor:
