@@ -1,9 +1,9 @@
 """Evaluation by exact counts: the same integers at any number of ranks, workers and threads."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,13 @@ class Evaluation:
         }
 
 
+class Batches(Protocol):
+    """What is evaluated on: batches that can be counted beforehand."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 def rank_of_label(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
     """Return how many classes come before each sample's label: 0 is a top-1 hit. Shape (B,), int64.
 
@@ -56,7 +63,7 @@ def rank_of_label(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
 
 def evaluate(
     model: nn.Module,
-    batches: Collection[Any],
+    batches: Batches,
     transform: Callable[[Any], Tensor],
     *,
     autocast: Callable[[], AbstractContextManager[object]],

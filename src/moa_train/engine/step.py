@@ -1,6 +1,6 @@
 """One optimizer update."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,7 +29,7 @@ class TrainStep:
         optimizer: Optimizers,
         *,
         transform: Callable[[Any, int], tuple[Tensor, Tensor]],
-        clip: Callable[[list[Tensor]], Tensor],
+        clip: Callable[[Sequence[Tensor]], Tensor],
         precision: Precision,
         ema: AveragedWeights | None,
         micro_batches: int,
@@ -77,9 +77,10 @@ class TrainStep:
 
     def _update(self) -> Tensor:
         scaler = self.precision.scaler
-        scaler.unscale_(self.optimizer)  # all parts as one: either all of them skip a step or none
+        whole: Any = self.optimizer  # all parts as one: either all of them skip a step or none
+        scaler.unscale_(whole)
         grad_norm = self.clip(self.parameters)
-        scaler.step(self.optimizer)
+        scaler.step(whole)
         scaler.update()
         self.optimizer.zero_grad()
         if self.ema is not None:

@@ -5,6 +5,7 @@ as JSON in a second, gloo group, so that no agreement waits for a GPU, nor gets 
 Without torchrun there is one process, no group at all, and every method returns at once.
 """
 
+import inspect
 import json
 import os
 import threading
@@ -22,6 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moa_train.runtime.device import pick_device
 from moa_train.runtime.errors import UserError
+
+FORWARD_BUFFERS = "forward_sync_buffers"
+if FORWARD_BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters:
+    FORWARD_BUFFERS = "broadcast_buffers"
+"""What DDP calls the switch for buffers at each forward: the name has changed after torch 2.9."""
 
 
 @dataclass
@@ -197,10 +203,12 @@ class Distributed:
         """
         if self.world_size == 1:
             return model
+        has_statistics = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
+        forward_buffers: dict[str, Any] = {FORWARD_BUFFERS: has_statistics}
         return DistributedDataParallel(
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()),
+            **forward_buffers,
             # No static_graph: together with no_sync it fails, or stops reducing (pytorch issues 143580 and 187732).
             gradient_as_bucket_view=True,
         )
