@@ -53,7 +53,9 @@ def write_pack(
     try:
         root.mkdir(parents=True, exist_ok=True)
         with temporary[0].open("wb") as file:
-            np.save(file, np.ascontiguousarray(images, np.uint8), allow_pickle=False)
+            images = np.ascontiguousarray(images, np.uint8)
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(images))
+            file.write(images.data)  # np.save would not notice a full disk
             file.flush()
             os.fsync(file.fileno())
         description = {
@@ -74,7 +76,8 @@ def write_pack(
         ) from error
     finally:
         for path in temporary:
-            path.unlink(missing_ok=True)
+            if path.exists():
+                path.unlink()
 
 
 def read_pack(root: Path, split: str, title: str, image_size: tuple[int, int]) -> ArraySource:

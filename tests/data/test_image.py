@@ -1,0 +1,127 @@
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from moa_train.data.image import EncodedImage, reading
+from moa_train.runtime.errors import UserError
+
+
+@pytest.fixture(params=["pillow", "simplejpeg"], autouse=True)
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test with the optional decoder and without."""
+    if request.param == "simplejpeg":
+        pytest.importorskip("simplejpeg", reason="simplejpeg is not installed")
+    else:
+        monkeypatch.setattr("moa_train.data.image._simplejpeg", lambda: None)
+
+
+def encode(image: Image.Image, format: str, **settings: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **settings)
+    return file.getvalue()
+
+
+def with_pillow(data: bytes) -> Tensor:
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("size", [(640, 427), (33, 57), (8, 8), (1, 1)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_are_decoded_as_pillow_does(photographs: list[Image.Image], size: tuple[int, int], mode: str) -> None:
+    data = encode(photographs[0].resize(size).convert(mode), "JPEG", quality=87)
+    image = EncodedImage(data)
+    assert (image.width, image.height) == size
+    assert torch.equal(image.decode(), with_pillow(data))
+
+
+def test_progressive_jpegs_too(photographs: list[Image.Image]) -> None:
+    data = encode(photographs[1], "JPEG", progressive=True, subsampling=2)
+    assert torch.equal(EncodedImage(data).decode(), with_pillow(data))
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"), [("RGB", "PNG"), ("L", "PNG"), ("1", "PNG"), ("RGBA", "PNG"), ("LA", "PNG")]
+)
+@pytest.mark.parametrize("size", [(40, 30)])
+def test_colour_modes(photographs: list[Image.Image], mode: str, format: str, size: tuple[int, int]) -> None:
+    data = encode(photographs[0].resize(size).convert(mode), format)
+    pixels = EncodedImage(data).decode()
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(pixels, with_pillow(data))
+
+
+def test_palettes_with_transparency_give_no_warning(photographs: list[Image.Image]) -> None:
+    palette = photographs[0].resize((40, 30)).quantize(16)
+    opaque = EncodedImage(encode(palette, "PNG")).decode()
+    assert torch.equal(EncodedImage(encode(palette, "PNG", transparency=bytes(range(16)))).decode(), opaque)
+    assert torch.equal(EncodedImage(encode(palette, "GIF", transparency=3)).decode(), opaque)
+
+
+def test_of_a_moving_gif_the_first_picture_counts(photographs: list[Image.Image]) -> None:
+    pictures = [photograph.resize((40, 30)).quantize(64) for photograph in photographs]
+    data = encode(pictures[0], "GIF", save_all=True, append_images=pictures[1:])
+    assert torch.equal(EncodedImage(data).decode(), with_pillow(encode(pictures[0], "PNG")))
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    values = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+    pixels = EncodedImage(encode(Image.fromarray(values), "PNG")).decode()
+    assert np.array_equal(pixels[1].numpy(), values // 257)
+
+
+def test_orientation_tags_are_not_applied(photographs: list[Image.Image]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by a quarter
+    assert EncodedImage(encode(photographs[0], "JPEG", exif=exif.tobytes())).decode().shape == (3, 427, 640)
+
+
+@pytest.mark.parametrize(("reduction", "shape"), [(1, (424, 640)), (2, (212, 320)), (8, (53, 80))])
+def test_jpegs_can_be_decoded_smaller(photographs: list[Image.Image], reduction: int, shape: tuple[int, int]) -> None:
+    photograph = photographs[0].crop((0, 0, 640, 424))  # whole blocks of a JPEG
+    pixels = EncodedImage(encode(photograph, "JPEG", quality=95)).decode(reduction)
+    assert pixels.shape[1:] == shape
+    expected = np.array(photograph.reduce(reduction)).astype(float)
+    assert np.abs(pixels.permute(1, 2, 0).numpy() - expected).mean() < 5
+
+
+def damaged(photograph: Image.Image) -> dict[str, bytes]:
+    jpeg, png = encode(photograph, "JPEG"), encode(photograph, "PNG")
+    return {
+        "empty": b"",
+        "text": b"not an image\n" * 10,
+        "half a jpeg": jpeg[: len(jpeg) // 2],
+        "a jpeg without its end": jpeg[:-200],
+        "half a png": png[: len(png) // 2],
+        "a png with a flipped bit": png[:-100] + bytes([png[-100] ^ 1]) + png[-99:],
+        "a header alone": jpeg[:300],
+    }
+
+
+@pytest.mark.parametrize("what", list(damaged(Image.radial_gradient("L"))))
+def test_damaged_files_are_named(what: str, photographs: list[Image.Image], tmp_path: Path) -> None:
+    path = tmp_path / "some image.jpg"
+    path.write_bytes(damaged(photographs[0])[what])
+    with pytest.raises(UserError, match=r"some image\.jpg: unreadable image \(.+\)\. .*moa-data check"), reading(path):
+        EncodedImage(path.read_bytes()).decode()
+
+
+@pytest.mark.parametrize("side", [12_000, 20_000])
+def test_decompression_bombs_are_refused_before_they_take_memory(side: int, tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Image.new("1", (side, side)).save(path)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(UserError, match="exceeds limit"), reading(path):
+        EncodedImage(path.read_bytes())
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"), reading(tmp_path / "none.jpg"):
+        EncodedImage((tmp_path / "none.jpg").read_bytes())

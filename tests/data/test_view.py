@@ -1,0 +1,113 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+from moa_train.data.box import Box
+from moa_train.data.counter import sample_keys
+from moa_train.data.image import EncodedImage
+from moa_train.data.view import CentreCrop, RandomResizedCrop, resized_crop
+from moa_train.runtime.errors import UserError
+
+NOTHING = np.empty(0)
+
+
+def jpeg(photograph: Image.Image, size: tuple[int, int] | None = None, quality: int = 90) -> EncodedImage:
+    file = io.BytesIO()
+    (photograph.resize(size) if size else photograph).save(file, "JPEG", quality=quality)
+    return EncodedImage(file.getvalue())
+
+
+def pillow(image: EncodedImage) -> Image.Image:
+    return Image.fromarray(image.decode().permute(1, 2, 0).numpy())
+
+
+def tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("size", [(640, 427), (427, 640), (500, 333), (300, 300), (224, 1000), (120, 90)])
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_evaluation_is_pillows_to_two_levels(photographs: list[Image.Image], size: tuple[int, int], mode: str) -> None:
+    """The bound that docs/PERFORMANCE.md states: no pixel differs by more than 2 of 255, 1 in 100 by more than 1."""
+    peer = Compose([Resize(256, InterpolationMode(mode)), CenterCrop(224)])
+    for photograph in photographs:
+        image = jpeg(photograph, size)
+        result = CentreCrop((224, 224), 0.875, mode)(image, NOTHING)
+        difference = (result.int() - tensor(peer(pillow(image))).int()).abs()
+        assert difference.max() <= 2
+        assert (difference > 1).float().mean() < 0.01
+
+
+@pytest.mark.parametrize(("shape", "size"), [((96, 160), (640, 427)), ((160, 96), (640, 427)), ((64, 64), (20, 400))])
+def test_any_shape_is_covered_and_centred(shape: tuple[int, int], size: tuple[int, int]) -> None:
+    x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    ramps = Image.fromarray(np.stack((x, y, x), -1).round().astype(np.uint8))
+    result = CentreCrop(shape, 0.875)(jpeg(ramps, quality=100), NOTHING).double()
+    assert result.shape == (3, *shape)
+    assert float(result[0].mean()) == pytest.approx(127.5, abs=2)
+    assert float(result[1].mean()) == pytest.approx(127.5, abs=2)
+    scale = max(shape[0] / 0.875 / size[1], shape[1] / 0.875 / size[0])
+    slope = float(result[0].mean(0).diff()[4:-4].mean())
+    assert slope == pytest.approx(255 / (size[0] - 1) / scale, rel=0.03)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    "box", [Box(0, 0, 427, 640), Box(100, 200, 250, 240), Box(30, 50, 60, 80), Box(426, 639, 1, 1)]
+)
+def test_crops_are_pillows_to_two_levels(photographs: list[Image.Image], box: Box, mode: str) -> None:
+    image = jpeg(photographs[1])
+    corners = (box.left, box.top, box.left + box.width, box.top + box.height)
+    expected = pillow(image).crop(corners).resize((224, 224), getattr(Image.Resampling, mode.upper()))
+    difference = (resized_crop(image, box, (224, 224), mode).int() - tensor(expected).int()).abs()
+    assert difference.max() <= 2
+    assert (difference > 1).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("box", [Box(0, 0, 427, 640), Box(13, 51, 301, 401), Box(200, 300, 129, 131)])
+def test_reduced_decoding_shows_the_same_place(photographs: list[Image.Image], box: Box) -> None:
+    image = jpeg(photographs[0])
+    corners = (box.left, box.top, box.left + box.width, box.top + box.height)
+    expected = tensor(pillow(image).crop(corners).resize((64, 48), Image.Resampling.BICUBIC)).double()
+    result = resized_crop(image, box, (48, 64), "bicubic").double()
+    assert (result - expected).abs().mean() < 3
+    moved = (result[..., 1:] - expected[..., :-1]).abs().mean()
+    assert (result - expected).abs().mean() < moved / 3
+
+
+def test_random_crops_depend_on_the_key_alone(photographs: list[Image.Image]) -> None:
+    image, view = jpeg(photographs[0]), RandomResizedCrop((32, 32))
+    numbers = view.numbers(sample_keys(0, 0, np.arange(20), 0))
+    crops = [view(image, sample) for sample in numbers]
+    alone = view(image, view.numbers(sample_keys(0, 0, np.array([7]), 0))[0])
+    assert torch.equal(crops[7], alone)
+    assert len({crop.numpy().tobytes() for crop in crops}) == 20
+
+
+def test_a_random_filter_is_one_or_the_other(photographs: list[Image.Image]) -> None:
+    image = jpeg(photographs[0])
+    numbers = RandomResizedCrop((32, 32)).numbers(sample_keys(0, 0, np.arange(40), 0))
+    views = {name: RandomResizedCrop((32, 32), interpolation=name) for name in ("bilinear", "bicubic", "random")}
+    count = {"bilinear": 0, "bicubic": 0}
+    for sample in numbers:
+        crops = {name: view(image, sample) for name, view in views.items()}
+        for name in count:
+            count[name] += torch.equal(crops["random"], crops[name])
+    assert sum(count.values()) == 40
+    assert min(count.values()) > 8
+
+
+def test_impossible_settings_are_errors() -> None:
+    with pytest.raises(UserError, match="interpolation=bicubik is not known"):
+        RandomResizedCrop((32, 32), interpolation="bicubik")
+    with pytest.raises(UserError, match="scale"):
+        RandomResizedCrop((32, 32), scale=(0, 1))
+    with pytest.raises(UserError, match="interpolation=random"):
+        CentreCrop((32, 32), interpolation="random")
+    with pytest.raises(UserError, match=r"eval_crop=1\.5"):
+        CentreCrop((32, 32), 1.5)
