@@ -1,0 +1,162 @@
+"""Every file that ships in conf/ composes over the typed schema, passes its checks, and says what it claims to say."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from moa_train.build import model_fields
+from moa_train.cli.app import typed
+from moa_train.model import check_model
+from moa_train.schema import EvalConfig, RunConfig, knobs
+
+CONF = Path(__file__).parents[1] / "conf"
+OPTIONS = {
+    folder.relative_to(CONF).as_posix(): sorted(path.stem for path in folder.glob("*.yaml"))
+    for folder in sorted(CONF.rglob("*"))
+    if list(folder.glob("*.yaml"))
+}
+PAIRS = [(group, option) for group, options in OPTIONS.items() for option in options if group != "model/at"]
+MODELS = OPTIONS["model"]
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000, "folder": 17}
+
+# model.md: patch, width, depths, heads, window, stochastic depth.
+PUBLISHED = {
+    ("moa_t", "imagenet"): (4, 96, [2, 2, 8], [3, 6, 12], 14, 0.2),
+    ("moa_s", "imagenet"): (4, 96, [2, 2, 20], [3, 6, 12], 14, 0.3),
+    ("moa_b", "imagenet"): (4, 128, [2, 2, 20], [4, 8, 16], 14, 0.4),
+    ("moa_t", "cifar100"): (1, 96, [2, 2, 6, 2], [3, 6, 12, 24], 4, 0.1),
+    ("moa_b", "cifar100"): (1, 128, [2, 2, 6, 2], [4, 8, 16, 32], 4, 0.1),
+}
+
+
+@pytest.fixture(scope="module")
+def composed() -> Iterator[Callable[..., DictConfig]]:
+    """A function from overrides to what Hydra makes of train.yaml."""
+    for command, schema in (("train", RunConfig), ("eval", EvalConfig)):
+        ConfigStore.instance().store(name=f"{command}_schema", node=schema)
+        ConfigStore.instance().store(group="hydra/help", name=f"{command}_help", node={})
+    with initialize_config_module("moa_train.conf", version_base="1.3"):
+        yield lambda *overrides, command="train": compose(command, list(overrides))
+
+
+@pytest.fixture(scope="module")
+def resolved(composed) -> Callable[..., Any]:
+    """A function from overrides to the typed, validated configuration."""
+    return lambda *overrides, command="train": typed(composed(*overrides, command=command))
+
+
+def written(group: str, option: str) -> dict[str, Any]:
+    """What a file of conf/ sets, by dotted key."""
+    path = CONF / group / f"{option}.yaml"
+    text = path.read_text()
+    section = "" if "@package _global_" in text else group.split("/")[0] + "."
+    return {key: value for key, value in leaves(OmegaConf.to_container(OmegaConf.create(text)), section)}
+
+
+def leaves(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        elif key != "defaults":
+            yield prefix + key, value
+
+
+def assert_says(config: Any, values: dict[str, Any]) -> None:
+    found = {key: value for key, _, value in knobs(config)}
+    assert {key: found[key] for key in values} == values
+
+
+def needs(data: str) -> list[str]:
+    return ["data.root=somewhere"] if data in ("imagenet", "folder") else []
+
+
+def test_the_groups_are_those_of_the_design():
+    assert set(OPTIONS) == {
+        *(".", "geometry", "model/at"),
+        *("model", "data", "augment", "optim", "schedule", "engine", "tracking", "runtime", "experiment", "debug"),
+    }
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_file_starts_by_saying_what_it_is(path):
+    first = next(line for line in path.read_text().splitlines() if "@package" not in line)
+    assert first.startswith("# ")
+    assert len(first) > 10
+
+
+def test_every_knob_is_documented():
+    for key, item, _ in [*knobs(RunConfig()), *knobs(EvalConfig())]:
+        assert len(item.metadata["help"]) > 5, key
+
+
+def test_each_command_composes_without_arguments(resolved):
+    assert resolved().data.name == "digits"
+    assert resolved(command="eval").split == "test"
+
+
+@pytest.mark.parametrize(("group", "option"), PAIRS)
+def test_every_option_composes_and_all_it_says_arrives(resolved, group, option):
+    values = written(group, option)
+    if group == "model" and option + "_small" in OPTIONS["model/at"]:
+        values |= written("model/at", option + "_small")
+    assert_says(resolved(f"{group}={option}", *needs("imagenet")), values)
+
+
+@pytest.mark.parametrize("option", OPTIONS["model/at"])
+def test_every_model_has_the_settings_of_its_geometry(resolved, option):
+    model, _, size = option.rpartition("_")
+    data = {"small": "cifar100", "large": "imagenet"}[size]
+    assert_says(resolved(f"model={model}", f"data={data}", *needs(data)), written("model/at", option))
+
+
+@pytest.mark.parametrize("data", CLASSES)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_can_be_built_for_every_data_set(resolved, model, data):
+    config = resolved(f"model={model}", f"data={data}", *needs(data))
+    assert (config.data.name, config.model.variant) == (data, model)
+    check_model(config.model.name, **model_fields(config.model, config.data, CLASSES[data]))
+
+
+@pytest.mark.parametrize(("model", "data"), PUBLISHED)
+def test_geometries_are_the_published_ones(resolved, model, data):
+    found = resolved(f"data={data}", f"model={model}", *needs(data)).model
+    geometry = (found.patch_size, found.embed_dim, found.depths, found.heads, found.window, found.drop_path)
+    assert geometry == PUBLISHED[model, data]
+    assert (found.moa.form, found.moa.enabled, found.moa.overlap, found.moa.reduction) == ("paper", True, 1, 32)
+
+
+def test_small_images_of_ones_own_take_the_small_geometry_on_request(resolved):
+    config = resolved(
+        "data=folder", "geometry=small", "augment=cifar", "data.image_size=32", "model=moa_t", *needs("folder")
+    )
+    assert (config.model.patch_size, config.model.window, config.augment.crop) == (1, 4, "pad")
+
+
+def test_what_is_typed_wins_over_what_data_and_experiments_choose(resolved):
+    typed_ = ("augment=none", "optim=sgd", "schedule=constant", "engine=default", "model=resnet50")
+    for chosen in (("data=digits",), ("data=cifar100",), ("experiment=cifar100_cpu", "optim.lr=0.3")):
+        config = resolved(*typed_, *chosen)
+        assert (config.augment.crop, config.optim.name, config.schedule.name) == ("none", "sgd", "constant")
+        assert config.model.name == "resnet"
+    assert config.optim.lr == 0.3
+
+
+@pytest.mark.parametrize("debug", [None, *OPTIONS["debug"]])
+@pytest.mark.parametrize("experiment", OPTIONS["experiment"])
+def test_every_experiment_composes_alone_and_under_every_debug(resolved, experiment, debug):
+    overrides = [f"experiment={experiment}", *needs("imagenet")]
+    if debug is None:
+        assert_says(resolved(*overrides), written("experiment", experiment))
+    else:
+        assert_says(resolved(*overrides, f"debug={debug}"), written("debug", debug))
+
+
+@pytest.mark.parametrize("option", ["lr=abc", "unheard_of=1", "warmup=5 epochs"])
+def test_the_schema_refuses_wrong_types_and_unknown_keys(composed, option):
+    with pytest.raises(Exception, match="abc|unheard_of|warmup"):
+        typed(composed(f"optim.{option}"))
