@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +32,9 @@ from moa_train.engine.plan import Cadence, Plan
 from moa_train.engine.state import TrainState
 from moa_train.engine.step import TrainStep
 from moa_train.engine.trainer import Trainer
+from moa_train.engine.weights import find_weights
 from moa_train.model import check_model, create_model
+from moa_train.model.weights import load_weights
 from moa_train.optim import (
     AveragedWeights,
     Duration,
@@ -61,7 +64,7 @@ def build_runtime(config: RuntimeConfig, distributed: Distributed) -> None:
 
 def build_source(config: DataConfig, split: str) -> Source:
     """Open one split of the data set."""
-    return open_source(
+    source = open_source(
         config.name,
         split=split,
         image_size=image_shape(config.image_size),
@@ -69,6 +72,10 @@ def build_source(config: DataConfig, split: str) -> Source:
         val_fraction=config.val_fraction,
         download=config.download,
     )
+    if split == "train" and config.limit and config.limit < len(source):
+        # Evenly spaced: the samples of a folder come class by class.
+        return source.subset(np.linspace(0, len(source) - 1, config.limit).astype(np.int64), f"{config.name}/part")
+    return source
 
 
 def model_fields(config: ModelConfig, data: DataConfig, num_classes: int) -> dict[str, Any]:
@@ -294,6 +301,8 @@ def build_run(config: RunConfig, *, run_dir: Path, distributed: Distributed, sto
     model = build_model(config.model, config.data, len(train.classes)).to(device)
     if config.runtime.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if config.init:
+        load_weights(model, find_weights(Path(config.init)).load()[0], head=config.init_head)
     optim = config.optim
     optimizer = create_optimizer(
         optim.name,
@@ -308,10 +317,11 @@ def build_run(config: RunConfig, *, run_dir: Path, distributed: Distributed, sto
     state = TrainState(model, optimizer, precision, ema)
     keep_every = round(distance(engine.keep_every, "engine.keep_every"))
     store = CheckpointStore(run_dir, keep_last=engine.keep_last, keep_every=keep_every)
-    restore(state, store, distributed)
+    record = {"config": to_dict(config), "classes": train.classes, "fingerprint": train.fingerprint}
+    restore(state, store, record, distributed)
 
     train_step = TrainStep(
-        torch.compile(model) if config.runtime.compile else model,
+        cast(nn.Module, torch.compile(model)) if config.runtime.compile else model,
         optimizer,
         transform=transform,
         clip=partial(clip_gradients, mode=optim.clip, limit=optim.clip_value),
@@ -330,11 +340,6 @@ def build_run(config: RunConfig, *, run_dir: Path, distributed: Distributed, sto
     if choice != "none":
         evaluation = build_evaluation(config, sources[choice], distributed, lambda: stop.requested)
         check = partial(_averaged(evaluation, distributed), state)
-    record = {
-        "config": to_dict(config),
-        "classes": train.classes,
-        "fingerprint": train.fingerprint,
-    }
     trainer = Trainer(
         state=state,
         plan=plan,
@@ -354,11 +359,33 @@ def build_run(config: RunConfig, *, run_dir: Path, distributed: Distributed, sto
     return Run(config, trainer, model, sources, build_evaluation(config, sources["test"], distributed))
 
 
-def restore(state: TrainState, store: CheckpointStore, distributed: Distributed) -> None:
-    """Restore the newest valid checkpoint: rank 0 chooses, the others load the same."""
-    found = distributed.on_main(lambda: (lambda newest: newest and newest.step)(store.newest()))
-    if found is not None:
-        state.restore(store.at(found), distributed.rank)
+def restore(state: TrainState, store: CheckpointStore, record: dict[str, Any], distributed: Distributed) -> None:
+    """Restore the newest valid checkpoint, if there is one: rank 0 chooses, the others load the same."""
+    newest = distributed.on_main(lambda: getattr(store.newest(), "step", None))
+    if newest is not None:
+        checkpoint = store.at(newest)
+        check_same_data(checkpoint.state, record)
+        state.restore(checkpoint, distributed.rank)
+
+
+def check_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Check what a checkpoint recorded of its training data against what is there now.
+
+    Raises:
+        UserError: other classes, another order of them, or other images.
+    """
+    old, new = before["classes"], now["classes"]
+    if old != new:
+        first = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+        raise UserError(
+            f"The checkpoint knows {len(old)} classes and the data has {len(new)}; the first difference is class "
+            f"{first}: {old[first : first + 1]} -> {new[first : first + 1]}. Use the data set it was trained on."
+        )
+    if before["fingerprint"] != now["fingerprint"]:
+        raise UserError(
+            f"The training images are not those of the checkpoint (fingerprint {before['fingerprint']} -> "
+            f"{now['fingerprint']}): images were added, removed or relabelled. Start a new run with init=."
+        )
 
 
 def _averaged(

@@ -23,12 +23,14 @@ def knob(
     above: float | None = None,
     most: float | None = None,
     options: tuple[str, ...] | None = None,
+    fixed: bool = False,
 ) -> Any:
     """Declare a field: its default, its documentation and the values it may take.
 
     ``least`` and ``most`` are inclusive bounds, ``above`` an exclusive one; on lists they hold for every entry.
+    A ``fixed`` knob cannot change when a run goes on: with another value it would be another run.
     """
-    rule = {"help": text, "least": least, "above": above, "most": most, "options": options}
+    rule = {"help": text, "least": least, "above": above, "most": most, "options": options, "fixed": fixed}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=rule)
     return field(default=default, metadata=rule)
@@ -38,14 +40,15 @@ def knob(
 class MoaConfig:
     """Multi-resolution overlapped attention between the stages (only read by ``model.name=moa``)."""
 
-    enabled: bool = knob(True, "off: local windows only, the baseline of the paper's table 7")
+    enabled: bool = knob(True, "off: local windows only, the baseline of the paper's table 7", fixed=True)
     form: str = knob(
         "paper",
         "paper: the text's spatial layout; released: number for number the published code",
         options=("paper", "released"),
+        fixed=True,
     )
-    overlap: int = knob(1, "pixels a side by which keys overlap their neighbours (paper table 5)", least=0)
-    reduction: int = knob(32, "channels entering the block are width / reduction (paper table 6)", least=1)
+    overlap: int = knob(1, "pixels a side by which keys overlap their neighbours (paper table 5)", least=0, fixed=True)
+    reduction: int = knob(32, "channels entering the block are width / reduction (paper table 6)", least=1, fixed=True)
     drop_path: float = knob(0.2, "stochastic depth of the last MOA block; a linear ramp from 0", least=0, most=0.99)
 
 
@@ -53,14 +56,16 @@ class MoaConfig:
 class ModelConfig:
     """Architecture. The baselines read the fields that have a meaning for them."""
 
-    name: str = knob("moa", "architecture", options=MODELS)
+    name: str = knob("moa", "architecture", options=MODELS, fixed=True)
     variant: str = knob("custom", "name of the preset, for folders and tables")
-    patch_size: int = knob(4, "pixels a side of a patch (resnet: 4 is the ImageNet stem, 1 and 2 a 3x3 stem)", least=1)
-    embed_dim: int = knob(96, "channels of the first stage; doubled by every merging", least=1)
-    depths: list[int] = knob([2, 2, 8], "blocks of each stage (vit: one number)", least=0)
-    heads: list[int] = knob([3, 6, 12], "attention heads of each stage", least=1)
-    window: int = knob(14, "tokens a side of a local window (paper table 4)", least=1)
-    mlp_ratio: float = knob(4.0, "hidden width of the MLP over its input's", above=0)
+    patch_size: int = knob(
+        4, "pixels a side of a patch (resnet: 4 is the ImageNet stem, 1 and 2 a 3x3 stem)", least=1, fixed=True
+    )
+    embed_dim: int = knob(96, "channels of the first stage; doubled by every merging", least=1, fixed=True)
+    depths: list[int] = knob([2, 2, 8], "blocks of each stage (vit: one number)", least=0, fixed=True)
+    heads: list[int] = knob([3, 6, 12], "attention heads of each stage", least=1, fixed=True)
+    window: int = knob(14, "tokens a side of a local window (paper table 4)", least=1, fixed=True)
+    mlp_ratio: float = knob(4.0, "hidden width of the MLP over its input's", above=0, fixed=True)
     dropout: float = knob(0.0, "dropout after attention and MLP", least=0, most=0.99)
     drop_path: float = knob(0.1, "stochastic depth of the last local block; a linear ramp from 0", least=0, most=0.99)
     checkpointing: bool = knob(False, "recompute activations in the backward pass: half the memory, a third slower")
@@ -71,12 +76,14 @@ class ModelConfig:
 class DataConfig:
     """Images and labels."""
 
-    name: str = knob("digits", "data set", options=DATASETS)
+    name: str = knob("digits", "data set", options=DATASETS, fixed=True)
     root: str | None = knob(None, "folder of the data set (default: data/NAME; imagenet and folder need it)")
-    image_size: Any = knob(32, "pixels: one number, or [height, width]")
+    image_size: Any = knob(32, "pixels: one number, or [height, width]", fixed=True)
     download: bool = knob(False, "fetch cifar10 or cifar100 where root does not hold it")
-    val_fraction: float = knob(0.0, "part of train held out as validation split, 0 to 0.5", least=0, most=0.5)
-    limit: int | None = knob(None, "train on the first so many images only (default: all)", least=1)
+    val_fraction: float = knob(
+        0.0, "part of train held out as validation split, 0 to 0.5", least=0, most=0.5, fixed=True
+    )
+    limit: int | None = knob(None, "train on so many evenly spaced images only (default: all)", least=1, fixed=True)
     workers: int | None = knob(None, "processes a rank that decode files (default: its cores, up to 8)", least=0)
     mean: list[float] | None = knob(None, "channel means in 0..1 (default: the data set's own)", least=0, most=1)
     std: list[float] | None = knob(None, "channel deviations (default: the data set's own)", above=0, most=1)
@@ -107,7 +114,7 @@ class AugmentConfig:
     mix_prob: float = knob(1.0, "probability that a batch is mixed at all", least=0, most=1)
     mix_switch_prob: float = knob(0.5, "probability of cutmix where both are on", least=0, most=1)
     label_smoothing: float = knob(0.0, "probability mass spread over all classes", least=0, most=0.99)
-    repeats: int = knob(1, "repeated augmentation: times an image occurs in an epoch", least=1)
+    repeats: int = knob(1, "repeated augmentation: times an image occurs in an epoch", least=1, fixed=True)
     off: str = knob("0%", "last part of the run without RandAugment, jitter, erasing and mixing: 10 epochs, 5%, ...")
 
 
@@ -115,7 +122,7 @@ class AugmentConfig:
 class OptimConfig:
     """The update."""
 
-    name: str = knob("adamw", "optimizer", options=("adamw", "nadamw", "sgd", "muon"))
+    name: str = knob("adamw", "optimizer", options=("adamw", "nadamw", "sgd", "muon"), fixed=True)
     lr: float = knob(9e-4, "peak rate for a batch of lr_batch examples", above=0)
     lr_scaling: str = knob("linear", "how the rate follows the global batch", options=("linear", "sqrt", "none"))
     lr_batch: int = knob(512, "the batch that lr, min_lr and warmup_lr are given for", least=1)
@@ -144,7 +151,7 @@ class ScheduleConfig:
 class EngineConfig:
     """The loop: batches, averaging, evaluation, checkpoints."""
 
-    batch_size: int = knob(512, "examples of one update, over all ranks and micro-batches", least=1)
+    batch_size: int = knob(512, "examples of one update, over all ranks and micro-batches", least=1, fixed=True)
     micro_batch_size: int | None = knob(
         None, "examples of one forward pass (default: batch_size / ranks); also the unit of mixing", least=1
     )
@@ -194,7 +201,7 @@ class RuntimeConfig:
     compile: bool = knob(False, "torch.compile the model: minutes at the start, faster steps on CUDA")
     deterministic: bool = knob(False, "deterministic kernels only: bit-identical repeats, slower on CUDA")
     threads: int = knob(0, "CPU threads a rank; 0: cores / ranks on this machine", least=0)
-    seed: int = knob(0, "of order, augmentation, initialisation and dropout", least=0, most=2**31 - 1)
+    seed: int = knob(0, "of order, augmentation, initialisation and dropout", least=0, most=2**31 - 1, fixed=True)
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -19,6 +20,8 @@ from moa_train.runtime.signals import Exit
 from moa_train.schema import knobs, validate
 
 CONF = Path(moa_train.conf.__file__).parent
+GROUPS = {folder.name: folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "__pycache__"}
+"""The groups of the configuration: a folder each, a YAML file per option."""
 
 
 def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name: str, examples: str) -> None:
@@ -36,7 +39,7 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
 
     def checked(config: DictConfig) -> None:
         # Inside Hydra's task, so that --help, --cfg and multirun stay Hydra's.
-        code = _guarded(lambda: task(typed(config), list(hydra.core.hydra_config.HydraConfig.get().overrides.task)))
+        code = _guarded(lambda: task(typed(config), list(HydraConfig.get().overrides.task)))
         if code:
             sys.exit(code)
 
@@ -69,23 +72,22 @@ def check_overrides(arguments: list[str], schema: type) -> None:
     if stray and not any(text.startswith("-") for text in arguments):
         raise UserError(f"{stray[0]!r} is not an argument of the form key=value. See --help.")
     keys = [key for key, _, _ in knobs(schema())]
-    groups = {folder.name: folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "__pycache__"}
     for override in overrides:
-        _check_override(override, schema, keys, groups)
+        _check_override(override, schema, keys)
 
 
-def _check_override(override: Override, schema: type, keys: list[str], groups: dict[str, Path]) -> None:
+def _check_override(override: Override, schema: type, keys: list[str]) -> None:
     key, text = override.key_or_group, override.input_line or ""
     if key.startswith("hydra") or override.is_delete():
         return
-    if key in groups and not text.startswith("++"):
+    if key in GROUPS and not text.startswith("++"):
         if not override.is_sweep_override():
-            _check_option(key, override.value(), groups[key])
+            _check_option(key, override.value(), GROUPS[key])
     elif key not in keys:
         sections = {key.rsplit(".", depth)[0] for key in keys for depth in (1, 2) if "." in key}
         if key in sections:  # a whole section, as in model={patch_size:4}
             return
-        near = nearest(key, [*keys, *groups]) or nearest(key.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in keys])
+        near = nearest(key, [*keys, *GROUPS]) or nearest(key.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in keys])
         raise UserError(f"There is no {key}.{near} `--help` lists every key.")
     elif not override.is_sweep_override():
         try:
@@ -128,7 +130,7 @@ def _help(schema: type, examples: str) -> dict[str, str]:
         "header": "",
         "footer": "",
         "template": f"{examples}\n\nGroups (group=option; a folder of conf/ each)\n\n$APP_CONFIG_GROUPS\n"
-        f"Keys (key=value), their type's default and meaning; --cfg job shows the values that are composed\n{knob_text}\n",
+        f"Keys (key=value): default and meaning; --cfg job shows what the groups make of them\n{knob_text}\n",
     }
 
 

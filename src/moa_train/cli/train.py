@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moa_train.cli import app
+from moa_train.cli.resume import resolve_resume
 from moa_train.schema import RunConfig, to_dict
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def train(config: RunConfig, overrides: list[str]) -> int:
     from moa_train.runtime.signals import Exit, StopSignals
     from moa_train.tracking import provenance
 
+    config, changed = resolve_resume(config, overrides)
     with StopSignals() as stop, Distributed.start(config.runtime.device) as distributed:
         run_dir = Path(distributed.broadcast_object(str(choose_run_dir(config))))
         config.run_dir = str(run_dir)
@@ -41,7 +43,7 @@ def train(config: RunConfig, overrides: list[str]) -> int:
         distributed.check_same("configuration and code", {**to_dict(config), "code": provenance.source_digest()})
         run = build_run(config, run_dir=run_dir, distributed=distributed, stop=stop)
         distributed.on_main(lambda: write_record(run, run_dir))
-        run.trainer.tracker.say(banner(run, distributed))
+        run.trainer.tracker.say(banner(run, distributed, changed))
         try:
             finished = run.trainer.fit()
             outcome = report(run, distributed) if finished else stopped(run)
@@ -68,7 +70,7 @@ def write_record(run: "Run", run_dir: Path) -> None:
     provenance.write(run_dir, {**provenance.collect(), "data": data, "first_step": run.trainer.state.step})
 
 
-def banner(run: "Run", distributed: "Distributed") -> str:
+def banner(run: "Run", distributed: "Distributed", changed: list[str]) -> str:
     """Describe the run before it starts."""
     from moa_train.optim import explain_rate
     from moa_train.tracking.console import block
@@ -90,7 +92,7 @@ def banner(run: "Run", distributed: "Distributed") -> str:
         "run": config.run_dir,
     }
     if trainer.state.step:
-        rows["resumed"] = f"at step {trainer.state.step}"
+        rows["resumed"] = f"at step {trainer.state.step}" + "".join(f"; changed {change}" for change in changed)
     return block("moa-train", rows)
 
 

@@ -1,0 +1,102 @@
+"""moa-eval: evaluate weights, which know their own model and data."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moa_train.cli import app
+from moa_train.runtime.errors import UserError
+from moa_train.schema import EvalConfig, RunConfig, from_dict
+
+if TYPE_CHECKING:
+    from moa_train.engine.weights import FoundWeights
+
+EXAMPLES = """moa-eval: accuracy and loss of trained weights, by exact counts.
+
+  moa-eval ckpt=outputs/RUN                              the best checkpoint of a run, else the newest
+  moa-eval ckpt=outputs/RUN/checkpoints/last split=val
+  moa-eval ckpt=weights.safetensors root=/data/imagenet
+  torchrun --nproc-per-node 2 -m moa_train.cli.evaluate ckpt=outputs/RUN
+
+The result goes to standard output and into a file, as JSON."""
+
+
+def evaluate(config: EvalConfig, overrides: list[str]) -> None:
+    """Evaluate, print and write the result."""
+    from moa_train.build import build_evaluation, build_model, build_runtime, build_source
+    from moa_train.engine.weights import find_weights
+    from moa_train.model.weights import load_weights
+    from moa_train.runtime.distributed import Distributed
+
+    if not config.ckpt:
+        raise UserError("moa-eval needs ckpt=PATH: a run folder, a checkpoint folder or a .safetensors file.")
+    parts = ("ema", "model") if config.weights == "auto" else (config.weights,)
+    found = find_weights(Path(config.ckpt), parts)
+    weights, metadata = found.load()
+    run = overlay(described(metadata, found.path), config)
+    with Distributed.start(config.device) as distributed:
+        build_runtime(run.runtime, distributed)
+        source = build_source(run.data, config.split)
+        classes = json.loads(metadata["classes"])
+        if source.classes != classes:
+            raise UserError(
+                f"The weights know {len(classes)} classes ({', '.join(classes[:3])}, ...), the data has "
+                f"{len(source.classes)} ({', '.join(source.classes[:3])}, ...). Set root= to the data they belong to."
+            )
+        model = build_model(run.model, run.data, len(classes))
+        load_weights(model, weights)
+        result = build_evaluation(run, source, distributed)(model.to(distributed.device))
+    if distributed.is_main and result is not None:
+        outcome = {"split": config.split, **result.as_dict(), "weights": str(found.path), "data": source.describe()}
+        write(outcome, Path(config.output) if config.output else default_output(found, config.split))
+        print(f"{result.top1:.2f} % top-1 on {result.total:,} images, {found.description}", file=sys.stderr)
+
+
+def described(metadata: dict[str, str], path: Path) -> RunConfig:
+    """Return the configuration that a weights file carries in its header."""
+    if not {"config", "classes"} <= set(metadata):
+        raise UserError(
+            f"{path} does not say what model it belongs to (no configuration in its header): it was not written by "
+            "moa-train. Convert published MOA weights with moa-model convert."
+        )
+    config: RunConfig = from_dict(json.loads(metadata["config"]))
+    return config
+
+
+def overlay(run: RunConfig, config: EvalConfig) -> RunConfig:
+    """Lay the command's few options over the run's configuration."""
+    data = replace(run.data, limit=None)
+    if config.root:
+        data.root = config.root
+    if config.workers is not None:
+        data.workers = config.workers
+    engine = replace(run.engine, eval_batch_size=config.batch_size or run.engine.eval_batch_size)
+    precision = config.precision or run.runtime.eval_precision
+    return replace(run, data=data, engine=engine, runtime=replace(run.runtime, eval_precision=precision))
+
+
+def default_output(found: "FoundWeights", split: str) -> Path:
+    """Return where the result goes: into the run's folder, or beside a lone weights file."""
+    folder = found.path.parent if found.checkpoint is None else found.checkpoint.path.parents[1]
+    return folder / f"eval-{split}.json"
+
+
+def write(outcome: dict[str, Any], path: Path) -> None:
+    """Print the result as JSON, and write it where that is possible."""
+    text = json.dumps(outcome, indent=2)
+    print(text)
+    try:
+        path.write_text(text + "\n")
+    except OSError as error:
+        print(f"Not written to {path}: {error.strerror}. Choose a file with output=.", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point."""
+    app.run(evaluate, EvalConfig, "eval", EXAMPLES)
+
+
+if __name__ == "__main__":
+    main()
