@@ -104,10 +104,11 @@ class CentreCrop:
 def resized_crop(image: EncodedImage, box: Box, size: tuple[int, int], interpolation: str) -> Tensor:
     """Decode a rectangle of an image at the size asked for: uint8, 3 H W.
 
-    Where the rectangle has at least twice the pixels a side, the decoder may halve the image; the result differs a
-    little from a full decode, like another resampling filter.
+    A JPEG whose rectangle has several times the pixels asked for is decoded at a half, a quarter or an eighth of its
+    size, as long as twice the pixels a side remain to resample. The result differs from a full decode by as much as
+    one good filter does from another.
     """
-    spare = min(box.height // size[0], box.width // size[1], MAX_REDUCTION)
+    spare = min(box.height // (2 * size[0]), box.width // (2 * size[1]), MAX_REDUCTION)
     x_CHW = image.decode(reduction=1 << max(0, spare.bit_length() - 1))
     y, x = x_CHW.shape[1] / image.height, x_CHW.shape[2] / image.width
     rows = slice(round(box.top * y), round((box.top + box.height) * y))
