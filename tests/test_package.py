@@ -1,0 +1,130 @@
+"""The wheel, in a clean environment, used from another folder in every way that users start it."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+JOB = ("debug=one_step", "data.limit=64", "engine.batch_size=32", "runtime=cpu", "tracking=quiet")
+OUTSIDE = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+
+
+def run(*command: str | Path, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**OUTSIDE, "OMP_NUM_THREADS": "1", **more}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a package is built from: nothing is written into the checkout, nothing stale comes from it."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("src", "conf"):
+        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path) -> Path:
+    """The wheel, built from the sdist, as package indexes want it."""
+    run(sys.executable, "-m", "build", "--no-isolation", cwd=source)
+    return next((source / "dist").glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of an environment that has the wheel; its dependencies are borrowed from the running one.
+
+    A .pth file lends them. The running environment's own .pth files, and an editable install with them, stay behind.
+    """
+    home = tmp_path_factory.mktemp("clean")
+    venv.create(home, symlinks=True)
+    binaries = home / "bin"
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        binaries / "python",
+        "install",
+        "--no-deps",
+        "--no-index",
+        wheel,
+        cwd=home,
+    )
+    packages = next((home / "lib").glob("python*")) / "site-packages"
+    lent = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    (packages / "borrowed.pth").write_text("\n".join(lent) + "\n")
+    return binaries
+
+
+def test_the_wheel_holds_every_module_and_every_option_and_nothing_else(source, wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    modules = {path.relative_to(source / "src").as_posix() for path in (source / "src").rglob("*.py")}
+    options = {f"moa_train/{path.relative_to(source)}" for path in (source / "conf").rglob("*.yaml")}
+    assert packed == modules | options | {"moa_train/conf/__init__.py"}, (
+        "is the list of packages in pyproject complete?"
+    )
+
+
+def test_what_is_imported_is_what_is_declared(source):
+    imported = set()
+    for path in (source / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.split(".")[0])
+    names = {"hydra": "hydra-core", "PIL": "pillow", "sklearn": "scikit-learn"}
+    foreign = {names.get(name, name) for name in imported - sys.stdlib_module_names - {"moa_train"}}
+    optional = {requirement.split(">")[0] for extra in ("plot", "jpeg") for requirement in PROJECT["optional-dependencies"][extra]}
+    assert foreign - optional == {requirement.split(">")[0] for requirement in PROJECT["dependencies"]}
+
+
+def test_the_wheel_is_what_the_clean_environment_imports(clean, tmp_path):
+    probe = "import moa_train, moa_train.conf as conf; print(moa_train.__file__); print(conf.__file__)"
+    for place in run(clean / "python", "-c", probe, cwd=tmp_path).stdout.split():
+        assert Path(place).is_relative_to(clean.parent)
+
+
+@pytest.mark.parametrize("command", PROJECT["scripts"])
+def test_every_command_is_installed_and_explains_itself(clean, tmp_path, command):
+    shown = run(clean / command, "--help", cwd=tmp_path)
+    assert command in shown.stdout
+    assert not list(tmp_path.iterdir())
+
+
+MODULE = ("-m", "moa_train.cli.train")
+WAYS: dict[str, Callable[[Path], tuple[str | Path, ...]]] = {
+    "console script": lambda clean: (clean / "moa-train",),
+    "python -m": lambda clean: (clean / "python", *MODULE),
+    "torchrun -m": lambda clean: (clean / "python", "-m", "torch.distributed.run", "--nproc-per-node", "2", *MODULE),
+    "this environment": lambda clean: (sys.executable, *MODULE),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_job_runs_from_another_folder(clean, tmp_path, way):
+    done = run(*WAYS[way](clean), *JOB, cwd=tmp_path, MASTER_PORT="0")
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert json.loads((folder / "result.json").read_text())["test"]["total"] == 359  # a fifth of the digits
+    assert f"moa-eval ckpt={folder.relative_to(tmp_path)}" in done.stdout
+    assert ("2 rank(s)" if "torchrun" in way else "1 rank(s)") in done.stdout
+    assert "Warning" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
