@@ -19,5 +19,5 @@ def nearest(name: object, options: Iterable[object]) -> str:
 
 def choose(what: str, name: object, options: Iterable[object]) -> str:
     """Compose the message for a name that is none of ``options``: value, options and the nearest one."""
-    options = [str(option) for option in options]
-    return f"{what}={name} is not known.{nearest(name, options)} Options: {', '.join(options)}."
+    names = [str(option) for option in options]
+    return f"{what}={name} is not known.{nearest(name, names)} Options: {', '.join(names)}."
