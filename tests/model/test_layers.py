@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch import nn
+
+from moa_train.model.layers import DropPath, LocalBlock, PatchEmbedding, PatchMerging, WindowAttention, padding_mask
+
+
+def test_patches_are_projected_as_by_a_strided_convolution_on_the_padded_image():
+    embedding = PatchEmbedding(4, 3, 8).double()
+    images = torch.randn(2, 3, 10, 15, dtype=torch.float64)
+    padded = torch.zeros(2, 3, 12, 16, dtype=torch.float64)
+    padded[:, :, :10, :15] = images
+    patches = padded.view(2, 3, 3, 4, 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(2, 3, 4, 48)
+    expected = embedding.norm(patches @ embedding.proj.weight.flatten(1).T + embedding.proj.bias)
+    torch.testing.assert_close(embedding(images), expected)
+    torch.testing.assert_close(embedding(images.to(memory_format=torch.channels_last)), expected)
+
+
+def test_merging_concatenates_neighbours_column_by_column():
+    merging = PatchMerging(1).double()
+    merging.norm, merging.reduction = nn.Identity(), nn.Identity()
+    x_BHWC = torch.arange(1.0, 7.0, dtype=torch.float64).view(1, 2, 3, 1)
+    assert merging(x_BHWC).tolist() == [[[[1, 4, 2, 5], [3, 6, 0, 0]]]]
+
+
+def test_padding_mask_marks_positions_outside_of_the_map():
+    assert padding_mask((8, 4), 4) is None
+    mask_WL = padding_mask((3, 5), 2)
+    real = (mask_WL == 0).view(2, 3, 2, 2)  # rows and columns of windows, rows and columns in a window
+    assert real[0, 0].all()
+    assert real[1, 0].tolist() == [[True, True], [False, False]]
+    assert real[0, 2].tolist() == [[True, False], [True, False]]
+    assert real[1, 2].tolist() == [[True, False], [False, False]]
+    assert mask_WL[mask_WL != 0].isneginf().all()
+
+
+def test_padded_windows_attend_as_windows_of_the_cut():
+    """Positions of padding are neither keys nor queries: a window at the border equals attention without them."""
+    attention = WindowAttention(8, 2, (5, 7), 4, 0.0).double()
+    x_BHWC = torch.randn(2, 5, 7, 8, dtype=torch.float64)
+    out = attention(x_BHWC)
+    assert out.shape == x_BHWC.shape
+    corner = x_BHWC[:, 4:, 4:]  # one row, three columns of the last window
+    q, k, v = attention.qkv(corner).view(2, 3, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    bias = attention.position_bias(q)[:, :3, :3]
+    expected = ((q @ k.transpose(-2, -1)) * 4**-0.5 + bias).softmax(-1) @ v
+    torch.testing.assert_close(out[:, 4:, 4:], attention.proj(expected.permute(0, 2, 1, 3).reshape(2, 1, 3, 8)))
+
+
+def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
+    drop = DropPath(0.25).train()
+    out = drop(torch.ones(4000, 2, 3))
+    assert ((out == 0).all((1, 2)) | (out == 1 / 0.75).all((1, 2))).all()
+    assert out.mean().item() == pytest.approx(1.0, abs=0.05)
+    x = torch.ones(3)
+    assert drop.eval()(x) is x
+    assert DropPath(0.0).train()(x) is x
+
+
+def test_stochastic_depth_follows_the_seed():
+    drop, x = DropPath(0.5).train(), torch.ones(64, 1)
+    outs = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        outs.append(drop(x))
+    assert torch.equal(*outs)
+
+
+def test_dropout_reaches_attention_and_mlp():
+    block = LocalBlock(8, 2, (4, 4), 4, mlp_ratio=2, dropout=0.9, drop_path=0.0)
+    rates = [module.p for module in block.modules() if isinstance(module, nn.Dropout)]
+    assert rates == [0.9] * 3
+    x_BHWC = torch.randn(1, 4, 4, 8)
+    assert not torch.equal(block.train()(x_BHWC), block(x_BHWC))
+    assert torch.equal(block.eval()(x_BHWC), block(x_BHWC))
