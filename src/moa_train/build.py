@@ -184,6 +184,7 @@ def build_plan(config: RunConfig, total_steps: int, length: int, distance: Calla
         log=Cadence(Fraction(config.tracking.log_every)),
         evaluate=Cadence(distance(engine.eval_every, "engine.eval_every")),
         save=Cadence(distance(engine.save_every, "engine.save_every")),
+        keep=Cadence(distance(engine.keep_every, "engine.keep_every")),
         stop_step=max(1, min(int(stop), total_steps)),
     )
 
@@ -240,7 +241,8 @@ class Run:
     trainer: Trainer
     model: nn.Module
     sources: dict[str, Source]
-    test: Callable[[nn.Module], Evaluation | None]
+    final_split: str
+    """What the finished run is judged on: test, where there is one, or what chose the best, or nothing ("none")."""
 
 
 def resolve(config: RunConfig, distributed: Distributed) -> RunConfig:
@@ -257,13 +259,19 @@ def resolve(config: RunConfig, distributed: Distributed) -> RunConfig:
 
 
 def open_splits(config: RunConfig) -> tuple[dict[str, Source], str]:
-    """Open the splits that a run needs, and name the one that chooses the best checkpoint (or "none")."""
-    choice, data = config.engine.eval_split, config.data
+    """Open the splits that there are, and name the one that chooses the best checkpoint (or "none")."""
+    data, choice = config.data, config.engine.eval_split
+    known = [split for split in ("train", "val", "test") if has_split(data.name, split, data.root, data.val_fraction)]
+    sources = {split: build_source(data, split) for split in {"train": None, **dict.fromkeys(known)}}
+    if "val" in sources and not len(sources["val"]):  # so few images a class that the fraction holds out none
+        del sources["val"]
     if choice == "auto":
-        choice = "val" if has_split(data.name, "val", data.root, data.val_fraction) else "none"
-    sources = {split: build_source(config.data, split) for split in ("train", "test")}
-    if choice == "val":
-        sources["val"] = build_source(config.data, "val")
+        choice = "val" if "val" in sources else "none"
+    if choice not in (*sources, "none"):
+        raise UserError(
+            f"engine.eval_split={choice}, but {data.name} has only {', '.join(sources)}. Hold out a larger part of train "
+            f"(data.val_fraction={data.val_fraction}) or choose another split."
+        )
     return sources, choice
 
 
@@ -289,6 +297,8 @@ def build_run(config: RunConfig, *, run_dir: Path, distributed: Distributed, sto
         scale=(augmentation.scale[0], augmentation.scale[1]),
         ratio=(augmentation.ratio[0], augmentation.ratio[1]),
         interpolation=augmentation.interpolation,
+        unreadable=config.data.unreadable,
+        quarantine_budget=config.data.unreadable_budget,
         pin_memory=device.type == "cuda",
     )
     schedule, distance = build_schedule(config, length)
@@ -315,8 +325,7 @@ def build_run(config: RunConfig, *, run_dir: Path, distributed: Distributed, sto
     )
     ema = AveragedWeights(model, engine.ema_decay) if engine.ema_decay else None
     state = TrainState(model, optimizer, precision, ema)
-    keep_every = round(distance(engine.keep_every, "engine.keep_every"))
-    store = CheckpointStore(run_dir, keep_last=engine.keep_last, keep_every=keep_every)
+    store = CheckpointStore(run_dir, keep_last=engine.keep_last, keep=plan.keep.due)
     record = {"config": to_dict(config), "classes": train.classes, "fingerprint": train.fingerprint}
     restore(state, store, record, distributed)
 
@@ -356,7 +365,7 @@ def build_run(config: RunConfig, *, run_dir: Path, distributed: Distributed, sto
         record=record,
         metadata={"format": "1", "config": json.dumps(record["config"]), "classes": json.dumps(train.classes)},
     )
-    return Run(config, trainer, model, sources, build_evaluation(config, sources["test"], distributed))
+    return Run(config, trainer, model, sources, final_split="test" if "test" in sources else choice)
 
 
 def restore(state: TrainState, store: CheckpointStore, record: dict[str, Any], distributed: Distributed) -> None:

@@ -34,7 +34,7 @@ def train(config: RunConfig, overrides: list[str]) -> int:
     from moa_train.tracking import provenance
 
     config, changed = resolve_resume(config, overrides)
-    with StopSignals() as stop, Distributed.start(config.runtime.device) as distributed:
+    with StopSignals() as stop, Distributed.start(config.runtime.device, config.runtime.timeout) as distributed:
         run_dir = Path(distributed.broadcast_object(str(choose_run_dir(config))))
         config.run_dir = str(run_dir)
         build_runtime(config.runtime, distributed)
@@ -97,29 +97,27 @@ def banner(run: "Run", distributed: "Distributed", changed: list[str]) -> str:
 
 
 def report(run: "Run", distributed: "Distributed") -> str:
-    """Evaluate the weights that the run yields on the test split; write the result and describe it."""
+    """Evaluate the weights that the run yields, the best or the last ones; write the result and describe it."""
+    from moa_train.build import build_evaluation
     from moa_train.tracking.console import block
 
     trainer, state, run_dir = run.trainer, run.trainer.state, Path(run.config.run_dir or "")
-    step = state.best["step"] if state.best else state.step
-    checkpoint = trainer.store.at(step)
-    run.model.load_state_dict(checkpoint.tensors("ema" if state.ema is not None else "model"))
-    result = run.test(run.model)
-    assert result is not None, "nobody can stop the last evaluation but by a signal that ends it"
-    outcome: dict[str, Any] = {"step": step, "weights": str(checkpoint.path), "test": result.as_dict()}
+    checkpoint = trainer.store.at(state.best["step"] if state.best else state.step)
+    outcome: dict[str, Any] = {"step": checkpoint.step, "weights": str(checkpoint.path)}
     if state.best:
         outcome[trainer.eval_split] = state.best
+    rows = {"weights": checkpoint.path, "logs": f"{run_dir}/metrics.jsonl; tensorboard --logdir {run_dir}"}
+    if run.final_split != "none":
+        run.model.load_state_dict(checkpoint.tensors("ema" if state.ema is not None else "model"))
+        result = build_evaluation(run.config, run.sources[run.final_split], distributed)(run.model)
+        assert result is not None, "only an evaluation that is given a way to stop can be stopped"
+        outcome[run.final_split] = result.as_dict()
+        trainer.tracker.log_eval(state.step, result.as_dict(), run.final_split)
+        trainer.tracker.close({f"{run.final_split}_{key}": value for key, value in result.as_dict().items()})
+        accuracy = f"{result.top1:.2f} % top-1 ({result.top1_count:,} of {result.total:,} {run.final_split} images)"
+        rows = {"accuracy": f"{accuracy}, {result.top5:.2f} % top-5", **rows, "next": f"moa-eval ckpt={run_dir}"}
     if distributed.is_main:
         (run_dir / "result.json").write_text(json.dumps(outcome, indent=2) + "\n")
-    trainer.tracker.log_eval(state.step, result.as_dict(), "test")
-    trainer.tracker.close({f"test_{key}": value for key, value in result.as_dict().items()})
-    rows = {
-        "accuracy": f"{result.top1:.2f} % top-1 ({result.top1_count:,} of {result.total:,} test images), "
-        f"{result.top5:.2f} % top-5",
-        "weights": checkpoint.path,
-        "logs": f"{run_dir}/metrics.jsonl; tensorboard --logdir {run_dir}",
-        "next": f"moa-eval ckpt={run_dir}",
-    }
     return block("done", rows)
 
 
