@@ -275,11 +275,35 @@ def open_splits(config: RunConfig) -> tuple[dict[str, Source], str]:
     return sources, choice
 
 
+def check(config: RunConfig) -> None:
+    """Check what can be known before the data is opened, which may take minutes: durations, clipping, the model.
+
+    Raises:
+        UserError: naming the key.
+    """
+    check_clip(config.optim.clip, config.optim.clip_value)
+    # Of some data set; errors that depend on its length come when it is known.
+    schedule, engine = config.schedule, config.engine
+    Duration.parse(schedule.duration, what="schedule.duration", allow_zero=False)
+    for what, texts in (
+        ("schedule.warmup", [schedule.warmup]),
+        ("schedule.milestones", schedule.milestones),
+        ("augment.off", [config.augment.off]),
+        ("engine.eval_every", [engine.eval_every]),
+        ("engine.save_every", [engine.save_every]),
+        ("engine.keep_every", [engine.keep_every]),
+        ("engine.stop_after", [engine.stop_after]),
+    ):
+        for text in texts:
+            Duration.parse(text or "0", what=what)
+    check_model(config.model.name, **model_fields(config.model, config.data, num_classes=2))
+
+
 def build_run(config: RunConfig, *, run_dir: Path, distributed: Distributed, stop: StopSignals) -> Run:
     """Build everything, cheapest checks first, and restore the newest checkpoint of ``run_dir`` where there is one."""
     resolve(config, distributed)
+    check(config)
     engine, augmentation, device = config.engine, config.augment, distributed.device
-    check_clip(config.optim.clip, config.optim.clip_value)
     precision = Precision.resolve(config.runtime.precision, device)
     sources, choice = open_splits(config)
     train = sources["train"]

@@ -5,6 +5,7 @@ there), ``validate`` checks ranges, options and rules across fields, and every c
 """
 
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
@@ -22,15 +23,17 @@ def knob(
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
+    below: float | None = None,
     options: tuple[str, ...] | None = None,
     fixed: bool = False,
 ) -> Any:
     """Declare a field: its default, its documentation and the values it may take.
 
-    ``least`` and ``most`` are inclusive bounds, ``above`` an exclusive one; on lists they hold for every entry.
+    ``least`` and ``most`` are inclusive bounds, ``above`` and ``below`` exclusive ones; on lists they hold for every entry.
     A ``fixed`` knob cannot change when a run goes on: with another value it would be another run.
     """
-    rule = {"help": text, "least": least, "above": above, "most": most, "options": options, "fixed": fixed}
+    bounds = {"least": least, "above": above, "most": most, "below": below}
+    rule = {"help": text, **bounds, "options": options, "fixed": fixed}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=rule)
     return field(default=default, metadata=rule)
@@ -87,6 +90,13 @@ class DataConfig:
     workers: int | None = knob(None, "processes a rank that decode files (default: its cores, up to 8)", least=0)
     mean: list[float] | None = knob(None, "channel means in 0..1 (default: the data set's own)", least=0, most=1)
     std: list[float] | None = knob(None, "channel deviations (default: the data set's own)", above=0, most=1)
+    unreadable: str = knob(
+        "fail",
+        "training images that cannot be read: fail, or quarantine: the next readable file takes the place; "
+        "in evaluation they are always an error",
+        options=("fail", "quarantine"),
+    )
+    unreadable_budget: int = knob(100, "quarantine: different unreadable files of a rank before it fails", least=0)
     eval_crop: float = knob(0.875, "evaluation: side of the central crop over the resized image's", above=0, most=1)
 
 
@@ -127,9 +137,9 @@ class OptimConfig:
     lr_scaling: str = knob("linear", "how the rate follows the global batch", options=("linear", "sqrt", "none"))
     lr_batch: int = knob(512, "the batch that lr, min_lr and warmup_lr are given for", least=1)
     weight_decay: float = knob(0.05, "decoupled decay; never on biases, 1-D parameters and position tables", least=0)
-    betas: list[float] = knob([0.9, 0.999], "AdamW: decay of the two moments", least=0, most=0.9999999)
+    betas: list[float] = knob([0.9, 0.999], "AdamW: decay of the two moments", least=0, below=1)
     eps: float = knob(1e-8, "AdamW: term in the denominator", above=0)
-    momentum: float = knob(0.9, "SGD and Muon", least=0, most=0.9999999)
+    momentum: float = knob(0.9, "SGD and Muon", least=0, below=1)
     clip: str = knob("norm", "gradient clipping", options=("norm", "value", "none"))
     clip_value: float = knob(5.0, "largest norm of all gradients, or largest absolute value", above=0)
 
@@ -156,7 +166,7 @@ class EngineConfig:
         None, "examples of one forward pass (default: batch_size / ranks); also the unit of mixing", least=1
     )
     ema_decay: float = knob(
-        0.0, "averaged weights: decay a step, 0 is off; evaluated and saved when on", least=0, most=1
+        0.0, "averaged weights: decay a step, 0 is off; evaluated and saved when on", least=0, below=1
     )
     eval_split: str = knob(
         "auto",
@@ -170,6 +180,14 @@ class EngineConfig:
     keep_last: int = knob(2, "newest checkpoints kept", least=1)
     keep_every: str | None = knob(None, "also keep one checkpoint in each of these distances for ever")
     stop_after: str | None = knob(None, "end the session here, resumable, the schedule untouched: '100 steps'")
+    nonfinite: str = knob(
+        "abort",
+        "what follows a gradient that is not finite, which is never applied: abort; skip the update; rollback to the "
+        "last checkpoint and go on from there at a lower rate",
+        options=("abort", "skip", "rollback"),
+    )
+    nonfinite_budget: int = knob(10, "skip and rollback: times it may happen before the run is aborted", least=0)
+    rollback_rate: float = knob(0.5, "rollback: factor on the rate from there on, each time", above=0, most=1)
 
 
 @dataclass
@@ -200,6 +218,7 @@ class RuntimeConfig:
     channels_last: bool = knob(False, "memory layout of images and convolutions")
     compile: bool = knob(False, "torch.compile the model: minutes at the start, faster steps on CUDA")
     deterministic: bool = knob(False, "deterministic kernels only: bit-identical repeats, slower on CUDA")
+    timeout: float = knob(600.0, "seconds to wait for another rank before the run ends", above=0)
     threads: int = knob(0, "CPU threads a rank; 0: cores / ranks on this machine", least=0)
     seed: int = knob(0, "of order, augmentation, initialisation and dropout", least=0, most=2**31 - 1, fixed=True)
 
@@ -210,6 +229,9 @@ class RunConfig:
 
     run_dir: str | None = knob(None, "run folder (default: outputs/DATA-MODEL-TIME)")
     resume: str | None = knob(None, "a run folder to go on with, or auto: go on in run_dir where it holds a checkpoint")
+    replay: int | None = knob(
+        None, "with resume: repeat the update after so many and look for what is not finite; nothing is saved", least=0
+    )
     init: str | None = knob(None, "weights to start from: run folder, checkpoint folder or .safetensors")
     init_head: str = knob(
         "strict", "strict: init must fit; new: start the classifier afresh", options=("strict", "new")
@@ -279,16 +301,14 @@ def _check_entry(key: str, value: Any, rule: Any) -> None:
         raise UserError(choose(key, value, rule["options"]))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    least, above, most = rule["least"], rule["above"], rule["most"]
-    wrong = (
-        not math.isfinite(value)
-        or (least is not None and value < least)
-        or (above is not None and value <= above)
-        or (most is not None and value > most)
-    )
-    if wrong:
-        bounds = [f"{sign} {bound}" for sign, bound in ((">=", least), (">", above), ("<=", most)) if bound is not None]
-        raise UserError(f"{key}={value} is out of range: it must be {' and '.join(bounds) or 'finite'}.")
+    bounds = [(sign, rule[name]) for name, sign in _SIGNS.items() if rule[name] is not None]
+    if not math.isfinite(value) or not all(_HOLDS[sign](value, bound) for sign, bound in bounds):
+        rules = [f"{sign} {bound}" for sign, bound in bounds] or ["finite"]
+        raise UserError(f"{key}={value} is out of range: it must be {' and '.join(rules)}.")
+
+
+_SIGNS = {"least": ">=", "above": ">", "most": "<=", "below": "<"}
+_HOLDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
 def _check_rules(config: RunConfig) -> None:
@@ -303,15 +323,17 @@ def _check_rules(config: RunConfig) -> None:
         raise UserError(f"data={data.name} needs data.root=FOLDER, the folder that holds train/ and val/ (or test/).")
     if data.download and data.name not in ("cifar10", "cifar100"):
         raise UserError(f"data.download=true: {data.name} is never downloaded. Set data.root to your copy.")
-    for key, pair in (
-        ("augment.scale", augment.scale),
-        ("augment.ratio", augment.ratio),
-        ("optim.betas", optim.betas),
+    for key, entries, length in (
+        ("augment.scale", augment.scale, 2),
+        ("augment.ratio", augment.ratio, 2),
+        ("optim.betas", optim.betas, 2),
+        ("data.mean", data.mean, 3),
+        ("data.std", data.std, 3),
     ):
-        if len(pair) != 2:
-            raise UserError(f"{key}={pair} must have two entries.")
-        if key.startswith("augment") and pair[0] > pair[1]:
-            raise UserError(f"{key}={pair}: the lower end exceeds the upper one.")
+        if entries is not None and len(entries) != length:
+            raise UserError(f"{key}={entries} must have {length} entries.")
+        if key.startswith("augment") and entries[0] > entries[1]:
+            raise UserError(f"{key}={entries}: the lower end exceeds the upper one.")
     micro = engine.micro_batch_size
     if micro and engine.batch_size % micro:
         raise UserError(
@@ -325,8 +347,12 @@ def _check_rules(config: RunConfig) -> None:
         )
     if config.schedule.name == "step" and not config.schedule.milestones:
         raise UserError("schedule=step needs schedule.milestones, for example ['50%','75%'].")
-    if config.resume and config.init:
+    if config.resume not in (None, "auto") and config.init:
         raise UserError("resume goes on with a run, init starts a new one from weights: give one of the two.")
+    if config.init_head != "strict" and not config.init:
+        raise UserError(f"init_head={config.init_head} is about the weights of init=, which is not given.")
+    if config.replay is not None and config.resume in (None, "auto"):
+        raise UserError(f"replay={config.replay} needs resume=FOLDER, the run whose update is to be repeated.")
     if config.resume == "auto" and not config.run_dir:
         raise UserError("resume=auto needs run_dir=FOLDER, or every start would be a new folder.")
 

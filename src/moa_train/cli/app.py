@@ -1,9 +1,11 @@
 """The frame of the commands that Hydra composes: typed configuration, help, and errors for users."""
 
+import difflib
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -15,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import moa_train.conf
-from moa_train.runtime.errors import UserError, nearest
+from moa_train import __version__
+from moa_train.runtime.errors import UserError, choose
 from moa_train.runtime.signals import Exit
 from moa_train.schema import knobs, validate
 
@@ -43,11 +46,18 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
         if code:
             sys.exit(code)
 
-    if not {"--help", "-h", "--hydra-help", "--version"} & set(sys.argv[1:]):
-        code = _guarded(lambda: check_overrides(sys.argv[1:], schema))
-        if code:
-            sys.exit(code)
-    hydra.main(version_base="1.3", config_path="pkg://moa_train.conf", config_name=config_name)(checked)()
+    arguments = sys.argv[1:]
+    if "--version" in arguments:
+        print(f"moa-train {__version__}")
+        sys.exit(Exit.FINISHED)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions arrive as they are: whose they are is told apart here
+
+    def compose() -> None:
+        if not {"--help", "-h", "--hydra-help"} & set(arguments):
+            check_overrides(arguments, schema)
+        hydra.main(version_base="1.3", config_path="pkg://moa_train.conf", config_name=config_name)(checked)()
+
+    sys.exit(_guarded(compose))
 
 
 def typed(config: DictConfig) -> Any:
@@ -63,45 +73,95 @@ def check_overrides(arguments: list[str], schema: type) -> None:
     Raises:
         UserError: for unknown keys, options and groups, with the nearest right name, and for values of the wrong type.
     """
-    texts = [text for text in arguments if "=" in text and not text.startswith("-")]
-    try:
-        overrides = OverridesParser.create().parse_overrides(texts)
-    except HydraException as error:
-        raise UserError(f"Cannot read the arguments: {str(error).splitlines()[0]}") from None
     stray = [text for text in arguments if "=" not in text and not text.startswith(("-", "~"))]
     if stray and not any(text.startswith("-") for text in arguments):
         raise UserError(f"{stray[0]!r} is not an argument of the form key=value. See --help.")
-    keys = [key for key, _, _ in knobs(schema())]
-    for override in overrides:
-        _check_override(override, schema, keys)
-
-
-def _check_override(override: Override, schema: type, keys: list[str]) -> None:
-    key, text = override.key_or_group, override.input_line or ""
-    if key.startswith("hydra") or override.is_delete():
-        return
-    if key in GROUPS and not text.startswith("++"):
-        if not override.is_sweep_override():
-            _check_option(key, override.value(), GROUPS[key])
-    elif key not in keys:
-        sections = {key.rsplit(".", depth)[0] for key in keys for depth in (1, 2) if "." in key}
-        if key in sections:  # a whole section, as in model={patch_size:4}
-            return
-        near = nearest(key, [*keys, *GROUPS]) or nearest(key.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in keys])
-        raise UserError(f"There is no {key}.{near} `--help` lists every key.")
-    elif not override.is_sweep_override():
+    items = {key: item for key, item, _ in knobs(schema())}
+    multirun = bool({"-m", "--multirun"} & set(arguments))
+    parser = OverridesParser.create()
+    for text in arguments:
+        if text.startswith("-") or ("=" not in text and not text.startswith("~")):
+            continue
         try:
-            OmegaConf.update(OmegaConf.structured(schema), key, override.value())
-        except OmegaConfBaseException as error:
-            raise UserError(f"{text}: {str(error).splitlines()[0]}.") from None
+            override = parser.parse_override(text)
+        except HydraException:
+            raise UserError(
+                f"Cannot read {text}. The form is key=value, without spaces; brackets and quotes must close; a value "
+                "with other signs, such as = or a space, needs quotes in quotes: \"run_dir='a=b'\"."
+            ) from None
+        _check_override(override, schema, items, multirun)
+
+
+def _check_override(override: Override, schema: type, items: Mapping[str, Any], multirun: bool) -> None:
+    key, text = override.key_or_group, override.input_line or ""
+    if key.startswith("hydra"):
+        return
+    if override.is_delete():
+        raise UserError(f"{text}: nothing can be removed. What is left out has its default.")
+    known = key in GROUPS or key in items
+    if not known and key in {head for name in items for head in _sections(name)}:
+        return  # a whole section, as in model.moa={overlap:1,reduction:16}
+    if not known:
+        raise UserError(f"There is no {key}.{_similar(key, list(items))}")
+    if override.is_add():
+        raise UserError(f"{text}: {key} is there already. Write {text.lstrip('+')}.")
+    values = [override.value()]
+    if override.is_sweep_override():
+        if not multirun:
+            raise UserError(
+                f"{text} means several runs: add -m for them. A list is written [1,2], a text with commas in quotes: "
+                f"\"{key}='a,b'\"."
+            )
+        # Of quoted texts the text; lists in sweeps, intervals and ranges are left to Hydra.
+        values = [getattr(value, "text", value) for value in getattr(override.value(), "list", [])]
+    for value in values:
+        if key in GROUPS:
+            _check_option(key, value, GROUPS[key])
+        elif not isinstance(value, list) or len(values) == 1:
+            _check_type(key, value, schema, items[key].type)
+
+
+def _sections(key: str) -> list[str]:
+    """Return what a key lies in: model.moa.form lies in model.moa and model."""
+    parts = key.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def _similar(key: str, keys: list[str]) -> str:
+    """Say what an unknown key may have meant: by the whole of it, else by its last part, else what its section has."""
+    leaves: dict[str, list[str]] = {}
+    for known in keys:
+        leaves.setdefault(known.rpartition(".")[2], []).append(known)
+    head, _, leaf = key.rpartition(".")
+    if close := difflib.get_close_matches(key, [*keys, *([] if head else GROUPS)], n=1, cutoff=0.7):
+        return f" Did you mean {close[0]}? --help lists every key."
+    if close := difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6):
+        return f" Did you mean {' or '.join(leaves[close[0]])}? --help lists every key."
+    inside = [known for known in keys if known.startswith(head + ".")] if head else []
+    return f" Keys of {head}: {', '.join(known[len(head) + 1 :] for known in inside)}." if inside else " See --help."
+
+
+_NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+
+
+def _check_type(key: str, value: Any, schema: type, kind: Any) -> None:
+    try:
+        OmegaConf.update(OmegaConf.structured(schema), key, value)
+    except OmegaConfBaseException:
+        shown = "null" if value is None else value
+        raise UserError(f"{key}={shown} is not of the right type: it must be {_in_words(kind)}.") from None
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is list:
+        return f"a list, [x,y,...], each entry {_in_words(get_args(kind)[0])}"
+    return " or ".join(_NOUNS.get(part) or _in_words(part) for part in get_args(kind) or (kind,))
 
 
 def _check_option(group: str, option: Any, folder: Path) -> None:
     options = sorted(path.stem for path in folder.glob("*.yaml"))
-    if option is not None and str(option) not in options:
-        raise UserError(
-            f"{group}={option} is not known.{nearest(option, options)} Options: {', '.join(options) or 'none'}."
-        )
+    if str(option) not in options:
+        raise UserError(choose(group, "null" if option is None else option, options))
 
 
 def _guarded(action: Callable[[], int | None]) -> int:
@@ -110,7 +170,10 @@ def _guarded(action: Callable[[], int | None]) -> int:
         return action() or Exit.FINISHED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return Exit.USER_ERROR
+    except (HydraException, OmegaConfBaseException) as error:
+        lines = str(error).split("\n\n")[0].splitlines()  # what follows explains Hydra, not the mistake
+        print("error: " + "\n".join(line for line in lines if not line.startswith(" ")), file=sys.stderr)
+    return Exit.USER_ERROR
 
 
 def _help(schema: type, examples: str) -> dict[str, str]:

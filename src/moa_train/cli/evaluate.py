@@ -25,13 +25,13 @@ The result goes to standard output and into a file, as JSON."""
 
 def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     """Evaluate, print and write the result."""
+    if not config.ckpt:
+        raise UserError("moa-eval needs ckpt=PATH: a run folder, a checkpoint folder or a .safetensors file.")
     from moa_train.build import build_evaluation, build_model, build_runtime, build_source
     from moa_train.engine.weights import find_weights
     from moa_train.model.weights import load_weights
     from moa_train.runtime.distributed import Distributed
 
-    if not config.ckpt:
-        raise UserError("moa-eval needs ckpt=PATH: a run folder, a checkpoint folder or a .safetensors file.")
     parts = ("ema", "model") if config.weights == "auto" else (config.weights,)
     found = find_weights(Path(config.ckpt), parts)
     weights, metadata = found.load()
@@ -78,9 +78,9 @@ def overlay(run: RunConfig, config: EvalConfig) -> RunConfig:
 
 
 def default_output(found: "FoundWeights", split: str) -> Path:
-    """Return where the result goes: into the run's folder, or beside a lone weights file."""
-    folder = found.path.parent if found.checkpoint is None else found.checkpoint.path.parents[1]
-    return folder / f"eval-{split}.json"
+    """Return where the result goes: into the run's folder, or beside what was moved out of one."""
+    folder = (found.path if found.checkpoint is None else found.checkpoint.path).parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / f"eval-{split}.json"
 
 
 def write(outcome: dict[str, Any], path: Path) -> None:

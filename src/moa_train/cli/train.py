@@ -2,11 +2,15 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moa_train.cli import app
 from moa_train.cli.resume import resolve_resume
+from moa_train.runtime.errors import UserError
 from moa_train.schema import RunConfig, to_dict
 
 if TYPE_CHECKING:
@@ -29,17 +33,16 @@ def train(config: RunConfig, overrides: list[str]) -> int:
     # torch takes seconds to import: only now that the configuration is known to be sound.
     from moa_train.build import build_run, build_runtime
     from moa_train.runtime.distributed import Distributed
-    from moa_train.runtime.lock import RunLock
     from moa_train.runtime.signals import Exit, StopSignals
     from moa_train.tracking import provenance
 
     config, changed = resolve_resume(config, overrides)
-    with StopSignals() as stop, Distributed.start(config.runtime.device, config.runtime.timeout) as distributed:
-        run_dir = Path(distributed.broadcast_object(str(choose_run_dir(config))))
-        config.run_dir = str(run_dir)
+    with (
+        StopSignals() as stop,
+        Distributed.start(config.runtime.device, config.runtime.timeout) as distributed,
+        run_folder(config, distributed) as run_dir,
+    ):
         build_runtime(config.runtime, distributed)
-        lock = RunLock(run_dir) if distributed.is_main else None
-        distributed.on_main(lambda: lock and lock.__enter__() and None)
         distributed.check_same("configuration and code", {**to_dict(config), "code": provenance.source_digest()})
         run = build_run(config, run_dir=run_dir, distributed=distributed, stop=stop)
         distributed.on_main(lambda: write_record(run, run_dir))
@@ -54,11 +57,37 @@ def train(config: RunConfig, overrides: list[str]) -> int:
     return Exit.FINISHED if finished else Exit.STOPPED
 
 
+@contextmanager
+def run_folder(config: RunConfig, distributed: "Distributed") -> Iterator[Path]:
+    """Yield the run folder, the same on every rank, and keep other runs out of it meanwhile."""
+    from moa_train.runtime.lock import RunLock
+
+    with ExitStack() as held:
+
+        def take() -> str:
+            path = choose_run_dir(config)
+            held.enter_context(RunLock(path))
+            return str(path)
+
+        config.run_dir = distributed.on_main(take)
+        yield Path(config.run_dir)
+
+
 def choose_run_dir(config: RunConfig) -> Path:
-    """Return the run folder: the one asked for, or a new one below outputs/."""
+    """Return the run folder: the one asked for, or a new one below outputs/, made here so that nobody else gets it."""
     if config.run_dir:
         return Path(config.run_dir)
-    return Path("outputs") / f"{config.data.name}-{config.model.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{config.data.name}-{config.model.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in count(1):
+        path = Path("outputs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+            break
+        except FileExistsError:  # another run was started in the same second
+            continue
+        except OSError as error:
+            raise UserError(f"Cannot make the run folder {path}: {error.strerror}. Choose one by run_dir=.") from error
+    return path
 
 
 def write_record(run: "Run", run_dir: Path) -> None:
