@@ -127,7 +127,7 @@ def test_a_step_above_99999999_is_still_found(store):
 
 
 def test_retention_keeps_the_last_every_nth_and_the_best(tmp_path):
-    store = CheckpointStore(tmp_path, keep_last=2, keep_every=4)
+    store = CheckpointStore(tmp_path, keep_last=2, keep=lambda step: step % 4 == 0)
     for step, score in enumerate((None, 50.0, 70.0, 60.0, None, 70.0, 65.0, None, None, 1.0), start=1):
         save(store, step, score)
     assert steps(store) == [3, 4, 8, 9, 10]  # of equals (3 and 6) the earliest is the best

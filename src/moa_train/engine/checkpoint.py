@@ -9,7 +9,7 @@ and by the score in the manifest, never by time stamps, nor by a pointer that a 
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -40,27 +40,29 @@ _REPLACED = ".replaced"
 class CheckpointStore:
     """The checkpoints in ``<run_dir>/checkpoints``. One process saves (rank 0, with the run's lock), any number read.
 
-    Retention keeps the newest ``keep_last``, those at multiples of ``keep_every`` steps (0: none) and the best. It
-    counts valid ones only, and removes nothing but files of the known names in folders of the known names.
+    Retention keeps the newest ``keep_last``, those of steps that ``keep`` tells to keep and the best. It counts
+    valid ones only, and removes nothing but files of the known names in folders of the known names.
     """
 
-    def __init__(self, run_dir: Path, *, keep_last: int = 2, keep_every: int = 0) -> None:
+    def __init__(self, run_dir: Path, *, keep_last: int = 2, keep: Callable[[int], bool] = lambda step: False) -> None:
         self.directory = run_dir / "checkpoints"
-        self.keep_last, self.keep_every = max(1, keep_last), keep_every
+        self.keep_last, self.keep = max(1, keep_last), keep
         self._executor: ThreadPoolExecutor | None = None
         self._saving: Future[None] | None = None
         self._verified: dict[Path, tuple[object, ...]] = {}
 
     # Reading
 
-    def newest(self) -> Checkpoint | None:
-        """Return the valid checkpoint of the highest step, or None if there has never been one.
+    def newest(self, until: int | None = None) -> Checkpoint | None:
+        """Return the valid checkpoint of the highest step (up to ``until``), or None if there has never been one.
 
         A damaged one is passed over with a warning that names the file. If all are damaged that is a CheckpointError:
         a run must not silently start afresh.
         """
         damage, folders = [], self._folders()
         for path in folders:
+            if until is not None and (folder_step(path) or 0) > until:
+                continue
             try:
                 checkpoint = Checkpoint.open(path).verify()
             except CheckpointError as error:
@@ -70,7 +72,7 @@ class CheckpointStore:
                 log.warning("%s Falling back to step %d.", line, checkpoint.step)
             return checkpoint
         if self._folders() != folders:  # the run goes on: it removed what we looked at, and has newer ones
-            return self.newest()
+            return self.newest(until)
         if damage:
             listed = "\n  ".join(damage[:6])
             raise CheckpointError(
@@ -286,7 +288,7 @@ class CheckpointStore:
         for path in self._folders():
             step = folder_step(path) or 0
             # A damaged one that is newer than all valid ones stays for somebody to look at, until its step comes again.
-            if path not in kept and step <= last[0].step and not (self.keep_every and step % self.keep_every == 0):
+            if path not in kept and step <= last[0].step and not self.keep(step):
                 remove_folder(path)
         self._point_links()
 

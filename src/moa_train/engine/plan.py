@@ -28,7 +28,12 @@ class Plan:
     log: Cadence
     evaluate: Cadence
     save: Cadence
+    keep: Cadence  # checkpoints that stay for ever
     stop_step: int  # total_steps, or earlier where this session shall end sooner
+
+    def saves(self, step: int) -> bool:
+        """Tell whether a checkpoint is due after update number ``step``, whatever else asks for one."""
+        return self.save.due(step) or self.keep.due(step) or step == self.stop_step
 
     def __post_init__(self) -> None:
         assert 0 < self.stop_step <= self.total_steps

@@ -50,7 +50,8 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the end of the plan, or until a stop is asked for; tell which: True is the end."""
         state, plan = self.state, self.plan
-        self._evaluate_if_due()  # one that a stop had interrupted
+        if self._evaluate_if_due():  # a stop had interrupted it
+            self._save(is_best=True)
         batches = self.train_batches(state.step)
         while state.step < plan.stop_step and not self.stopping:
             rate = self.schedule.rate(state.step)
@@ -64,7 +65,7 @@ class Trainer:
             self.store.poll()  # a background save that failed ends the run here
             self.stopping = self.distributed.agree_any(self.stop.requested)
             is_best = self._evaluate_if_due()
-            if self.stopping or is_best or plan.save.due(state.step) or state.step == plan.stop_step:
+            if self.stopping or is_best or plan.saves(state.step):
                 self._save(is_best)
         self.store.close()
         self.distributed.barrier()  # rank 0 has written its last checkpoint: all may read it
