@@ -269,13 +269,13 @@ def open_splits(config: RunConfig) -> tuple[dict[str, Source], str]:
         choice = "val" if "val" in sources else "none"
     if choice not in (*sources, "none"):
         raise UserError(
-            f"engine.eval_split={choice}, but {data.name} has only {', '.join(sources)}. Hold out a larger part of train "
-            f"(data.val_fraction={data.val_fraction}) or choose another split."
+            f"engine.eval_split={choice}, but {data.name} has only {', '.join(sources)}. Hold out a larger part of "
+            f"train (data.val_fraction={data.val_fraction}) or choose another split."
         )
     return sources, choice
 
 
-def check(config: RunConfig) -> None:
+def check_config(config: RunConfig) -> None:
     """Check what can be known before the data is opened, which may take minutes: durations, clipping, the model.
 
     Raises:
@@ -302,7 +302,7 @@ def check(config: RunConfig) -> None:
 def build_run(config: RunConfig, *, run_dir: Path, distributed: Distributed, stop: StopSignals) -> Run:
     """Build everything, cheapest checks first, and restore the newest checkpoint of ``run_dir`` where there is one."""
     resolve(config, distributed)
-    check(config)
+    check_config(config)
     engine, augmentation, device = config.engine, config.augment, distributed.device
     precision = Precision.resolve(config.runtime.precision, device)
     sources, choice = open_splits(config)

@@ -29,7 +29,8 @@ def knob(
 ) -> Any:
     """Declare a field: its default, its documentation and the values it may take.
 
-    ``least`` and ``most`` are inclusive bounds, ``above`` and ``below`` exclusive ones; on lists they hold for every entry.
+    ``least`` and ``most`` are inclusive bounds, ``above`` and ``below`` exclusive ones; on lists they hold for every
+    entry.
     A ``fixed`` knob cannot change when a run goes on: with another value it would be another run.
     """
     bounds = {"least": least, "above": above, "most": most, "below": below}
@@ -332,7 +333,7 @@ def _check_rules(config: RunConfig) -> None:
     ):
         if entries is not None and len(entries) != length:
             raise UserError(f"{key}={entries} must have {length} entries.")
-        if key.startswith("augment") and entries[0] > entries[1]:
+        if entries and key.startswith("augment") and entries[0] > entries[1]:
             raise UserError(f"{key}={entries}: the lower end exceeds the upper one.")
     micro = engine.micro_batch_size
     if micro and engine.batch_size % micro:
