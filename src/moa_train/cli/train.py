@@ -31,6 +31,8 @@ EXAMPLES = """moa-train: train a MOA-Transformer, or a model to compare it with.
 def train(config: RunConfig, overrides: list[str]) -> int:
     """Run a training to its end, or until it is asked to stop; return the exit code."""
     # torch takes seconds to import: only now that the configuration is known to be sound.
+    import torch
+
     from moa_train.build import build_run, build_runtime
     from moa_train.runtime.distributed import Distributed
     from moa_train.runtime.signals import Exit, StopSignals
@@ -50,6 +52,12 @@ def train(config: RunConfig, overrides: list[str]) -> int:
         try:
             finished = run.trainer.fit()
             outcome = report(run, distributed) if finished else stopped(run)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"The memory of {distributed.device} is too small for {config.engine.micro_batch_size} images at once. "
+                "Set engine.micro_batch_size to a smaller divisor of engine.batch_size (the update stays the same), or "
+                "model.checkpointing=true."
+            ) from error
         finally:
             run.trainer.tracker.close()
         if distributed.is_main:
