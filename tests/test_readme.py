@@ -1,0 +1,140 @@
+"""What the documents show is true: commands compose, links lead somewhere, tables name what is there."""
+
+import itertools
+import os
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from torch.distributed.run import get_args_parser
+
+from moa_train.cli import app
+from moa_train.runtime.signals import Exit
+from moa_train.schema import EvalConfig, RunConfig
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CONF = ROOT / "conf"
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+SCHEMAS = {"train": RunConfig, "eval": EvalConfig}
+MODULES = {"train": "train", "evaluate": "eval", "data": "data", "model": "model"}
+
+
+def commands(text: str) -> Iterator[str]:
+    """Yield the command lines of a text: lines that start with a command of this project, without their comments."""
+    names = r"moa-(?:train|eval|data|model)|torchrun|sbatch|scripts/\S+|make|python -m"
+    for line in text.replace("\\\n", " ").splitlines():
+        if found := re.match(rf"(?:#   |#? {{0,6}})((?:{names})(?: +\S.*)?$)", line):
+            command = re.split(r"  +[^- ]|\s#\s", found[1])[0]  # what follows two spaces explains
+            yield " ".join(command.split())
+
+
+def shown() -> Iterator[tuple[str, str]]:
+    """Yield ``(where, command line)`` of everything that documents, options, scripts and --help show."""
+    for path in DOCUMENTS:
+        for block in re.findall(r"^```bash\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
+            yield from ((path.name, command) for command in commands(block))
+    for path in [*CONF.rglob("*.yaml"), *(ROOT / "scripts").glob("*.s*")]:
+        yield from ((path.name, command) for command in commands(path.read_text()))
+    for name in ("train", "evaluate", "data"):
+        module = import_module(f"moa_train.cli.{name}")
+        yield from ((f"moa_train.cli.{name}", command) for command in commands(module.EXAMPLES))
+
+
+COMMANDS = sorted(set(shown()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _conf() -> Iterator[None]:
+    for command, schema in SCHEMAS.items():
+        ConfigStore.instance().store(name=f"{command}_schema", node=schema)
+        ConfigStore.instance().store(group="hydra/help", name=f"{command}_help", node={})
+    with initialize_config_module("moa_train.conf", version_base="1.3"):
+        yield
+
+
+def test_the_documents_show_commands():
+    programs = {command.split()[0] for where, command in COMMANDS if where == "README.md"}
+    assert programs >= {"moa-train", "moa-eval", "moa-data", "torchrun", "sbatch", "make"}
+    assert len(COMMANDS) > 30
+
+
+@pytest.mark.parametrize(("where", "command"), COMMANDS)
+def test_every_command_line_that_is_shown_is_accepted(where, command):
+    program, *arguments = shlex.split(re.sub(r'\[key=value ...\]|"\$@"|"\$\{@:2\}"', "", command))
+    if program == "torchrun":
+        options = get_args_parser().parse_args(arguments)
+        assert options.module
+        accept(MODULES[options.training_script.removeprefix("moa_train.cli.")], options.training_script_args)
+    elif program == "make":
+        accept_make(arguments)
+    elif program == "python":
+        assert arguments[1] in ("build", "moa_train.tracking.report")
+    elif program == "sbatch":
+        script = next(number for number, argument in enumerate(arguments) if argument.endswith(".slurm"))
+        assert (ROOT / arguments[script]).is_file()
+        accept("train", arguments[script + 1 :])
+    elif program.startswith("scripts/"):
+        assert os.access(ROOT / program, os.X_OK)
+    else:
+        accept(program.removeprefix("moa-"), arguments)
+
+
+def accept_make(arguments: list[str]) -> None:
+    targets = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {argument for argument in arguments if "=" not in argument} <= targets
+    assert {argument.split("=")[0] for argument in arguments if "=" in argument} <= {"PYTHON", "ARGS"}
+
+
+def accept(program: str, arguments: list[str]) -> None:
+    """Let the program's own code read ``arguments``: parse, or compose and validate every job of a multirun."""
+    if program not in SCHEMAS:
+        assert import_module(f"moa_train.cli.{program}").parser().parse_args(arguments)
+        return
+    app.check_overrides(arguments, SCHEMAS[program])
+    assert set(arguments) - {"--help", "-m", "--cfg", "job"} == {text for text in arguments if "=" in text}
+    overrides = OverridesParser.create().parse_overrides([text for text in arguments if "=" in text])
+    values = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [override.input_line]
+        for override in overrides
+    ]
+    for job in itertools.product(*values):
+        app.typed(compose(program, list(job)))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(path):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text())
+    missing = [link for link in links if not link.startswith("http") and not (path.parent / link).exists()]
+    assert not missing
+
+
+def test_the_table_of_groups_is_conf():
+    rows = re.findall(r"^\| `(\w+)` \| ((?:`\w+` ?)+)\|", README, re.MULTILINE)
+    described = {group: sorted(re.findall(r"\w+", options)) for group, options in rows}
+    folders = [folder for folder in CONF.iterdir() if list(folder.glob("*.yaml"))]
+    assert described == {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
+
+
+def test_the_table_of_commands_is_what_is_installed():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert re.findall(r"^\| `(moa-\w+)` \|", README, re.MULTILINE) == list(scripts)
+
+
+def test_the_table_of_exit_codes_is_complete():
+    assert re.findall(r"^\| (\d+) \|", README, re.MULTILINE) == [str(code.value) for code in Exit]
+
+
+def test_the_first_commands_are_what_continuous_integration_runs():
+    assert "\nmake train " in README
+    assert "\nmake test " in README
+    assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("exec make test")
