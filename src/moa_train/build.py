@@ -28,6 +28,7 @@ from moa_train.data import (
 from moa_train.data.datasets import has_split
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.evaluate import Evaluation, evaluate
+from moa_train.engine.nonfinite import NonFinitePolicy
 from moa_train.engine.plan import Cadence, Plan
 from moa_train.engine.state import TrainState
 from moa_train.engine.step import TrainStep
@@ -299,8 +300,19 @@ def check_config(config: RunConfig) -> None:
     check_model(config.model.name, **model_fields(config.model, config.data, num_classes=2))
 
 
-def build_run(config: RunConfig, *, run_dir: Path, distributed: Distributed, stop: StopSignals) -> Run:
-    """Build everything, cheapest checks first, and restore the newest checkpoint of ``run_dir`` where there is one."""
+def build_run(
+    config: RunConfig,
+    *,
+    run_dir: Path,
+    distributed: Distributed,
+    stop: StopSignals,
+    origin: dict[str, Any] | None = None,
+) -> Run:
+    """Build everything, cheapest checks first, and restore the newest checkpoint of ``run_dir`` where there is one.
+
+    ``origin`` says where this start comes from (command, code); checkpoints carry those of all starts. With
+    ``config.replay`` the checkpoint is the newest one that is not past that step, and nothing is written.
+    """
     resolve(config, distributed)
     check_config(config)
     engine, augmentation, device = config.engine, config.augment, distributed.device
@@ -335,7 +347,9 @@ def build_run(config: RunConfig, *, run_dir: Path, distributed: Distributed, sto
     model = build_model(config.model, config.data, len(train.classes)).to(device)
     if config.runtime.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if config.init:
+    store = CheckpointStore(run_dir, keep_last=engine.keep_last, keep=plan.keep.due)
+    newest = distributed.on_main(lambda: getattr(store.newest(until=config.replay), "step", None))
+    if config.init and newest is None:  # else it has done its part, and may be gone
         load_weights(model, find_weights(Path(config.init)).load()[0], head=config.init_head)
     optim = config.optim
     optimizer = create_optimizer(
@@ -349,9 +363,13 @@ def build_run(config: RunConfig, *, run_dir: Path, distributed: Distributed, sto
     )
     ema = AveragedWeights(model, engine.ema_decay) if engine.ema_decay else None
     state = TrainState(model, optimizer, precision, ema)
-    store = CheckpointStore(run_dir, keep_last=engine.keep_last, keep=plan.keep.due)
-    record = {"config": to_dict(config), "classes": train.classes, "fingerprint": train.fingerprint}
-    restore(state, store, record, distributed)
+    record = {"config": to_dict(config), "classes": train.classes, "fingerprint": train.fingerprint, "origin": []}
+    if newest is not None:  # chosen by rank 0, the same everywhere
+        checkpoint = store.at(newest)
+        check_same_data(checkpoint.state, record)
+        state.restore(checkpoint, distributed.rank)
+        record["origin"] = checkpoint.state.get("origin", [])
+    record["origin"] += [{**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}]
 
     train_step = TrainStep(
         cast(nn.Module, torch.compile(model)) if config.runtime.compile else model,
@@ -365,7 +383,8 @@ def build_run(config: RunConfig, *, run_dir: Path, distributed: Distributed, sto
         seed=config.runtime.seed,
         distributed=distributed,
     )
-    tracker = _open_tracker(config, run_dir, plan, state.step, distributed)
+    replaying = config.replay is not None
+    tracker = Tracker() if replaying else _open_tracker(config, run_dir, plan, state.step, distributed)
     if state.step == 0 and config.tracking.images and distributed.is_main:
         normalize, shown = Normalize(*statistics(config.data)), config.tracking.images
         train_step.on_inputs = lambda images: tracker.log_images(0, normalize.undo(images[:shown]))
@@ -384,21 +403,15 @@ def build_run(config: RunConfig, *, run_dir: Path, distributed: Distributed, sto
         batch_size=engine.batch_size,
         store=store,
         tracker=tracker,
+        nonfinite=NonFinitePolicy(
+            engine.nonfinite, engine.nonfinite_budget, engine.rollback_rate, run_dir, distributed
+        ),
         stop=stop,
         distributed=distributed,
         record=record,
-        metadata={"format": "1", "config": json.dumps(record["config"]), "classes": json.dumps(train.classes)},
+        metadata={"format": "1", **{name: json.dumps(record[name]) for name in ("config", "classes", "origin")}},
     )
     return Run(config, trainer, model, sources, final_split="test" if "test" in sources else choice)
-
-
-def restore(state: TrainState, store: CheckpointStore, record: dict[str, Any], distributed: Distributed) -> None:
-    """Restore the newest valid checkpoint, if there is one: rank 0 chooses, the others load the same."""
-    newest = distributed.on_main(lambda: getattr(store.newest(), "step", None))
-    if newest is not None:
-        checkpoint = store.at(newest)
-        check_same_data(checkpoint.state, record)
-        state.restore(checkpoint, distributed.rank)
 
 
 def check_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -444,4 +457,5 @@ def _open_tracker(config: RunConfig, run_dir: Path, plan: Plan, step: int, distr
         progress=config.tracking.progress,
         tensorboard=config.tracking.tensorboard,
         hyperparameters=to_dict(config),
+        profile_steps=config.tracking.profile_steps,
     )

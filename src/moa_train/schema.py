@@ -199,7 +199,7 @@ class TrackingConfig:
     progress: str = knob("auto", "bar: redrawn line; plain: lines; auto: by terminal", options=("auto", "bar", "plain"))
     tensorboard: bool = knob(True, "write TensorBoard events")
     images: int = knob(16, "augmented training images shown in TensorBoard", least=0)
-    profile_steps: int = knob(0, "steps traced by the profiler after three of warm-up; 0 is off", least=0)
+    profile_steps: int = knob(0, "steps traced into trace.json.gz, after three of warm-up; 0 is off", least=0)
 
 
 @dataclass

@@ -60,12 +60,13 @@ def open_tracker(
     progress: str = "auto",
     tensorboard: bool = True,
     hyperparameters: Mapping[str, Any] | None = None,
+    profile_steps: int = 0,
     stream: TextIO | None = None,
 ) -> Tracker:
     """Open the writers that were asked for, on the main rank only.
 
     ``resumed_step`` is the number of updates that the checkpoint had done: what was logged later is
-    dropped. Files: ``metrics.jsonl`` and ``tensorboard/`` in ``run_dir``, which must exist. For
+    dropped. Files: ``metrics.jsonl``, ``tensorboard/`` and ``trace.json.gz`` in ``run_dir``, which must exist. For
     ``progress`` and ``stream`` see :class:`Console`.
     """
     if not is_main:
@@ -77,4 +78,8 @@ def open_tracker(
     ]
     if tensorboard:
         writers.append(TensorBoard(run_dir / "tensorboard", first_step, hyperparameters))
+    if profile_steps:
+        from moa_train.tracking.profile import Profile  # the profiler takes time to import
+
+        writers.append(Profile(run_dir / "trace.json.gz", profile_steps))
     return Tracker(writers)
