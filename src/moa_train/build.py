@@ -244,6 +244,7 @@ class Run:
     sources: dict[str, Source]
     final_split: str
     """What the finished run is judged on: test, where there is one, or what chose the best, or nothing ("none")."""
+    loader: TrainLoader
 
 
 def resolve(config: RunConfig, distributed: Distributed) -> RunConfig:
@@ -363,13 +364,14 @@ def build_run(
     )
     ema = AveragedWeights(model, engine.ema_decay) if engine.ema_decay else None
     state = TrainState(model, optimizer, precision, ema)
-    record = {"config": to_dict(config), "classes": train.classes, "fingerprint": train.fingerprint, "origin": []}
+    record: dict[str, Any] = {"config": to_dict(config), "classes": train.classes, "fingerprint": train.fingerprint}
+    starts = []
     if newest is not None:  # chosen by rank 0, the same everywhere
         checkpoint = store.at(newest)
         check_same_data(checkpoint.state, record)
         state.restore(checkpoint, distributed.rank)
-        record["origin"] = checkpoint.state.get("origin", [])
-    record["origin"] += [{**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}]
+        starts = checkpoint.state.get("origin", [])
+    record["origin"] = [*starts, {**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}]
 
     train_step = TrainStep(
         cast(nn.Module, torch.compile(model)) if config.runtime.compile else model,
@@ -411,7 +413,7 @@ def build_run(
         record=record,
         metadata={"format": "1", **{name: json.dumps(record[name]) for name in ("config", "classes", "origin")}},
     )
-    return Run(config, trainer, model, sources, final_split="test" if "test" in sources else choice)
+    return Run(config, trainer, model, sources, "test" if "test" in sources else choice, loader)
 
 
 def check_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -261,6 +261,7 @@ class EvalConfig:
     precision: str | None = knob(
         None, "default: runtime.eval_precision of the run", options=("auto", "bf16", "fp16", "fp32")
     )
+    command: bool = knob(False, "print the commands that made these weights, and evaluate nothing")
     output: str | None = knob(None, "JSON file for the result (default: eval-SPLIT.json beside the weights)")
 
 

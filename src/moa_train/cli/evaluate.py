@@ -31,10 +31,14 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     from moa_train.engine.weights import find_weights
     from moa_train.model.weights import load_weights
     from moa_train.runtime.distributed import Distributed
+    from moa_train.tracking.provenance import reproduce
 
     parts = ("ema", "model") if config.weights == "auto" else (config.weights,)
     found = find_weights(Path(config.ckpt), parts)
     weights, metadata = found.load()
+    if config.command:
+        print(reproduce(json.loads(metadata.get("origin", "[]"))) or f"{found.path} does not say what made it.")
+        return
     run = overlay(described(metadata, found.path), config)
     with Distributed.start(config.device) as distributed:
         build_runtime(run.runtime, distributed)

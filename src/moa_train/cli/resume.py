@@ -11,7 +11,13 @@ from moa_train.cli.app import GROUPS
 from moa_train.runtime.errors import UserError
 from moa_train.schema import RunConfig, from_dict, knobs, validate
 
-_PLACES = ("run_dir", "resume", "init", "init_head")  # say where a run lies and where it came from, not what it is
+_PLACES = (
+    "run_dir",
+    "resume",
+    "replay",
+    "init",
+    "init_head",
+)  # say where a run lies and where it came from, not what it is
 
 
 def resolve_resume(config: RunConfig, overrides: list[str]) -> tuple[RunConfig, list[str]]:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ from moa_train.schema import RunConfig, to_dict
 if TYPE_CHECKING:
     from moa_train.build import Run
     from moa_train.runtime.distributed import Distributed
+
+UNREADABLE = "unreadable.txt"
+"""Lists, in the run folder, the training images that could not be read and were replaced (data.unreadable)."""
 
 EXAMPLES = """moa-train: train a MOA-Transformer, or a model to compare it with.
 
@@ -34,8 +38,9 @@ def train(config: RunConfig, overrides: list[str]) -> int:
     import torch
 
     from moa_train.build import build_run, build_runtime
+    from moa_train.engine.nonfinite import RollBack
     from moa_train.runtime.distributed import Distributed
-    from moa_train.runtime.signals import Exit, StopSignals
+    from moa_train.runtime.signals import StopSignals
     from moa_train.tracking import provenance
 
     config, changed = resolve_resume(config, overrides)
@@ -46,23 +51,51 @@ def train(config: RunConfig, overrides: list[str]) -> int:
     ):
         build_runtime(config.runtime, distributed)
         distributed.check_same("configuration and code", {**to_dict(config), "code": provenance.source_digest()})
-        run = build_run(config, run_dir=run_dir, distributed=distributed, stop=stop)
-        distributed.on_main(lambda: write_record(run, run_dir))
-        run.trainer.tracker.say(banner(run, distributed, changed))
-        try:
-            finished = run.trainer.fit()
-            outcome = report(run, distributed) if finished else stopped(run)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"The memory of {distributed.device} is too small for {config.engine.micro_batch_size} images at once. "
-                "Set engine.micro_batch_size to a smaller divisor of engine.batch_size (the update stays the same), or "
-                "model.checkpointing=true."
-            ) from error
-        finally:
-            run.trainer.tracker.close()
-        if distributed.is_main:
-            print(outcome)
-    return Exit.FINISHED if finished else Exit.STOPPED
+        origin = provenance.collect() if distributed.is_main else {}  # only rank 0 saves
+        build = partial(
+            build_run, config, run_dir=run_dir, distributed=distributed, stop=stop, origin=provenance.brief(origin)
+        )
+        if config.replay is not None:
+            return replay(build(), config.replay)
+        carried: dict[str, Any] = {}
+        while True:
+            run = build()
+            vars(run.trainer.state).update(carried)
+            distributed.on_main(partial(write_record, run, run_dir, origin))
+            run.trainer.tracker.say(banner(run, distributed, changed))
+            try:
+                return conduct(run, distributed)
+            except RollBack as order:
+                run.trainer.tracker.say(str(order))
+                carried = order.state
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"The memory of {distributed.device} is too small for {config.engine.micro_batch_size} images at "
+                    "once. Set engine.micro_batch_size to a smaller divisor of engine.batch_size (the update stays the "
+                    "same), or model.checkpointing=true."
+                ) from error
+            finally:
+                run.trainer.tracker.close()
+
+
+def conduct(run: "Run", distributed: "Distributed") -> int:
+    """Train to the end or until a stop, say what came of it, and return the exit code."""
+    from moa_train.runtime.signals import Exit
+
+    outcome = report(run, distributed) if run.trainer.fit() else None
+    if distributed.is_main:
+        print(outcome or stopped(run))
+    return Exit.FINISHED if outcome else Exit.STOPPED
+
+
+def replay(run: "Run", step: int) -> int:
+    """Repeat a run up to an update, and print where numbers are not finite there."""
+    if step >= run.trainer.plan.total_steps:
+        raise UserError(f"replay={step}: the updates of this run are 0 to {run.trainer.plan.total_steps - 1}.")
+    ranks = run.trainer.replay(step)
+    if run.trainer.distributed.is_main:
+        print(json.dumps({"step": step, "ranks": ranks}, indent=1))
+    return 0
 
 
 @contextmanager
@@ -98,13 +131,13 @@ def choose_run_dir(config: RunConfig) -> Path:
     return path
 
 
-def write_record(run: "Run", run_dir: Path) -> None:
+def write_record(run: "Run", run_dir: Path, origin: dict[str, Any]) -> None:
     """Write the resolved configuration and where the run comes from, for people; checkpoints carry what they need."""
     from moa_train.tracking import provenance
 
     (run_dir / "config.json").write_text(json.dumps(to_dict(run.config), indent=2) + "\n")
     data = {split: source.describe() for split, source in run.sources.items()}
-    provenance.write(run_dir, {**provenance.collect(), "data": data, "first_step": run.trainer.state.step})
+    provenance.write(run_dir, {**origin, "data": data, "first_step": run.trainer.state.step})
 
 
 def banner(run: "Run", distributed: "Distributed", changed: list[str]) -> str:
@@ -133,8 +166,11 @@ def banner(run: "Run", distributed: "Distributed", changed: list[str]) -> str:
     return block("moa-train", rows)
 
 
-def report(run: "Run", distributed: "Distributed") -> str:
-    """Evaluate the weights that the run yields, the best or the last ones; write the result and describe it."""
+def report(run: "Run", distributed: "Distributed") -> str | None:
+    """Evaluate the weights that the run yields, the best or the last ones; write the result and describe it.
+
+    Returns None if a stop was asked for meanwhile.
+    """
     from moa_train.build import build_evaluation
     from moa_train.tracking.console import block
 
@@ -144,18 +180,46 @@ def report(run: "Run", distributed: "Distributed") -> str:
     if state.best:
         outcome[trainer.eval_split] = state.best
     rows = {"weights": checkpoint.path, "logs": f"{run_dir}/metrics.jsonl; tensorboard --logdir {run_dir}"}
+    if unreadable := quarantined(run, distributed):
+        rows["unreadable"] = f"{unreadable} training images were replaced: {run_dir}/{UNREADABLE}"
+        outcome["unreadable"] = unreadable
     if run.final_split != "none":
         run.model.load_state_dict(checkpoint.tensors("ema" if state.ema is not None else "model"))
-        result = build_evaluation(run.config, run.sources[run.final_split], distributed)(run.model)
-        assert result is not None, "only an evaluation that is given a way to stop can be stopped"
+        stop, source = trainer.stop, run.sources[run.final_split]
+        result = build_evaluation(run.config, source, distributed, lambda: stop.requested)(run.model)
+        if result is None:
+            return None
         outcome[run.final_split] = result.as_dict()
-        trainer.tracker.log_eval(state.step, result.as_dict(), run.final_split)
+        if distributed.is_main and not logged(run_dir, state.step, run.final_split):
+            trainer.tracker.log_eval(state.step, result.as_dict(), run.final_split)
         trainer.tracker.close({f"{run.final_split}_{key}": value for key, value in result.as_dict().items()})
         accuracy = f"{result.top1:.2f} % top-1 ({result.top1_count:,} of {result.total:,} {run.final_split} images)"
         rows = {"accuracy": f"{accuracy}, {result.top5:.2f} % top-5", **rows, "next": f"moa-eval ckpt={run_dir}"}
     if distributed.is_main:
         (run_dir / "result.json").write_text(json.dumps(outcome, indent=2) + "\n")
     return block("done", rows)
+
+
+def quarantined(run: "Run", distributed: "Distributed") -> int:
+    """Add the unreadable files that all ranks met to the run folder's list, and return how many it holds."""
+    met = [message for ranks in distributed.gather_objects(run.loader.quarantined) for message in ranks]
+    path = Path(run.config.run_dir or "") / UNREADABLE
+
+    def merge() -> int:
+        messages = sorted({*met, *(path.read_text().splitlines() if path.exists() else ())})
+        if met:
+            path.write_text("".join(f"{message}\n" for message in messages))
+        return len(messages)
+
+    return int(distributed.on_main(merge))
+
+
+def logged(run_dir: Path, step: int, split: str) -> bool:
+    """Whether the result on ``split`` is in the log already: of a run that was resumed when it had ended."""
+    from moa_train.tracking.jsonl import read_rows
+
+    rows = read_rows(run_dir / "metrics.jsonl")
+    return any(row["kind"] == "eval" and row["step"] == step and row["split"] == split for row in rows)
 
 
 def stopped(run: "Run") -> str:

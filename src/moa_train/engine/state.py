@@ -28,6 +28,8 @@ class TrainState:
     step: int = 0
     evaluated_step: int = 0
     best: dict[str, Any] = field(default_factory=dict)  # the best evaluation so far, with its step
+    nonfinite: int = 0  # steps so far whose gradient was not finite
+    rate_factor: float = 1.0  # on the schedule's rate, lowered by roll-backs
     meters: RunningMeans = field(default_factory=RunningMeans)  # of the log row that is not written yet
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -44,6 +46,8 @@ class TrainState:
             "optimizer": optimizer,
             "evaluated_step": self.evaluated_step,
             "best": self.best,
+            "nonfinite": self.nonfinite,
+            "rate_factor": self.rate_factor,
             "scaler": self.precision.scaler.state_dict(),
             "ema_updates": self.ema.updates if self.ema is not None else None,
         }
@@ -77,3 +81,4 @@ class TrainState:
         self.meters.load_state_dict(meters[rank % len(meters)])  # of more ranks than before some share one's sums
         self.step, self.evaluated_step = scalars["step"], scalars["evaluated_step"]
         self.best = scalars["best"]
+        self.nonfinite, self.rate_factor = scalars.get("nonfinite", 0), scalars.get("rate_factor", 1.0)

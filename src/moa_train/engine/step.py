@@ -1,5 +1,6 @@
 """One optimizer update."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -8,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from moa_train.engine.loss import soft_cross_entropy
+from moa_train.engine.nonfinite import GradientGuard, trace_gradient, tracing
 from moa_train.optim.ema import AveragedWeights
 from moa_train.optim.optimizers import Optimizers
+from moa_train.runtime import faults
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.seed import reseed
 
 
 class TrainStep:
-    """Accumulate, autocast, scale, clip, step, average.
+    """Accumulate, autocast, scale, clip, step, average; all of it or, if the gradient is not finite, nothing.
 
     The gradient is that of the mean loss over the global batch, whatever the number of ranks and micro-batches: every
     micro-batch adds the *sum* of its losses over the global batch size, ranks synchronise once, at the last one, and
@@ -37,8 +40,16 @@ class TrainStep:
         seed: int,
         distributed: Distributed,
     ) -> None:
+        self.bare: nn.Module = getattr(model, "_orig_mod", model)  # that torch.compile was given
         self.model = distributed.wrap(model)
+        self.guard = GradientGuard(optimizer, precision)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.statistics = [
+            buffer
+            for part in model.modules()
+            if isinstance(part, nn.modules.batchnorm._BatchNorm)
+            for buffer in part.buffers(recurse=False)
+        ]
         self.optimizer = optimizer
         self.transform = transform
         self.clip = clip
@@ -57,32 +68,71 @@ class TrainStep:
             Scalars that are still on the device: ``loss``, in nats, whose mean over the ranks is that of the global
             batch, and ``grad_norm``, of the global batch, before clipping.
         """
+        statistics = [(buffer, buffer.clone()) for buffer in self.statistics]
         total = torch.zeros((), device=self.distributed.device)
         for number in range(self.micro_batches):
-            batch = next(batches).to(self.distributed.device, non_blocking=True)
+            batch = next(batches)
             assert batch.step == step, f"the loader delivered step {batch.step} at step {step}"
-            images, targets = self.transform(batch, step)
-            if self.on_inputs:
-                self.on_inputs(images)
-                self.on_inputs = None
-            reseed(self.distributed.device, self.seed, "model", step, batch.micro)
             last = number == self.micro_batches - 1
             with nullcontext() if last else self.distributed.no_sync(self.model):
-                with self.precision.autocast():
-                    logits = self.model(images)
-                loss = soft_cross_entropy(logits, targets) * self.loss_scale
+                loss, _ = self._loss(self.model, batch, step)
                 self.precision.scaler.scale(loss).backward()
             total += loss.detach()
-        return {"loss": total, "grad_norm": self._update()}
+        return {"loss": total, "grad_norm": self._update(step, statistics)}
 
-    def _update(self) -> Tensor:
+    def _loss(self, model: nn.Module, batch: Any, step: int) -> tuple[Tensor, Tensor]:
+        """Return a micro-batch's share of the global batch's loss, and its logits."""
+        batch = batch.to(self.distributed.device, non_blocking=True)
+        images, targets = self.transform(batch, step)
+        if self.on_inputs:
+            self.on_inputs(images)
+            self.on_inputs = None
+        if faults.point("step.input"):
+            images = images.log()
+        reseed(self.distributed.device, self.seed, "model", step, batch.micro)
+        with self.precision.autocast():
+            logits = model(images)
+        loss = soft_cross_entropy(logits, targets) * self.loss_scale
+        if faults.point("step.loss"):
+            loss = loss * math.nan
+        # Times 1, or NaN where the loss is not finite: then no gradient is, whatever its formula, and all ranks know.
+        return loss * (1 + 0 * loss.detach()), logits
+
+    def _update(self, step: int, statistics: list[tuple[Tensor, Tensor]]) -> Tensor:
         scaler = self.precision.scaler
         whole: Any = self.optimizer  # all parts as one: either all of them skip a step or none
         scaler.unscale_(whole)
+        if faults.point("step.gradient"):
+            self.parameters[0].grad.view(-1)[0] = math.inf  # type: ignore[union-attr]
         grad_norm = self.clip(self.parameters)
-        scaler.step(whole)
+        admitted = self.guard.admits(step, grad_norm)
+        skipped = self.guard.found
+        if admitted:
+            scaler.step(whole)
+            if self.ema is not None:
+                self.ema.update(skipped)
+        for buffer, before in statistics if skipped is not None or not admitted else ():
+            buffer.copy_(before if skipped is None else torch.where(skipped.bool(), before, buffer))
         scaler.update()
         self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update()
         return grad_norm
+
+    def trace(self, batches: Iterator[Any], step: int) -> list[dict[str, Any]]:
+        """Repeat forward and backward pass of update ``step``, change nothing, and tell what is not finite.
+
+        Returns:
+            For each micro-batch of this rank its number, samples (epoch and index), those whose logits
+            are not finite, and the ``origin``: the first parameter, module or gradient that is not, or None.
+        """
+        found, statistics = [], [(buffer, buffer.clone()) for buffer in self.statistics]
+        for _ in range(self.micro_batches):
+            batch = next(batches)
+            with tracing(self.bare) as origin:
+                loss, logits = self._loss(self.bare, batch, step)
+            trace_gradient(origin, self.bare, loss)
+            bad = (~logits.isfinite()).any(dim=1).cpu()
+            samples = {"epoch": batch.epoch.tolist(), "index": batch.index.tolist(), "bad": batch.index[bad].tolist()}
+            found.append({"micro": batch.micro, "origin": origin.name, **samples})
+        for buffer, before in statistics:
+            buffer.copy_(before)
+        return found

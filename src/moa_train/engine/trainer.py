@@ -1,19 +1,18 @@
 """The loop. It trains any module on any batches; everything it needs is built elsewhere and handed in."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.evaluate import Evaluation
+from moa_train.engine.nonfinite import NonFinitePolicy
 from moa_train.engine.plan import Plan
 from moa_train.engine.state import TrainState
 from moa_train.engine.step import TrainStep
 from moa_train.optim.schedule import Schedule
 from moa_train.runtime.device import peak_memory
 from moa_train.runtime.distributed import Distributed
-from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals
 from moa_train.tracking.meters import Speed
 from moa_train.tracking.tracker import Tracker
@@ -40,6 +39,7 @@ class Trainer:
     batch_size: int
     store: CheckpointStore
     tracker: Tracker
+    nonfinite: NonFinitePolicy
     stop: StopSignals
     distributed: Distributed
     record: dict[str, Any]
@@ -48,38 +48,61 @@ class Trainer:
     stopping: bool = False
 
     def fit(self) -> bool:
-        """Train to the end of the plan, or until a stop is asked for; tell which: True is the end."""
+        """Train to the end of the plan, or until a stop is asked for; tell which: True is the end.
+
+        Raises:
+            RollBack: the run is to be built anew from its last checkpoint.
+        """
         state, plan = self.state, self.plan
-        if self._evaluate_if_due():  # a stop had interrupted it
-            self._save(is_best=True)
-        batches = self.train_batches(state.step)
-        while state.step < plan.stop_step and not self.stopping:
-            rate = self.schedule.rate(state.step)
-            state.optimizer.set_rate(rate)
-            state.meters.add(self.train_step(batches, state.step))
-            state.step += 1
-            self.tracker.advance(state.step)
-            self.speed.tick(self.batch_size)
-            if plan.log.due(state.step) or state.step == plan.stop_step:
-                self._log(rate)  # here the host waits for the device, and nowhere else
-            self.store.poll()  # a background save that failed ends the run here
-            self.stopping = self.distributed.agree_any(self.stop.requested)
-            is_best = self._evaluate_if_due()
-            if self.stopping or is_best or plan.saves(state.step):
-                self._save(is_best)
-        self.store.close()
+        with self.store:
+            if self._evaluate_if_due():  # a stop had interrupted it
+                self._save(is_best=True)
+            batches = self.train_batches(state.step)
+            while state.step < plan.stop_step and not self.stopping:
+                rate = self._set_rate()
+                state.meters.add(self.train_step(batches, state.step))
+                state.step += 1
+                self._answer_nonfinite()
+                self.tracker.advance(state.step)
+                self.speed.tick(self.batch_size)
+                if plan.log.due(state.step) or state.step == plan.stop_step:
+                    self._log(rate)  # here the host waits for the device, and nowhere else
+                self.store.poll()  # a background save that failed ends the run here
+                self.stopping = self.distributed.agree_any(self.stop.requested)
+                is_best = self._evaluate_if_due()
+                if self.stopping or is_best or plan.saves(state.step):
+                    self._save(is_best)
         self.distributed.barrier()  # rank 0 has written its last checkpoint: all may read it
         return not self.stopping
+
+    def replay(self, step: int) -> list[dict[str, Any]]:
+        """Repeat the updates up to ``step``, trace that one instead of making it, and return what every rank found.
+
+        Nothing is evaluated, logged or saved.
+        """
+        batches = self.train_batches(self.state.step)
+        while self.state.step < step:
+            self._set_rate()
+            self.train_step(batches, self.state.step)
+            self.state.step += 1
+        return self.distributed.gather_objects(self.train_step.trace(batches, step))
+
+    def _set_rate(self) -> float:
+        rate = self.schedule.rate(self.state.step) * self.state.rate_factor
+        self.state.optimizer.set_rate(rate)
+        return rate
+
+    def _answer_nonfinite(self, wait: bool = False) -> None:
+        """Deal with steps whose gradient was not finite: the same ones on every rank."""
+        for step in self.train_step.guard.caught(wait):
+            self.state.nonfinite += 1
+            origins = self.train_step.trace(self.train_batches(step), step)
+            self.tracker.say(self.nonfinite.answer(step, origins, self.state.nonfinite, self.state.rate_factor))
 
     def _log(self, rate: float) -> None:
         step, epoch = self.state.step, float(self.state.step / self.plan.steps_per_epoch)
         means = self.state.meters.read()
         means["loss"] = self.distributed.mean(means["loss"])
-        if not math.isfinite(means["loss"]):
-            raise UserError(
-                f"The loss is {means['loss']} at step {step} (epoch {epoch:.2f}, rate {rate:.3g}). Lower optim.lr, "
-                "lengthen schedule.warmup or set runtime.precision=fp32; resume goes on from the last checkpoint."
-            )
         row = {"epoch": epoch, **means, "rate": rate, "images_per_second": self.speed.rate}
         self.tracker.log_step(step, {**row, "memory": peak_memory(self.distributed.device)})
 
@@ -103,6 +126,7 @@ class Trainer:
         return is_best
 
     def _save(self, is_best: bool) -> None:
+        self._answer_nonfinite(wait=True)  # what is saved says how many there were
         meters = self.distributed.gather_objects(self.state.meters.state_dict())
         if self.distributed.is_main:
             state = {**self.record, "train": {**self.state.scalars(), "meters": meters}}

@@ -29,11 +29,19 @@ class AveragedWeights:
         self._averages = [p.detach().to(_at_least_fp32(p), copy=True) for p in self._parameters]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the averages towards the parameters; called once after each optimizer step."""
+    def update(self, skipped: Tensor | None = None) -> None:
+        """Move the averages towards the parameters; called once after each optimizer step.
+
+        ``skipped`` is 1 on the device where that step was not made: then the averages stay as they are.
+        """
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         current = [p.detach().to(_at_least_fp32(p)) for p in self._parameters]
-        torch._foreach_lerp_(self._averages, current, 1 - decay)
+        if skipped is None:
+            torch._foreach_lerp_(self._averages, current, 1 - decay)
+        else:
+            change = torch._foreach_sub(current, self._averages)
+            torch._foreach_mul_(change, (1 - decay) * (1 - skipped))
+            torch._foreach_add_(self._averages, change)
         self.updates += 1
 
     @contextmanager

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def write(run_dir: Path, record: Mapping[str, Any]) -> Path:
     record = {**record, "code": dict(record["code"])}
     diff = record["code"].pop("diff", None)
     if diff:
-        name = f"code-{hashlib.sha256(diff.encode()).hexdigest()[:12]}.diff"
+        name = _diff_name(diff)
         _replace(run_dir / name, diff)
         record["code"]["diff_file"] = name
     path = run_dir / FILE
@@ -139,6 +139,41 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         return []
     return records if isinstance(records, list) else []
+
+
+def brief(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `reproduce` needs of a record of `collect`: little enough for the header of every weights file."""
+    if not record:
+        return {}
+    diff = record["code"].get("diff")
+    code = {
+        "sha256": record["code"]["sha256"],
+        "commit": record["code"]["commit"],
+        "diff_file": diff and _diff_name(diff),
+    }
+    return {**{key: record[key] for key in ("started", "command", "directory", "versions")}, "code": code}
+
+
+def reproduce(starts: Sequence[Mapping[str, Any]]) -> str:
+    """Write a shell script of the commands that led to a checkpoint, one for each start of its run."""
+    lines = []
+    for start in starts:
+        if "command" not in start:
+            continue
+        code, versions = start["code"], start["versions"]
+        commit = f", commit {code['commit']}" if code["commit"] else ""
+        diff = f" with the changes in {code['diff_file']}" if code["diff_file"] else ""
+        lines += [
+            f"# {start['started']}, from step {start['first_step']} on {start['ranks']} rank(s): moa-train "
+            f"{versions['moa-train']}{commit}{diff} (sha256 {code['sha256'][:12]}), torch {versions['torch']}",
+            f"cd {shlex.quote(start['directory'])}",
+            start["command"],
+        ]
+    return "\n".join(lines)
+
+
+def _diff_name(diff: str) -> str:
+    return f"code-{hashlib.sha256(diff.encode()).hexdigest()[:12]}.diff"
 
 
 def _replace(path: Path, text: str) -> None:
