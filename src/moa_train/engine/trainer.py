@@ -65,7 +65,7 @@ class Trainer:
                 self._answer_nonfinite()
                 self.tracker.advance(state.step)
                 self.speed.tick(self.batch_size)
-                if plan.log.due(state.step) or state.step == plan.stop_step:
+                if plan.log.due(state.step) or state.step == plan.total_steps:
                     self._log(rate)  # here the host waits for the device, and nowhere else
                 self.store.poll()  # a background save that failed ends the run here
                 self.stopping = self.distributed.agree_any(self.stop.requested)
@@ -109,7 +109,7 @@ class Trainer:
     def _evaluate_if_due(self) -> bool:
         """Evaluate where it is time to; tell whether the result is the best so far."""
         state, plan = self.state, self.plan
-        due = state.step > 0 and (plan.evaluate.due(state.step) or state.step == plan.stop_step)
+        due = state.step > 0 and (plan.evaluate.due(state.step) or state.step == plan.total_steps)
         if self.evaluate is None or self.stopping or not due or state.evaluated_step == state.step:
             return False
         result = self.evaluate()
