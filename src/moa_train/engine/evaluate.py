@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from moa_train.runtime import faults
 from moa_train.runtime.distributed import Distributed
 
 
@@ -93,6 +94,7 @@ def evaluate(
                 return None
             batch = next(iterator, None)
             if batch is not None:
+                faults.point("evaluate.batch")
                 _count(model, batch.to(device, non_blocking=True), transform, autocast, counts, loss)
     finally:
         model.train(was_training)

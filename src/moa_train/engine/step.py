@@ -95,6 +95,8 @@ class TrainStep:
         loss = soft_cross_entropy(logits, targets) * self.loss_scale
         if faults.point("step.loss"):
             loss = loss * math.nan
+        if faults.point("step.gradient"):
+            loss.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call]
         # Times 1, or NaN where the loss is not finite: then no gradient is, whatever its formula, and all ranks know.
         return loss * (1 + 0 * loss.detach()), logits
 
@@ -102,8 +104,6 @@ class TrainStep:
         scaler = self.precision.scaler
         whole: Any = self.optimizer  # all parts as one: either all of them skip a step or none
         scaler.unscale_(whole)
-        if faults.point("step.gradient"):
-            self.parameters[0].grad.view(-1)[0] = math.inf  # type: ignore[union-attr]
         grad_norm = self.clip(self.parameters)
         admitted = self.guard.admits(step, grad_norm)
         skipped = self.guard.found

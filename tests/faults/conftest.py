@@ -1,0 +1,102 @@
+"""The fault catalogue: `--fault-seed` chooses what is random in it; the table at the end counts what was injected."""
+
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for launch, also in the processes that it starts
+
+import launch
+
+CATALOGUE = {
+    1: "SIGKILL of all ranks at random steps",
+    2: "SIGKILL at the points of a save",
+    3: "three kills in one epoch",
+    4: "workers, restarts: same batches",
+    5: "resume on 2, 1, 2 ranks",
+    6: "SIGTERM, SIGINT, SIGUSR1: anywhere, to anyone",
+    7: "a rank killed, raising, stopped",
+    8: "NaN and Inf: loss, gradient, input",
+    9: "hostile files",
+    10: "truncated and flipped files",
+    11: "resume of another run",
+    12: "disk full, no permission",
+    13: "unreadable and odd images",
+    14: "broken data sets",
+    15: "bad values and unknown keys",
+    16: "ranks with other configurations",
+    17: "two runs on one folder, stale lock",
+    18: "time stamps shuffled",
+    19: "evaluation on ranks and workers",
+    20: "SIGKILL while TensorBoard writes",
+}
+_injected: dict[int, int] = defaultdict(int)
+_passed: dict[int, int] = defaultdict(int)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fault-seed", type=int, default=0, help="seed of the fault catalogue's random choices")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fault(row, ...): rows of the catalogue; injections count in the first")
+
+
+@pytest.fixture
+def draw(request: pytest.FixtureRequest) -> random.Random:
+    """Random choices, which the seed and the test's name decide."""
+    return random.Random(f"{request.config.getoption('--fault-seed')} {request.node.nodeid}")
+
+
+@pytest.fixture
+def inject(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+    """Count faults that the test injects; they have passed when it has."""
+    first, counts = request.node.get_closest_marker("fault").args[0], defaultdict[int, int](int)
+
+    def add(faults: int = 1, row: int = first) -> None:
+        counts[row] += faults
+        _injected[row] += faults
+
+    yield add
+    for row, count in counts.items():
+        _passed[row] += 0 if getattr(request.node, "failed", False) else count
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if report.when == "call":
+        item.failed = report.failed  # type: ignore[attr-defined]
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _injected:
+        return
+    terminalreporter.section("fault catalogue")
+    for row, title in CATALOGUE.items():
+        if _injected[row]:
+            terminalreporter.line(f"| {row} | {title} | {_injected[row]} | {_passed[row]} |")
+    terminalreporter.line(f"| | all | {sum(_injected.values())} | {sum(_passed.values())} |")
+
+
+def _finished(folder: Path, ranks: int, more: str = "") -> Path:
+    run, record = folder / "run", folder / "samples"
+    launch.Job(f"{launch.TINY} run_dir={run} {more}", folder, ranks=ranks, record=record).ended(0)
+    return run
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing happened to, on one rank."""
+    return _finished(tmp_path_factory.mktemp("whole"), 1)
+
+
+@pytest.fixture(scope="session")
+def whole_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on two ranks."""
+    return _finished(tmp_path_factory.mktemp("whole_pair"), 2)

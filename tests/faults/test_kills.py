@@ -1,0 +1,206 @@
+"""Rows 1, 2, 3, 6, 7, 20: processes that are killed, told to stop, or stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from launch import PATIENCE, TINY, TRAIN, Job, arguments, result, samples
+
+from moa_train.engine.checkpoint import CheckpointStore
+from moa_train.runtime.signals import Exit
+
+KILLED = -signal.SIGKILL
+
+
+@pytest.mark.fault(1, 3)
+def test_killed_at_random_steps_and_resumed(tmp_path, whole_pair, draw, inject):
+    """Ten kills, of which the first three fall into one epoch: the end is the same, to the bit, and so is the way."""
+    run, record = tmp_path / "run", tmp_path / "samples"
+    for kill in range(10):
+        faults = f"step.loss=kill@{draw.randint(2, 3) if kill < 3 else draw.randint(1, 5)}"
+        job = Job(f"{TINY} run_dir={run} resume=auto", tmp_path, ranks=2, faults=faults, record=record)
+        codes = job.codes()
+        if codes == [0, 0]:
+            break  # the rest of the run was shorter than the draw
+        inject(row=3 if kill < 3 else 1)
+        assert KILLED in codes, job.output  # the other may notice before it is its turn
+    Job(f"{TINY} run_dir={run} resume=auto", tmp_path, ranks=2, record=record).ended(0)
+    assert result(run) == result(whole_pair)
+    assert samples(record) == samples(whole_pair.parent / "samples")
+
+
+POINTS = [
+    "mid_write=kill",
+    "mid_write=kill@3",
+    "before_fsync=kill@2",
+    "before_manifest=kill",
+    "before_rename=kill",
+    "after_rename=kill",
+    "before_prune=kill@2",
+    "mid_remove=kill@3",
+]
+
+
+@pytest.mark.fault(2)
+def test_killed_at_every_point_of_a_save(tmp_path, whole, draw, inject):
+    """One after the other in one run; from the first checkpoint on there is always a valid one, and never an older."""
+    run, newest = tmp_path / "run", 0
+    for point in draw.sample(POINTS, len(POINTS)):
+        job = Job(f"{TINY} run_dir={run} resume=auto", tmp_path, faults=f"checkpoint.{point}")
+        code = job.codes()[0]
+        if code == 0:
+            break
+        assert code == KILLED, job.output
+        inject()
+        checkpoint = CheckpointStore(run).newest()
+        assert (checkpoint.step if checkpoint else 0) >= newest
+        newest = checkpoint.step if checkpoint else 0
+    Job(f"{TINY} run_dir={run} resume=auto", tmp_path).ended(0)
+    assert result(run) == result(whole)
+
+
+STOPS = [
+    "step.input=term@1",  # the first batch, all ranks
+    "step.loss=term@3/1",  # one rank
+    "evaluate.batch=term@1/0",
+    "checkpoint.before_manifest=usr1/0",
+    "step.loss=int@2/0",
+    "step.loss=usr1@2",
+]
+
+
+@pytest.mark.fault(6)
+def test_asked_to_stop_anywhere(tmp_path, whole_pair, draw, inject):
+    """All ranks stop at one step with everything saved, and the run goes on as if nothing had been."""
+    run = tmp_path / "run"
+    for stop in draw.sample(STOPS, len(STOPS)):
+        job = Job(f"{TINY} run_dir={run} resume=auto", tmp_path, ranks=2, faults=stop)
+        codes = job.codes()
+        if codes == [0, 0]:
+            break
+        assert codes == [Exit.STOPPED] * 2, job.output
+        inject()
+        said = job.output
+        checkpoint = CheckpointStore(run).newest()
+        assert f"Stopped at step {checkpoint.step}; saved" in said
+        assert "Traceback" not in said
+    Job(f"{TINY} run_dir={run} resume=auto", tmp_path, ranks=2).ended(0)
+    assert result(run) == result(whole_pair)
+
+
+@pytest.mark.fault(6)
+def test_a_second_interrupt_leaves_at_once(tmp_path, inject):
+    job = Job(f"{TINY} run_dir={tmp_path / 'run'}", tmp_path, faults="step.loss=sleep@3")
+    job.wait_until("step 2/18")
+    inject(2)
+    job.signal(signal.SIGINT)
+    time.sleep(0.1)
+    job.signal(signal.SIGINT)
+    assert job.codes() == [Exit.INTERRUPTED], job.output
+    assert "Second Ctrl-C" in job.output
+
+
+def torchrun(tmp_path, command: str, *options: str, faults: str = "") -> subprocess.Popen:
+    environ = {**os.environ, "MOA_TRAIN_FAULTS": faults, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *options]
+    with (tmp_path / "torchrun.txt").open("w") as log:
+        return subprocess.Popen(
+            [*words, "-m", TRAIN, *arguments(command)], cwd=tmp_path, env=environ, stdout=log, stderr=log
+        )
+
+
+@pytest.mark.fault(6)
+def test_torchrun_passes_the_signal_on(tmp_path, whole_pair, inject):
+    run = tmp_path / "run"
+    process = torchrun(tmp_path, f"{TINY} run_dir={run}", faults="step.loss=sleep@4")
+    output, end = tmp_path / "torchrun.txt", time.monotonic() + PATIENCE
+    while "step 3/18" not in output.read_text():
+        assert time.monotonic() < end, output.read_text()
+        time.sleep(0.02)
+    process.terminate()
+    inject()
+    assert process.wait(PATIENCE) != 0
+    assert "saved. To go on" in output.read_text()
+    Job(f"resume={run}", tmp_path, ranks=2).ended(0)
+    assert result(run) == result(whole_pair)
+
+
+@pytest.mark.fault(7)
+def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path, whole_pair, inject):
+    """A rank is killed; with --max-restarts and resume=auto the run comes to the same end."""
+    run = tmp_path / "run"
+    command = f"{TINY} run_dir={run} resume=auto"
+    process = torchrun(tmp_path, command, "--max-restarts", "1", faults="step.loss=kill@8/1")
+    inject()
+    assert process.wait(PATIENCE) == 0, (tmp_path / "torchrun.txt").read_text()
+    assert result(run) == result(whole_pair)
+
+
+@pytest.mark.fault(7)
+def test_torchrun_shows_the_root_cause(tmp_path, inject):
+    process = torchrun(tmp_path, f"{TINY} run_dir={tmp_path / 'run'}", faults="step.loss=raise@4/1")
+    inject()
+    assert process.wait(PATIENCE) == 1
+    said = (tmp_path / "torchrun.txt").read_text()
+    root = said[said.index("Root Cause") :]
+    assert "rank      : 1" in root
+    assert "InjectedFaultError" in root
+
+
+@pytest.mark.fault(7)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "step.loss=kill@4/1",
+        "step.loss=raise@4/1",
+        "evaluate.batch=raise@1/1",
+        "evaluate.batch=kill@1/0",
+        "checkpoint.before_manifest=raise@1/0",
+        "checkpoint.before_manifest=kill@1/0",
+    ],
+)
+def test_a_lost_rank_ends_the_other(tmp_path, fault, inject):
+    """In bounded time, well below the time-out, because its connections break."""
+    job = Job(f"{TINY} run_dir={tmp_path / 'run'}", tmp_path, ranks=2, faults=fault)
+    inject()
+    codes = job.codes()
+    lost = int(fault[-1])
+    assert codes[lost] == (KILLED if "kill" in fault else Exit.FAILED), job.output
+    assert codes[1 - lost] not in (0, Exit.STOPPED), job.output
+    if "raise" in fault:
+        assert "InjectedFaultError" in job.logs[lost].read_text()
+
+
+@pytest.mark.fault(7)
+def test_a_rank_that_hangs_ends_the_other_after_the_time_out(tmp_path, inject):
+    job = Job(f"{TINY} run_dir={tmp_path / 'run'} runtime.timeout=20", tmp_path, ranks=2, faults="step.loss=stop@4/1")
+    inject()
+    job.processes[0].join(PATIENCE)
+    code = job.processes[0].exitcode
+    job.signal(signal.SIGKILL)
+    job.codes()
+    assert code not in (0, None), job.output
+
+
+@pytest.mark.fault(20)
+def test_killed_while_tensorboard_writes(tmp_path, draw, inject):
+    """What is read back has every step once, in order."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    command = f"{TINY} run_dir={run} resume=auto tracking.tensorboard=true"
+    for _ in range(3):
+        Job(command, tmp_path, faults=f"step.loss=kill@{draw.randint(4, 6)}").codes()
+        inject()
+    Job(command, tmp_path).ended(0)
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    tag = next(tag for tag in tags if "loss" in tag and "train" in tag)
+    assert [event.step for event in events.Scalars(tag)] == list(range(1, 19))
+    steps = [row["step"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
+    assert steps == sorted(steps)
