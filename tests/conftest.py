@@ -1,0 +1,128 @@
+"""Tiny real trainings: a MOA-Transformer of some 50,000 parameters on scikit-learn's digits, a few steps long."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY = {
+    "data.limit": "100",  # an epoch is 3 1/8 steps
+    "data.val_fraction": "0.1",
+    "model.embed_dim": "32",
+    "model.depths": "[1,1]",
+    "model.heads": "[1,2]",
+    "model.window": "4",
+    "model.dropout": "0.1",
+    "model.moa.reduction": "8",
+    "augment.mixup": "0.8",
+    "optim.name": "muon",
+    "schedule.duration": "12 steps",
+    "schedule.warmup": "2 steps",
+    "engine.batch_size": "32",
+    "engine.ema_decay": "0.9",
+    "engine.eval_every": "4 steps",
+    "engine.save_every": "4 steps",
+    "tracking.log_every": "3",
+    "tracking.tensorboard": "false",
+    "tracking.progress": "plain",
+    "tracking.images": "0",
+    "runtime.device": "cpu",
+    "runtime.precision": "fp32",
+    "runtime.deterministic": "true",
+    "runtime.threads": "1",
+}
+
+
+def overrides(changes: dict[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in {**TINY, **changes}.items()]
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Any]:
+    """A function from changes, such as ``{"optim.lr": 1e-4}``, to a tiny run's configuration."""
+    from moa_train.cli.resume import overlaid
+    from moa_train.schema import RunConfig
+
+    return lambda changes=(): overlaid(RunConfig(), overrides(dict(changes)))
+
+
+@pytest.fixture(scope="session")
+def train(tiny: Callable[..., Any]) -> Callable[..., int]:
+    """A function that does what moa-train does, in this process: from a run folder and changes to the exit code."""
+    import torch
+
+    from moa_train.cli.train import train as run
+    from moa_train.runtime.seed import set_deterministic
+    from moa_train.schema import RunConfig
+
+    def go(run_dir: Path | None, *, resume: bool = False, **changes: Any) -> int:
+        changes = {key.replace("__", "."): value for key, value in changes.items()}
+        if resume:
+            config, typed = RunConfig(resume=str(run_dir)), [f"{key}={value}" for key, value in changes.items()]
+        else:
+            config, typed = tiny(changes), []
+            config.run_dir = str(run_dir) if run_dir else None
+            config.init, config.init_head = changes.get("init"), changes.get("init_head", "strict")
+        try:
+            return int(run(config, typed))
+        finally:
+            set_deterministic(False)
+            torch.set_num_threads(1)
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def outcome() -> Callable[..., dict[str, Any]]:
+    """A function from a run folder to all that must be the same in a repetition, of its newest or another step."""
+    from moa_train.engine.checkpoint import CheckpointStore
+    from moa_train.tracking.jsonl import MACHINE_FIELDS, read_rows
+
+    def read(run_dir: Path, step: int | None = None) -> dict[str, Any]:
+        store = CheckpointStore(run_dir)
+        checkpoint = store.newest() if step is None else store.at(step)
+        assert checkpoint is not None
+        tensors = {
+            f"{part}/{name}": (str(tensor.dtype), tuple(tensor.shape), tensor.numpy().tobytes())
+            for part in ("model", "ema", "optimizer")
+            if part in checkpoint
+            for name, tensor in checkpoint.tensors(part).items()
+        }
+        rows = [
+            {k: v for k, v in row.items() if k not in MACHINE_FIELDS} for row in read_rows(run_dir / "metrics.jsonl")
+        ]
+        return {"step": checkpoint.step, "tensors": tensors, "state": checkpoint.state["train"], "rows": rows}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def straight(train: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished tiny run, for reading only."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    assert train(run_dir) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder that one process and two gloo ranks filled; see engine/two_ranks.py."""
+    from moa_train.schema import to_dict
+
+    folder = tmp_path_factory.mktemp("two_ranks")
+    for name, changes in (("whole", {}), ("first", {"engine.stop_after": "5 steps"})):
+        config = tiny({**changes, "engine.micro_batch_size": 8})
+        config.run_dir = str(folder / name)
+        (folder / f"{name}.json").write_text(json.dumps(to_dict(config)))
+    script = str(Path(__file__).parent / "engine" / "two_ranks.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, script, str(folder)], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    yield folder

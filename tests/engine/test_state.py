@@ -1,0 +1,84 @@
+"""The state in one object: what it holds, and what it refuses to take over."""
+
+import pytest
+import torch
+from torch import nn
+
+from moa_train.engine.checkpoint import CheckpointStore
+from moa_train.engine.state import TrainState
+from moa_train.optim import AveragedWeights, create_optimizer
+from moa_train.runtime.errors import UserError
+from moa_train.runtime.precision import Precision
+
+CPU = torch.device("cpu")
+
+
+def state(*, optimizer: str = "adamw", ema: bool = True, width: int = 3, seed: int = 0) -> TrainState:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
+    model.head_name = "2"
+    return TrainState(
+        model,
+        create_optimizer(optimizer, model, lr=0.1),
+        Precision.resolve("fp32", CPU),
+        AveragedWeights(model, 0.9) if ema else None,
+    )
+
+
+def train(state: TrainState, steps: int) -> None:
+    for _ in range(steps):
+        generator = torch.Generator().manual_seed(state.step)
+        state.model(torch.randn(5, 4, generator=generator)).square().sum().backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        if state.ema is not None:
+            state.ema.update()
+        state.step += 1
+        state.meters.add({"loss": torch.tensor(float(state.step))})
+
+
+def save(state: TrainState, folder, *, ranks: int = 1) -> CheckpointStore:
+    store = CheckpointStore(folder)
+    meters = [state.meters.state_dict() for _ in range(ranks)]
+    store.save(state.step, state.tensors(), {"train": {**state.scalars(), "meters": meters}})
+    return store
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "nadamw", "sgd"])
+def test_restored_it_goes_on_as_if_it_had_never_been_saved(tmp_path, optimizer):
+    one, other = state(optimizer=optimizer), state(optimizer=optimizer, seed=1)
+    train(one, 3)
+    one.best, one.evaluated_step = {"step": 2, "top1": 50.0}, 2
+    other.restore(save(one, tmp_path).at(3))
+    assert (other.step, other.best, other.evaluated_step) == (3, one.best, 2)
+    for each in (one, other):
+        train(each, 3)
+    for name, tensors in one.tensors().items():
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, other.tensors()[name][key]), (name, key)
+    assert one.meters.read() == other.meters.read() == {"loss": 3.5}
+    assert one.scalars() == other.scalars()
+
+
+def test_a_rank_without_a_share_of_the_meters_takes_anothers(tmp_path):
+    one, third = state(), state()
+    train(one, 2)
+    third.restore(save(one, tmp_path, ranks=2).at(2), rank=3)
+    assert third.meters.read() == {"loss": 1.5}
+
+
+@pytest.mark.parametrize(("saved", "now"), [(True, False), (False, True)])
+def test_averaged_weights_neither_appear_nor_vanish(tmp_path, saved, now):
+    one = state(ema=saved)
+    train(one, 1)
+    with pytest.raises(UserError, match="averaged weights") as error:
+        state(ema=now).restore(save(one, tmp_path).at(1))
+    assert "engine.ema_decay" in str(error.value)
+
+
+def test_rates_and_decay_follow_the_configuration(tmp_path):
+    one, other = state(), state()
+    train(one, 1)
+    other.optimizer.set_rate(0.025)
+    other.restore(save(one, tmp_path).at(1))
+    assert {group["lr"] for group in other.optimizer.param_groups} == {0.025}
