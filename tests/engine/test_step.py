@@ -13,7 +13,7 @@ def found(request: pytest.FixtureRequest, two_ranks) -> dict:
 
 def test_four_micro_batches_have_the_gradient_of_the_large_batch(found):
     assert found["gradient"] < 1e-10
-    assert found["loss"] < 1e-12
+    assert found["loss"] < 1e-6  # is only logged: added up in float32
 
 
 def test_they_are_clipped_once_and_give_the_same_weights(found):

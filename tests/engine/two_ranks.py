@@ -68,7 +68,10 @@ def accumulate(ranks: Distributed) -> dict:
     gradient = list(torch.autograd.grad(loss, list(large.parameters())))
     norm = torch.stack([part.square().sum() for part in gradient]).sum().sqrt()
     limit = 0.3 * norm.item()
-    after = [p.detach() - RATE * g * limit / norm for p, g in zip(large.parameters(), gradient, strict=True)]
+    for parameter, part in zip(large.parameters(), gradient, strict=True):
+        parameter.grad = part.clone()
+    nn.utils.clip_grad_norm_(large.parameters(), limit)
+    after = [parameter.detach() - RATE * parameter.grad for parameter in large.parameters()]
 
     seen: dict = {"clips": 0, "micro": [], "reduced": [], "elements": 0}
     accumulated: list[Tensor] = []
