@@ -45,7 +45,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, head: str =
     problems = [f"unexpected: {name} {_size(value)}" for name, value in given.items() if name not in own]
     problems += [f"missing: {name} {_size(value)}" for name, value in own.items() if name not in {*given, *fresh}]
     fitted: dict[str, Tensor] = {}
-    for name in own.keys() & given.keys():
+    for name in (name for name in own if name in given):
         fitted[name] = fit(name, given, own)
         if fitted[name].shape != own[name].shape:
             problems.append(f"different: {name} {_size(given[name])}, the model has {_size(own[name])}")
