@@ -1,0 +1,180 @@
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moa_train.engine.nonfinite import GradientGuard, NonFinitePolicy, RollBack
+from moa_train.engine.state import TrainState
+from moa_train.engine.step import TrainStep
+from moa_train.optim import AveragedWeights, clip_gradients, create_optimizer
+from moa_train.runtime.distributed import Distributed
+from moa_train.runtime.errors import UserError
+from moa_train.runtime.precision import Precision
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Points:
+    step: int
+    micro: int
+    index: Tensor
+    points: Tensor
+
+    @property
+    def epoch(self) -> Tensor:
+        return torch.zeros_like(self.index)
+
+    def to(self, device: torch.device, non_blocking: bool) -> "Points":
+        return self
+
+
+def batches(start: int, bad: dict[tuple[int, int], float] | None = None) -> Iterator[Points]:
+    """Two micro-batches of four a step; ``bad`` puts a value into the first number of one, by step and micro-batch."""
+    for number in range(2 * start, 1000):
+        step, micro = divmod(number, 2)
+        x_BC = torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
+        if (step, micro) in (bad or {}):
+            x_BC[1, 0] = bad[step, micro]
+        yield Points(step, micro, torch.arange(4) + 4 * number, x_BC)
+
+
+class Network(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Linear(6, 8), nn.BatchNorm1d(8)
+        self.body, self.head = body, nn.Linear(8, 3)
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        return self.head(self.body(self.norm(self.stem(x_BC)).relu()))
+
+
+def build(optimizer: str = "adamw", delay: int = 0, body: nn.Module | None = None) -> tuple[TrainStep, TrainState]:
+    torch.manual_seed(0)
+    model, precision = Network(body or nn.Linear(8, 8)), Precision.resolve("fp32", CPU)
+    optimizers, ema = create_optimizer(optimizer, model, lr=0.01), AveragedWeights(model, 0.9)
+    step = TrainStep(
+        model,
+        optimizers,
+        transform=lambda batch, step: (batch.points, nn.functional.one_hot(batch.index % 3, 3).float()),
+        clip=partial(clip_gradients, mode="norm", limit=1.0),
+        precision=precision,
+        ema=ema,
+        micro_batches=2,
+        batch_size=8,
+        seed=0,
+        distributed=Distributed(0, 0, 1, 1, CPU),
+    )
+    step.guard = GradientGuard(optimizers, precision, delay)
+    return step, TrainState(model, optimizers, precision, ema)
+
+
+def copy(state: TrainState) -> dict[str, Tensor]:
+    return {f"{part} {name}": t.clone() for part, named in state.tensors().items() for name, t in named.items()}
+
+
+@pytest.mark.parametrize("bad_step", [0, 3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("optimizer", "delay"), [("adamw", 0), ("sgd", 0), ("nadamw", 0), ("muon", 0), ("adamw", 2), ("sgd", 2)]
+)
+def test_parameters_optimizer_averages_and_statistics_stay_as_they_were(optimizer, delay, value, bad_step):
+    """With a delay nobody on the host knows of it when the update is due: the kernels themselves leave it out."""
+    step, state = build(optimizer, delay)
+    stream, seen = batches(0, {(bad_step, 1): value}), []
+    for number in range(8):
+        before = copy(state)
+        grad_norm = step(stream, number)["grad_norm"]
+        seen += [(number, caught) for caught in step.guard.caught()]
+        after = copy(state)
+        changed = any(not after[name].equal(before.get(name, torch.zeros_like(after[name]))) for name in after)
+        assert bool(grad_norm.isfinite()) == (number != bad_step)
+        assert changed == (number != bad_step)
+        assert all(tensor.isfinite().all() for tensor in after.values())
+    seen += [(8, caught) for caught in step.guard.caught(wait=True)]
+    assert [caught for _, caught in seen] == [bad_step]
+    assert seen[0][0] - bad_step <= (delay and delay + 1)
+
+
+@pytest.mark.parametrize(("optimizer", "delay"), [("adamw", 2), ("sgd", 2)])
+def test_what_the_kernels_leave_out_changes_nothing_else(optimizer, delay):
+        changed = any(not t.equal(before.get(name, torch.zeros_like(t))) for name, t in after.items())
+    ends = []
+    for wait in (0, delay):
+        step, state = build(optimizer, wait)
+        stream = batches(0, {(4, 0): float("nan")})
+        for number in range(8):
+            step(stream, number)
+        ends.append(copy(state))
+    # The averages' own decay counts updates, which the host knows late with a delay.
+    for name in (name for name in ends[0] if not name.startswith("ema")):
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=0, atol=0, msg=name)
+
+
+def test_a_loss_that_is_infinite_with_a_finite_gradient_is_noticed(monkeypatch):
+    """The true class's logit is -inf: softmax's gradient is finite, the loss is not."""
+    step, state = build()
+    with torch.no_grad():
+        state.model.head.bias[0] = -torch.inf
+    before = copy(state)
+    metrics = step(batches(0), 0)
+    assert not metrics["grad_norm"].isfinite()
+    assert list(step.guard.caught()) == [0]
+    assert all(before[name].equal(tensor) for name, tensor in copy(state).items() if name.startswith("model"))
+
+
+class Overflowing(nn.Module):
+    def forward(self, x_BC: Tensor) -> Tensor:
+        return x_BC * 1e30
+
+
+class Rooted(nn.Module):
+    """Finite forwards; its gradient at 0 is not."""
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        return (0 * x_BC).abs().sqrt()
+
+
+@pytest.mark.parametrize(
+    ("where", "body", "value"),
+    [
+        ("module body.1", nn.Sequential(Overflowing(), Overflowing()), None),
+        ("the input", None, float("nan")),
+        ("parameter body.bias", "damaged", None),
+        ("gradient of norm.bias", Rooted(), None),
+        ("None", None, None),
+    ],
+)
+def test_the_first_that_is_not_finite_is_named(where, body, value):
+    step, state = build(body=body if body != "damaged" else None)
+    if body == "damaged":
+        state.model.body.bias.data[3] = torch.nan
+    before = copy(state)
+    found = step.trace(batches(5, {(5, 1): value} if value else None), 5)
+    assert [micro["micro"] for micro in found] == [0, 1]
+    assert found[1]["index"] == [44, 45, 46, 47]
+    assert str(found[1]["origin"]) == where
+    if where == "the input":
+        assert found[0]["origin"] is None
+        assert 45 in found[1]["bad"]
+    assert all(before[name].nan_to_num().equal(tensor.nan_to_num()) for name, tensor in copy(state).items())
+    assert all(parameter.grad is None for parameter in state.model.parameters())
+
+
+def test_a_policy_reports_then_aborts_skips_or_rolls_back(tmp_path: Path):
+    alone = Distributed(0, 0, 1, 1, CPU)
+    origins = [{"micro": 0, "origin": "module head", "epoch": [0], "index": [7], "bad": [7]}]
+    with pytest.raises(UserError, match=r"step 12 is not finite: first in module head, micro-batch 0 \(rank 0\)"):
+        NonFinitePolicy("abort", 10, 0.5, tmp_path, alone).answer(12, origins, 1, 1.0)
+    assert '"index": [' in (tmp_path / "nonfinite-step-00000012.json").read_text()
+    skip = NonFinitePolicy("skip", 1, 0.5, tmp_path, alone)
+    assert "Skipped, 1 of at most 1" in skip.answer(12, origins, 1, 1.0)
+    with pytest.raises(UserError, match=r"number 2; engine\.nonfinite_budget=1"):
+        skip.answer(13, origins, 2, 1.0)
+    with pytest.raises(RollBack) as order:
+        NonFinitePolicy("rollback", 3, 0.5, tmp_path, alone).answer(12, origins, 2, 0.5)
+    assert order.value.state == {"nonfinite": 2, "rate_factor": 0.25}
