@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def straight(train: Callable[..., int], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def two_ranks(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def two_ranks(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that one process and two gloo ranks filled; see engine/two_ranks.py."""
     from moa_train.schema import to_dict
 
@@ -125,4 +125,24 @@ def two_ranks(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
         [sys.executable, script, str(folder)], capture_output=True, text=True, timeout=300, env=environment
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    yield folder
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_classes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """A function that writes a tree of PNG files of the first so many digits, with train/, val/ and test/."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    def make(classes: int) -> Path:
+        digits, root = load_digits(), tmp_path_factory.mktemp("classes")
+        for label in range(classes):
+            rows = [row for row in range(len(digits.target)) if digits.target[row] == label][:20]
+            for number, row in enumerate(rows):
+                split = "test" if number < 4 else "val" if number < 7 else "train"
+                folder = root / split / f"class{label}"
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray((digits.images[row] * 15).astype("uint8")).save(folder / f"{number:02}.png")
+        return root
+
+    return make

@@ -133,7 +133,7 @@ def _similar(key: str, keys: list[str]) -> str:
     for known in keys:
         leaves.setdefault(known.rpartition(".")[2], []).append(known)
     head, _, leaf = key.rpartition(".")
-    if close := difflib.get_close_matches(key, [*keys, *([] if head else GROUPS)], n=1, cutoff=0.7):
+    if close := difflib.get_close_matches(key, [*keys, *([] if head else GROUPS)], n=1, cutoff=0.8):
         return f" Did you mean {close[0]}? --help lists every key."
     if close := difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6):
         return f" Did you mean {' or '.join(leaves[close[0]])}? --help lists every key."

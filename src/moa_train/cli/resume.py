@@ -45,7 +45,7 @@ def resolve_resume(config: RunConfig, overrides: list[str]) -> tuple[RunConfig, 
             "To start another: choose another run_dir."
         )
     before: RunConfig = from_dict(newest.state["config"])
-    before.engine.stop_after = None  # was meant for the session that it ended
+    before.resume = before.engine.stop_after = None  # were meant for the session that they began or ended
     now = config if config.resume == "auto" else overlaid(before, overrides)
     now.run_dir, now.resume = folder, config.resume
     if now.engine.micro_batch_size is None:

@@ -1,0 +1,194 @@
+"""The command line's frame: help, composed configuration, and mistakes.
+
+All arguments are tried one after the other in one process of their own, to see as well that none of them imports torch.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moa_train.schema import EvalConfig, RunConfig, knobs
+
+CHILD = """
+import contextlib, io, json, sys
+from moa_train.cli import app, evaluate, train
+from moa_train.schema import EvalConfig, RunConfig
+
+def run(command, arguments):
+    sys.argv = [f"moa-{command}", *arguments]
+    schema, module = (RunConfig, train) if command == "train" else (EvalConfig, evaluate)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            app.run(lambda config, overrides: print("ran", overrides), schema, command, module.EXAMPLES)
+            code = "returned"
+        except SystemExit as leaving:
+            code = leaving.code or 0
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue(), "torch": "torch" in sys.modules}
+
+print(json.dumps([run(*case) for case in json.load(sys.stdin)]))
+"""
+
+# Arguments, and what the message has to say: the key and the nearest right name or value.
+MISTAKES = {
+    # unknown keys
+    "optm.lr=1": ["optm.lr", "optim.lr"],
+    "optim.lrr=1e-3": ["optim.lrr", "optim.lr"],
+    "lr=1e-3": ["optim.lr"],
+    "batch_size=32": ["engine.batch_size"],
+    "engine.batchsize=32": ["engine.batch_size"],
+    "learning_rate=1": ["learning_rate", "--help"],
+    "optim.foo=3": ["optim.foo", "Keys of optim: name, lr"],
+    "++optim.foo=3": ["optim.foo", "Keys of optim"],
+    "model.moa.ovelap=1": ["model.moa.overlap"],
+    "modle=moa_t": ["Did you mean model?"],
+    # unknown options of a group
+    "model=moa_x": ["moa_x", "moa_t", "swin_t"],
+    "data=cifar-100": ["'cifar100'"],
+    "optim=adam": ["'adamw'"],
+    "schedule=cos": ["'cosine'"],
+    "experiment=cifar": ["'cifar100_cpu'"],
+    "augment=randaug": ["Options: cifar, digits, imagenet, light, none"],
+    "debug=fast": ["Options: one_step"],
+    "model=null": ["model=null", "moa_micro"],
+    "model={patch_size:2}": ["model=", "Options: moa_b"],
+    # values of the wrong type
+    "optim.lr=abc": ["optim.lr=abc", "a number"],
+    "optim.lr=": ["optim.lr=", "a number"],
+    "optim.lr=null": ["optim.lr=null", "a number"],
+    "engine.batch_size=1.5": ["engine.batch_size=1.5", "a whole number"],
+    "model.depths=2": ["model.depths=2", "[x,y,...]", "a whole number"],
+    "model.depths=[1,a]": ["model.depths", "a whole number"],
+    "model.moa.enabled=maybe": ["model.moa.enabled=maybe", "true or false"],
+    "data.workers=many": ["data.workers=many", "a whole number or null"],
+    "data.mean={a:1}": ["data.mean", "a list"],
+    # the grammar
+    "optim.lr=[1,2": ["Cannot read optim.lr=[1,2", "brackets"],
+    "run_dir=a=b": ["Cannot read run_dir=a=b", "quotes"],
+    "optim.lr = 3": ["Cannot read optim.lr = 3", "without spaces"],
+    "moa_b": ["'moa_b' is not an argument of the form key=value"],
+    "+optim.lr=3": ["Write optim.lr=3"],
+    "+model=moa_t": ["Write model=moa_t"],
+    "~optim.lr": ["nothing can be removed"],
+    "optim.lr=1e-3,1e-4": ["add -m"],
+    "run_dir=/tmp/a,b": ["add -m", "\"run_dir='a,b'\""],
+    "-m optim.lr=1e-3,abc": ["optim.lr=abc", "a number"],
+    "-m model=moa_t,moa_x": ["model=moa_x", "moa_t"],
+    # Hydra's own
+    "--cfg jobs": ["--cfg", "'job'"],
+    "--cgf job": ["--cgf"],
+    "hydra.foo=1": ["hydra.foo"],
+    "model.moa=3": ["model.moa"],
+    # composed, then checked
+    "optim.lr=-1": ["optim.lr=-1.0", "> 0"],
+    "optim.name=adam": ["optim.name=adam", "'adamw'"],
+    "data=imagenet": ["data=imagenet", "data.root=FOLDER"],
+    "engine.batch_size=64 engine.micro_batch_size=48": ["engine.batch_size=64", "48 or 96"],
+    "resume=x init=y": ["resume", "init", "one of the two"],
+}
+EVAL_MISTAKES = {
+    "cpkt=x": ["ckpt"],
+    "ckpt=x split=dev": ["split=dev", "train, val, test"],
+    "ckpt=x batch_size=0": ["batch_size=0", ">= 1"],
+    "outputs/RUN": ["'outputs/RUN'", "key=value"],
+}
+RIGHT = {
+    "help": ["train", ["--help"]],
+    "eval help": ["eval", ["--help"]],
+    "version": ["train", ["--version"]],
+    "job": ["train", ["model=swin_t", "data=cifar100", "optim.lr=3e-4", "--cfg", "job"]],
+    "sweep": ["train", ["-m", "model=moa_t,moa_b", "schedule.milestones=['1%','2%'],[]", "optim.lr=1e-3,2e-3"]],
+    "quoted": ["train", ["run_dir='a=b, c'", "data.root=/data/x y", "model.moa={overlap:2}", "data.mean=null"]],
+}
+
+
+def split(text: str) -> list[str]:
+    return [text] if " = " in text else text.split()
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory) -> dict[str, dict]:
+    cases = {text: ["train", split(text)] for text in MISTAKES}
+    cases |= {"eval " + text: ["eval", split(text)] for text in EVAL_MISTAKES} | RIGHT
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        input=json.dumps(list(cases.values())),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path_factory.mktemp("tried"),
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(zip(cases, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("text", [*MISTAKES, *("eval " + text for text in EVAL_MISTAKES)])
+def test_mistakes_are_named_with_what_is_right(tried, text):
+    found = tried[text]
+    assert found["code"] == 2
+    assert "ran [" not in found["out"]
+    assert "Traceback" not in found["err"]
+    assert "HYDRA_FULL_ERROR" not in found["err"]
+    assert 1 <= len(found["err"].splitlines()) <= 10
+    for fragment in {**MISTAKES, **{"eval " + key: value for key, value in EVAL_MISTAKES.items()}}[text]:
+        assert fragment in found["err"]
+
+
+def test_none_of_them_needed_torch(tried):
+    assert not any(found["torch"] for found in tried.values())
+
+
+def test_help_shows_examples_groups_and_every_knob(tried):
+    text = tried["help"]["out"]
+    assert tried["help"]["code"] == 0
+    assert "moa-train model=moa_b data=cifar100" in text
+    assert "torchrun --nproc-per-node" in text
+    for group, options in (("model", "moa_b, moa_micro, moa_s"), ("data", "cifar10, cifar100"), ("optim", "adamw")):
+        assert f"{group}: {options}" in text
+    for key, item, _ in knobs(RunConfig()):
+        (line,) = (line for line in text.splitlines() if line.strip().startswith(f"{key}="))
+        assert item.metadata["help"].split("\n")[0][:30] in line
+    assert "  optim.lr=0.0009" in text
+    assert "[paper, released]" in text
+
+
+def test_help_of_the_evaluation(tried):
+    text = tried["eval help"]["out"]
+    assert "moa-eval ckpt=outputs/RUN" in text
+    for key, item, _ in knobs(EvalConfig()):
+        assert any(
+            line.strip().startswith(f"{key}=") and item.metadata["help"][:20] in line for line in text.splitlines()
+        )
+
+
+def test_cfg_job_shows_the_composed_configuration(tried):
+    lines = tried["job"]["out"].splitlines()
+    assert tried["job"]["code"] == 0
+    for line in ("  lr: 0.0003", "  name: swin", "  variant: swin_t", "  name: cifar100", "  mixup: 0.8"):
+        assert line in lines
+    assert "ran [" not in tried["job"]["out"]
+
+
+def test_version(tried):
+    from moa_train import __version__
+
+    assert (tried["version"]["code"], tried["version"]["out"]) == (0, f"moa-train {__version__}\n")
+
+
+def test_a_sweep_runs_every_combination(tried):
+    found = tried["sweep"]
+    assert found["code"] == 0, found["err"]
+    assert found["out"].count("ran [") == 8
+
+
+def test_signs_in_values(tried):
+    assert tried["quoted"]["code"] == 0, tried["quoted"]["err"]
+
+
+def test_commands_are_installed_where_python_is():
+    names = {path.name for path in Path(sys.executable).parent.iterdir()}
+    if "moa-train" not in names:
+        pytest.skip("moa-train runs from its source here: nothing is installed")
+    assert {"moa-train", "moa-eval", "moa-data"} <= names

@@ -1,0 +1,153 @@
+"""moa-eval returns what training logged, to the last count."""
+
+import contextlib
+import io
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moa_train.cli.evaluate import evaluate
+from moa_train.runtime.errors import UserError
+from moa_train.schema import EvalConfig
+
+COUNTS = ("top1_count", "top5_count", "total", "loss")
+
+
+def run(**options) -> dict:
+    out = io.StringIO()
+    threads = torch.get_num_threads()
+    try:
+        with contextlib.redirect_stdout(out):
+            evaluate(EvalConfig(**{"device": "cpu", **{key: str(value) for key, value in options.items()}}), [])
+    finally:
+        torch.set_deterministic_debug_mode("default")
+        torch.set_num_threads(threads)
+    return json.loads(out.getvalue())  # standard output is JSON and nothing else
+
+
+@pytest.fixture(scope="module")
+def copy(straight, tmp_path_factory) -> Path:
+    """A copy of a finished run."""
+    return shutil.copytree(straight, tmp_path_factory.mktemp("copy") / "run", symlinks=True)
+
+
+@pytest.fixture(scope="module")
+def logged(straight) -> dict:
+    return json.loads((straight / "result.json").read_text())
+
+
+@pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/best", "weights", "alone"])
+def test_counts_are_those_that_training_logged(copy, logged, tmp_path, where):
+    best = copy / "checkpoints" / f"step-{logged['step']:08}"
+    if where == "alone":
+        ckpt = Path(shutil.copy(best / "ema.safetensors", tmp_path / "mine.safetensors"))
+    else:
+        ckpt = best / "ema.safetensors" if where == "weights" else copy / where
+    found = run(ckpt=ckpt)
+    assert {key: found[key] for key in COUNTS} == {key: logged["test"][key] for key in COUNTS}
+    assert found["split"] == "test"
+    written = tmp_path / "eval-test.json" if where == "alone" else copy / "eval-test.json"
+    assert json.loads(written.read_text()) == found
+    written.unlink()
+
+
+def test_the_split_that_chose_the_best(copy, logged, tmp_path):
+    found = run(ckpt=copy, split="val", output=tmp_path / "val.json")
+    assert {key: found[key] for key in COUNTS} == {key: logged["val"][key] for key in COUNTS}
+    assert json.loads((tmp_path / "val.json").read_text()) == found
+
+
+def test_a_checkpoint_moved_elsewhere_is_evaluated_beside_itself(copy, logged, tmp_path):
+    moved = shutil.copytree(copy / "checkpoints" / f"step-{logged['step']:08}", tmp_path / "kept" / "mine")
+    assert run(ckpt=moved)["top1_count"] == logged["test"]["top1_count"]
+    assert (tmp_path / "kept" / "eval-test.json").exists()
+    assert not (tmp_path / "eval-test.json").exists()
+
+
+def test_plain_weights_are_others_than_the_averaged_ones(copy, tmp_path):
+    ema, model = (run(ckpt=copy, weights=name, output=tmp_path / "x") for name in ("ema", "model"))
+    assert ema["weights"].endswith("ema.safetensors")
+    assert model["weights"].endswith("model.safetensors")
+    assert ema["loss"] != model["loss"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 359, 1000])
+def test_counts_do_not_depend_on_the_batch(copy, logged, tmp_path, batch_size):
+    out = io.StringIO()
+    config = EvalConfig(ckpt=str(copy), batch_size=batch_size, device="cpu", output=str(tmp_path / "x"))
+    with contextlib.redirect_stdout(out):
+        evaluate(config, [])
+    torch.set_deterministic_debug_mode("default")
+    found = json.loads(out.getvalue())
+    assert {key: found[key] for key in COUNTS[:3]} == {key: logged["test"][key] for key in COUNTS[:3]}
+
+
+def test_two_ranks_count_what_training_on_two_ranks_logged(two_ranks):
+    found = json.loads((two_ranks / "eval.json").read_text())
+    logged = json.loads((two_ranks / "whole" / "result.json").read_text())
+    assert {key: found[key] for key in COUNTS} == {key: logged["test"][key] for key in COUNTS}
+    alone = run(ckpt=two_ranks / "whole", output=two_ranks / "alone.json")
+    assert {key: found[key] for key in COUNTS[:3]} == {key: alone[key] for key in COUNTS[:3]}
+
+
+def test_foreign_weights_are_refused_with_a_reason(tmp_path):
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.zeros(2)}, foreign)
+    with pytest.raises(UserError, match=r"foreign\.safetensors does not say what model it belongs to"):
+        run(ckpt=foreign)
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(foreign.read_bytes()[:20])
+    with pytest.raises(UserError, match=r"damaged\.safetensors"):
+        run(ckpt=damaged)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(pickle.dumps({"model": Bomb()}))
+    with pytest.raises(UserError, match=r"weights\.pth"):
+        run(ckpt=path)
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere does not exist\. Give a run folder, a checkpoint folder or"):
+        run(ckpt=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        run(ckpt=tmp_path)
+    with pytest.raises(UserError, match="moa-eval needs ckpt=PATH"):
+        evaluate(EvalConfig(), [])
+
+
+def test_data_of_other_classes_is_refused(straight, make_classes, tmp_path):
+    root = make_classes(5)
+    best = next((straight / "checkpoints").glob("step-*")) / "ema.safetensors"
+    import safetensors
+
+    with safetensors.safe_open(best, "pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no dictionary
+    config = json.loads(header["config"])
+    config["data"] |= {"name": "folder", "root": str(root), "val_fraction": 0.0}
+    save_file(tensors, tmp_path / "x.safetensors", header | {"config": json.dumps(config)})
+    with pytest.raises(UserError, match=r"know 10 classes .* the data has 5 .*root="):
+        run(ckpt=tmp_path / "x.safetensors")
+
+
+def test_the_command_prints_json_alone(copy):
+    done = subprocess.run(
+        [sys.executable, "-m", "moa_train.cli.evaluate", f"ckpt={copy}", "device=cpu"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["total"] == 359
+    assert "top-1 on 359 images, averaged weights of the best checkpoint" in done.stderr
