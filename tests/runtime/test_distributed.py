@@ -20,6 +20,7 @@ def folder(tmp_path_factory) -> Path:
     done = subprocess.run([sys.executable, SCRIPT, str(folder)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "destroy_process_group" not in done.stderr
+    assert "deprecated" not in done.stderr
     return folder
 
 
