@@ -7,12 +7,14 @@ first. (`torch.load(weights_only=True)` is as careful, but refuses files that ho
 """
 
 import math
+import mmap
 import pickletools
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -91,8 +93,9 @@ def read_checkpoint(path: Path) -> Any:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 return _read_zip(archive)
-        with path.open("rb") as stream:
-            return _read_legacy(stream, path.stat().st_size)
+        # Mapped, because a length in a damaged file would have an ordinary file reserve that much memory.
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            return _read_legacy(mapped)
     except UserError as error:
         raise DamagedFileError(f"{path}: {error}") from None
     except (zipfile.BadZipFile, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
@@ -121,7 +124,7 @@ def _read_zip(archive: zipfile.ZipFile) -> Any:
     return _with_tensors(content, {key: (storage, read(storage)) for key, storage in storages.items()})
 
 
-def _read_legacy(stream: IO[bytes], size: int) -> Any:
+def _read_legacy(stream: mmap.mmap) -> Any:
     if interpret(stream)[0] != LEGACY_MAGIC:
         raise UserError("it is a pickle, but not one that PyTorch wrote")
     interpret(stream)  # version of the format
@@ -132,17 +135,18 @@ def _read_legacy(stream: IO[bytes], size: int) -> Any:
     for key in keys:
         storage = storages[key]
         elements, length = int.from_bytes(stream.read(8), "little"), storage.elements * storage.dtype.itemsize
-        if elements != storage.elements or length > size - stream.tell():
+        if elements != storage.elements or length > len(stream) - stream.tell():
             raise UserError(f"the size of storage {key} contradicts its description")
         data[key] = storage, stream.read(length)
     return _with_tensors(content, data)
 
 
-def interpret(stream: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
+def interpret(stream: BytesIO | mmap.mmap) -> tuple[Any, dict[str, Storage]]:
     """Follow one pickle to its end, where the stream is left; return what it describes and the storages it names."""
     machine = _Machine()
-    for opcode, argument, _ in pickletools.genops(stream):
-        machine.step(opcode.name, argument)
+    with warnings.catch_warnings(action="ignore"):  # about escapes in damaged text
+        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], stream)):
+            machine.step(opcode.name, argument)
     return machine.stack.pop(), machine.storages
 
 
@@ -190,7 +194,7 @@ class _Machine:
             case "STACK_GLOBAL":
                 push(Name(*self.pop(2)))
             case "BINPERSID":
-                push(self.storage(*self.pop(1)[0]))
+                push(self.storage(self.pop(1)[0]))
             case "REDUCE" | "NEWOBJ":
                 push(described(*self.pop(2)))
             case "BUILD":
@@ -234,12 +238,13 @@ class _Machine:
             raise UserError("it sets items of what is no dictionary")
         top.update(zip(pairs[::2], pairs[1::2], strict=True))
 
-    def storage(self, kind: str, storage_type: Name, key: str, location: str, elements: int, *_: Any) -> Storage:
-        """Note a storage; ``location``, the device that it was on, does not matter here."""
-        if kind != "storage" or storage_type.name not in DTYPES or elements < 0:
-            raise UserError(f"it holds elements of a kind that is not known, {storage_type}")
-        self.storages[key] = Storage(key, DTYPES[storage_type.name], elements)
-        return self.storages[key]
+    def storage(self, description: Any) -> Storage:
+        """Note a storage: ("storage", its type, its key, the device that it was on, its number of elements, ...)."""
+        match description:
+            case ("storage", Name(name=kind), str(key), _, int(elements), *_) if kind in DTYPES and elements >= 0:
+                self.storages[key] = Storage(key, DTYPES[kind], elements)
+                return self.storages[key]
+        raise UserError("it holds elements of a kind that is not known")
 
 
 def described(name: Any, arguments: Any) -> Any:
@@ -254,7 +259,10 @@ def described(name: Any, arguments: Any) -> Any:
         case "torch._utils", "_rebuild_parameter":
             return arguments[0]
         case "torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2":
-            return TensorRecord(*arguments[:4])
+            match arguments:
+                case (Storage(), int(), tuple(), tuple(), *_):
+                    return TensorRecord(*arguments[:4])
+            raise UserError("it describes a tensor in an unknown way")
     return Foreign(name, arguments)
 
 
