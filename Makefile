@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format clean
+.PHONY: help train test torture lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -24,6 +24,9 @@ train: $(READY) ## set up, train a small MOA on handwritten digits (3 minutes on
 
 test: lint ## set up, run all checks and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+torture: $(READY) ## kill, cut and damage real runs at random places, and print what was survived
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/torture.py $(ARGS)
 
 lint: $(READY) ## check style, format, types and layers
 	$(BIN)/ruff check .

@@ -96,7 +96,7 @@ class TrainStep:
         if faults.point("step.loss"):
             loss = loss * math.nan
         if faults.point("step.gradient"):
-            loss.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call]
+            loss.register_hook(lambda gradient: gradient * math.inf)
         # Times 1, or NaN where the loss is not finite: then no gradient is, whatever its formula, and all ranks know.
         return loss * (1 + 0 * loss.detach()), logits
 
