@@ -5,7 +5,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +98,7 @@ def _digests(root: Path, split: str, workers: int, report: Report) -> Iterator[t
     if not workers:
         yield from zip(items, map(_digest_file, paths), strict=True)
         return
-    with get_context("spawn").Pool(workers) as pool:  # fork is unsafe once torch has started threads
+    with Pool(workers) as pool:
         yield from zip(items, pool.imap(_digest_file, paths, chunksize=32), strict=True)
 
 

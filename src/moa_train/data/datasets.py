@@ -62,14 +62,14 @@ def open_source(
     folder = Path(root) if root is not None else Path("data") / name
     title = f"{name}/{split}"
     own_val = name == "folder" and (is_packed(folder, "val") or (folder / "val").is_dir())
-    if split == "test" or (split == "val" and own_val):
-        return _open(name, split, folder, title, image_size, download)
-    train = _open(name, "train", folder, title, image_size, download)
     if own_val and val_fraction:
         raise UserError(
             f"val_fraction={val_fraction}, but {folder} has a validation split of its own. "
             "Set data.val_fraction=0, or rename val/ to test/ if it is to be the test split."
         )
+    if split == "test" or (split == "val" and own_val):
+        return _open(name, split, folder, title, image_size, download)
+    train = _open(name, "train", folder, title, image_size, download)
     if val_fraction:
         kept, held = hold_out(train.labels, val_fraction)
         return train.subset(kept if split == "train" else held, title)

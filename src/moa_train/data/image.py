@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from moa_train.runtime.errors import UserError
@@ -92,7 +92,8 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else str(error).partition("\n")[0]
         raise UserError(
-            f"{path}: unreadable image ({reason}). Repair or remove it; `moa-data check ROOT` lists all such files."
+            f"{path}: unreadable image ({reason or type(error).__name__}). Repair or remove it; "
+            "`moa-data check ROOT` lists all such files."
         ) from error

@@ -3,12 +3,14 @@
 import atexit
 import logging
 import signal
+import threading
 import warnings
 import weakref
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from multiprocessing import active_children
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from moa_train.runtime.errors import UserError, choose
 
 POLICIES = ("fail", "quarantine")
 
+_POLL = 5.0
 _log = logging.getLogger(__name__)
 
 
@@ -108,7 +111,9 @@ class TrainLoader:
         self._unreadable[message] = None
         _log.warning("Quarantined %d of at most %d: %s", len(self._unreadable), self._budget, message)
         if len(self._unreadable) > self._budget:
-            raise UserError(f"{len(self._unreadable)} unreadable images exceed the budget. The last: {message}")
+            raise UserError(
+                f"{len(self._unreadable)} unreadable images exceed the budget of {self._budget}. The last: {message}"
+            )
 
 
 class EvalLoader:
@@ -223,22 +228,11 @@ def _in_workers(
     reader: _Reader, requests: Iterable[_Request], workers: int, pin_memory: bool, timeout: float
 ) -> Iterator[Batch]:
     def results() -> Generator[Batch, None, None]:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "This DataLoader will create")  # the user chose how many
-            loader = iter(
-                DataLoader(
-                    reader,
-                    batch_size=None,
-                    sampler=requests,
-                    num_workers=workers,
-                    pin_memory=pin_memory,
-                    timeout=timeout,
-                    worker_init_fn=_leave_signals_to_trainer,
-                    generator=torch.Generator(),  # else starting a loader would draw from the global one
-                )
-            )
+        others = set(active_children())
+        loader = _start_workers(reader, requests, workers, pin_memory)
+        processes = set(active_children()) - others
         try:
-            yield from map(_unwrap, loader)
+            yield from map(_unwrap, _patiently(loader, timeout))
         except RuntimeError as error:
             if "DataLoader" not in str(error):
                 raise
@@ -246,10 +240,54 @@ def _in_workers(
                 f"A process that reads images failed: {str(error).splitlines()[0]} Usual causes: memory or /dev/shm "
                 "is full (lower data.workers or the batch size), or storage hangs. data.workers=0 reads without them."
             ) from error
+        finally:
+            del loader  # ends the workers that listen
+            for process in processes:
+                process.kill()
 
     batches = results()
     atexit.register(_close, weakref.ref(batches))
     return batches
+
+
+def _start_workers(
+    reader: _Reader, requests: Iterable[_Request], workers: int, pin_memory: bool
+) -> Iterator[Batch | UserError]:
+    on_child_death = signal.getsignal(signal.SIGCHLD)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # the user chose how many
+        loader = DataLoader(
+            reader,
+            batch_size=None,
+            sampler=requests,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            timeout=_POLL,
+            worker_init_fn=_leave_signals_to_trainer,
+            generator=torch.Generator(),  # else starting a loader would draw from the global one
+        )
+        batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # torch's handler would raise wherever the trainer is, in the middle of a save too: better at the next batch.
+        signal.signal(signal.SIGCHLD, on_child_death or signal.SIG_DFL)
+    return batches
+
+
+def _patiently(loader: Iterator[Batch | UserError], timeout: float) -> Iterator[Batch | UserError]:
+    """Yield batches. Each waits for ``timeout`` seconds, looking every ``_POLL`` seconds whether workers are alive."""
+    waited = 0.0
+    while True:
+        try:
+            result = next(loader)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            waited += _POLL
+            if "timed out" not in str(error) or waited >= timeout:
+                raise
+            continue
+        waited = 0.0
+        yield result
 
 
 def _close(batches: weakref.ref[Generator[Batch, None, None]]) -> None:

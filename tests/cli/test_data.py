@@ -1,0 +1,97 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moa_train.cli.data import main
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("test", 2)):
+        for name in ("ant", "bee"):
+            folder = tmp_path / "tree" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "tree"
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as leaving:
+        main([str(argument) for argument in arguments])
+    return int(leaving.value.code or 0)
+
+
+def test_pack_then_check_and_stats(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("pack", tree, tmp_path / "out") == 0
+    assert "pack-train.npy: 8 images of 2 classes" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "pack-test.json",
+        "pack-test.npy",
+        "pack-train.json",
+        "pack-train.npy",
+    ]
+    assert run("check", tmp_path / "out") == 0
+    assert "8 images" in capsys.readouterr().out
+    assert run("stats", tmp_path / "out", "--image-size", 8, "--samples", 0) == 0
+    from_pack = capsys.readouterr().out.splitlines()[1:]
+    assert run("stats", tree, "--image-size", 8) == 0
+    from_files = capsys.readouterr().out.splitlines()[1:]
+    assert from_pack[0].startswith("data.mean=[0.")
+    assert [line.partition("=")[0] for line in from_files] == ["data.mean", "data.std"]
+    pixels = np.stack([np.asarray(Image.open(path)) for path in sorted((tree / "train").rglob("*.png"))]) / 255
+    assert json.loads(from_pack[0].partition("=")[2]) == pytest.approx(pixels.mean((0, 1, 2)).tolist(), abs=1e-4)
+
+
+def test_check_finds_and_exits_with_1(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tree / "test" / "ant" / "0.png").write_bytes((tree / "train" / "bee" / "1.png").read_bytes())
+    (tree / "train" / "ant" / "2.png").write_bytes(b"")
+    assert run("check", tree, "--json", tmp_path / "report.json") == 1
+    output = capsys.readouterr().out
+    assert "1 unreadable images" in output
+    assert "1 groups of equal images in different splits" in output
+    assert f"{tree}/train/bee/1.png = {tree}/test/ant/0.png" in output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["leaks"]) == len(report["conflicts"]) == len(report["unreadable"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "nowhere"], "nowhere: there is no such folder"),
+        (["pack", "nowhere", "out"], "no folder train, val or test"),
+        (["stats", "nowhere"], "no such folder"),
+        (["stats", "nowhere", "--image-size", "0"], "--image-size 0"),
+        (["check", "nowhere", "--workers", "-1"], "not a whole number"),
+        (["clean", "nowhere"], "invalid choice: 'clean'"),
+    ],
+)
+def test_mistakes_exit_with_2_and_a_remedy(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_says_how(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    output = capsys.readouterr().out
+    for command in ("pack", "check", "stats"):
+        assert f"moa-data {command} " in output
+        assert run(command, "--help") == 0
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from moa_train.cli.data import parser; parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

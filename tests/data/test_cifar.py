@@ -1,0 +1,76 @@
+import hashlib
+import io
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moa_train.data import cifar
+from moa_train.data.datasets import open_source
+from moa_train.runtime.errors import UserError
+
+COUNT = 12
+
+
+def write_archive(root: Path, name: str) -> cifar.Archive:
+    """Write an archive in the layout of the official one, with few images; return its description."""
+    archive = cifar.ARCHIVES[name]
+    rng = np.random.default_rng(0)
+    classes = 10 if name == "cifar10" else 100
+    path = root / archive.filename
+    with tarfile.open(path, "w:gz") as tar:
+        members = {archive.names: "\n".join(f"class{label}" for label in range(classes)).encode() + b"\n\n"}
+        for part in (part for parts in archive.splits.values() for part in parts):
+            records = rng.integers(0, 256, (COUNT, archive.label_bytes + 3072), dtype=np.uint8)
+            records[:, 0] = 77  # the coarse label of CIFAR-100
+            records[:, archive.label_bytes - 1] = np.arange(COUNT) % 10
+            members[part] = records.tobytes()
+        for member, data in members.items():
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return replace(archive, md5=hashlib.md5(path.read_bytes()).hexdigest())
+
+
+@pytest.mark.parametrize(("name", "parts"), [("cifar10", 5), ("cifar100", 1)])
+def test_an_archive_in_the_folder_is_packed(
+    tmp_path: Path, name: str, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = write_archive(tmp_path, name)
+    monkeypatch.setitem(cifar.ARCHIVES, name, archive)
+    source = open_source(name, split="train", image_size=(32, 32), root=tmp_path)
+    assert len(source) == COUNT * parts
+    assert len(open_source(name, split="test", image_size=(32, 32), root=tmp_path)) == COUNT
+    assert source.labels[:12].tolist() == [*range(10), 0, 1]
+    assert source.classes[3] == "class3"
+    with tarfile.open(tmp_path / archive.filename) as tar:
+        file = tar.extractfile(archive.splits["train"][-1])
+        assert file is not None
+        last = np.frombuffer(file.read()[-3072:], np.uint8).reshape(3, 32, 32)  # red, green, blue planes
+    assert np.array_equal(source.gather(np.array([len(source) - 1]))[0].numpy(), last)  # type: ignore[union-attr]
+
+
+def test_other_files_are_not_opened(tmp_path: Path) -> None:
+    write_archive(tmp_path, "cifar10")
+    with pytest.raises(UserError, match=r"has MD5 .*, expected c32a1d4ab5d03f1284b67883e8d87530"):
+        open_source("cifar10", split="train", image_size=(32, 32), root=tmp_path)
+    assert not list(tmp_path.glob("pack-*"))
+
+
+def test_without_a_network_the_error_says_what_to_fetch_and_where_to_put_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = "https://127.0.0.1:9/cifar-10-binary.tar.gz"  # nothing listens there
+    monkeypatch.setitem(cifar.ARCHIVES, "cifar10", replace(cifar.ARCHIVES["cifar10"], url=nowhere))
+    with pytest.raises(UserError) as error:
+        open_source("cifar10", split="train", image_size=(32, 32), root=tmp_path / "data", download=True)
+    for needed in (nowhere, "c32a1d4ab5d03f1284b67883e8d87530", str(tmp_path / "data" / "cifar-10-binary.tar.gz")):
+        assert needed in str(error.value)
+
+
+def test_nothing_is_fetched_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar, "fetch", lambda *arguments: pytest.fail("fetched"))
+    with pytest.raises(UserError, match=r"Add data\.download=true"):
+        open_source("cifar10", split="train", image_size=(32, 32), root=tmp_path)
