@@ -80,7 +80,8 @@ def copy(state: TrainState) -> dict[str, Tensor]:
 @pytest.mark.parametrize("bad_step", [0, 3])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    ("optimizer", "delay"), [("adamw", 0), ("sgd", 0), ("nadamw", 0), ("muon", 0), ("adamw", 2), ("sgd", 2)]
+    ("optimizer", "delay"),
+    [("adamw", 0), ("sgd", 0), ("nadamw", 0), ("muon", 0), ("adamw", 2), ("sgd", 2), ("muon", 2)],
 )
 def test_parameters_optimizer_averages_and_statistics_stay_as_they_were(optimizer, delay, value, bad_step):
     """With a delay nobody on the host knows of it when the update is due: the kernels themselves leave it out."""
@@ -100,7 +101,7 @@ def test_parameters_optimizer_averages_and_statistics_stay_as_they_were(optimize
     assert seen[0][0] - bad_step <= (delay and delay + 1)
 
 
-@pytest.mark.parametrize(("optimizer", "delay"), [("adamw", 2), ("sgd", 2)])
+@pytest.mark.parametrize(("optimizer", "delay"), [("adamw", 2), ("sgd", 2), ("muon", 2)])
 def test_what_the_kernels_leave_out_changes_nothing_else(optimizer, delay):
     """Finite steps have the same numbers whether or not kernels are ready to skip, and so has what follows."""
     ends = []

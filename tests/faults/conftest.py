@@ -3,7 +3,7 @@
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,8 +34,6 @@ CATALOGUE = {
     19: "evaluation on ranks and workers",
     20: "SIGKILL while TensorBoard writes",
 }
-_injected: dict[int, int] = defaultdict(int)
-_passed: dict[int, int] = defaultdict(int)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,35 +51,29 @@ def draw(request: pytest.FixtureRequest) -> random.Random:
 
 
 @pytest.fixture
-def inject(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+def inject(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Count faults that the test injects; they have passed when it has."""
-    first, counts = request.node.get_closest_marker("fault").args[0], defaultdict[int, int](int)
+    first = request.node.get_closest_marker("fault").args[0]
 
     def add(faults: int = 1, row: int = first) -> None:
-        counts[row] += faults
-        _injected[row] += faults
+        request.node.user_properties.append(("fault", (row, faults)))
 
-    yield add
-    for row, count in counts.items():
-        _passed[row] += 0 if getattr(request.node, "failed", False) else count
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    report = yield
-    if report.when == "call":
-        item.failed = report.failed  # type: ignore[attr-defined]
-    return report
+    return add
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not _injected:
-        return
-    terminalreporter.section("fault catalogue")
-    for row, title in CATALOGUE.items():
-        if _injected[row]:
-            terminalreporter.line(f"| {row} | {title} | {_injected[row]} | {_passed[row]} |")
-    terminalreporter.line(f"| | all | {sum(_injected.values())} | {sum(_passed.values())} |")
+    """Print the table: row, fault, tries, passed."""
+    tries, passed = defaultdict[int, int](int), defaultdict[int, int](int)
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for row, faults in (value for name, value in report.user_properties if name == "fault"):
+                tries[row] += faults
+                passed[row] += faults if outcome == "passed" else 0
+    if tries:
+        terminalreporter.section("fault catalogue")
+        for row in sorted(tries):
+            terminalreporter.line(f"| {row} | {CATALOGUE[row]} | {tries[row]} | {passed[row]} |")
+        terminalreporter.line(f"| | all | {sum(tries.values())} | {sum(passed.values())} |")
 
 
 def _finished(folder: Path, ranks: int, more: str = "") -> Path:

@@ -104,14 +104,6 @@ class Job:
             if process.exitcode is None:
                 os.kill(process.pid, number)
 
-    def wait_until(self, text: str) -> None:
-        """Wait until the output holds ``text``."""
-        end = time.monotonic() + PATIENCE
-        while text not in self.output:
-            assert time.monotonic() < end, f"no {text!r} in\n{self.output}"
-            assert any(process.exitcode is None for process in self.processes), self.output
-            time.sleep(0.01)
-
     def codes(self, patience: float = PATIENCE) -> list[int]:
         """Wait for the end; return the exit codes, negative for signals. What is left then is killed, and a failure."""
         end = time.monotonic() + patience
@@ -217,6 +209,14 @@ def rows(run: Path) -> list[dict[str, Any]]:
 def result(run: Path) -> tuple[str, list[dict[str, Any]]]:
     """Return what two runs must have in common to count as the same."""
     return state_hash(run), rows(run)
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    """Wait until a run has logged ``step`` updates."""
+    log, end = run / "metrics.jsonl", time.monotonic() + PATIENCE
+    while not any(row["step"] >= step for row in (read_rows(log) if log.exists() else ())):
+        assert time.monotonic() < end, f"{run} does not reach step {step}"
+        time.sleep(0.01)
 
 
 def files(folder: Path) -> Iterator[tuple[str, bytes]]:

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from launch import PATIENCE, TINY, TRAIN, Job, arguments, result, samples
+from launch import PATIENCE, TINY, TRAIN, Job, arguments, result, samples, wait_for_step
 
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.runtime.signals import Exit
@@ -94,8 +94,9 @@ def test_asked_to_stop_anywhere(tmp_path, whole_pair, draw, inject):
 
 @pytest.mark.fault(6)
 def test_a_second_interrupt_leaves_at_once(tmp_path, inject):
-    job = Job(f"{TINY} run_dir={tmp_path / 'run'}", tmp_path, faults="step.loss=sleep@3")
-    job.wait_until("step 2/18")
+    run = tmp_path / "run"
+    job = Job(f"{TINY} run_dir={run}", tmp_path, faults="step.loss=sleep@5")  # two micro-batches a step
+    wait_for_step(run, 2)
     inject(2)
     job.signal(signal.SIGINT)
     time.sleep(0.1)
@@ -117,14 +118,11 @@ def torchrun(tmp_path, command: str, *options: str, faults: str = "") -> subproc
 def test_torchrun_passes_the_signal_on(tmp_path, whole_pair, inject):
     run = tmp_path / "run"
     process = torchrun(tmp_path, f"{TINY} run_dir={run}", faults="step.loss=sleep@4")
-    output, end = tmp_path / "torchrun.txt", time.monotonic() + PATIENCE
-    while "step 3/18" not in output.read_text():
-        assert time.monotonic() < end, output.read_text()
-        time.sleep(0.02)
+    wait_for_step(run, 3)
     process.terminate()
     inject()
     assert process.wait(PATIENCE) != 0
-    assert "saved. To go on" in output.read_text()
+    assert "saved. To go on" in (tmp_path / "torchrun.txt").read_text()
     Job(f"resume={run}", tmp_path, ranks=2).ended(0)
     assert result(run) == result(whole_pair)
 

@@ -118,8 +118,14 @@ class Checkpoint:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """The content of state.json, verified."""
-        state: dict[str, Any] = json.loads(_read(self._sound("state.json")))
+        """The content of state.json, verified; raises CheckpointError."""
+        path = self._sound("state.json")
+        try:
+            state = json.loads(_read(path))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is not JSON: {error}.") from error
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path} is not a JSON object.")
         return state
 
 

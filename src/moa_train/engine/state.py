@@ -58,7 +58,12 @@ class TrainState:
         Raises:
             UserError: where something that this run needs is missing from it, or does not fit.
         """
-        scalars = checkpoint.state["train"]
+        try:
+            self._restore(checkpoint, checkpoint.state["train"], rank)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{checkpoint.path}/state.json lacks something that this run needs: {error}.") from error
+
+    def _restore(self, checkpoint: Checkpoint, scalars: dict[str, Any], rank: int) -> None:
         if (self.ema is None) != (scalars["ema_updates"] is None):
             have, want = ("with", "without") if self.ema is None else ("without", "with")
             raise UserError(

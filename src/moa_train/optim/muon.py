@@ -15,7 +15,11 @@ class BatchedMuon(torch.optim.Muon):
 
     A Transformer has many matrices of few shapes; torch takes them one by one, in several times as many kernels.
     Nesterov momentum, and steps as large as AdamW's (``match_rms_adamw``): 0.2 sqrt(max(rows, columns)) U V^T.
+    Like torch's fused optimizers it leaves out a step on the device where somebody has set ``found_inf`` to 1.
     """
+
+    _step_supports_amp_scaling = True  # where torch looks for that
+    found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -33,9 +37,13 @@ class BatchedMuon(torch.optim.Muon):
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        made: Tensor | float = 1.0  # 0 if the step is to be left out; then momentum moves towards itself
+        if self.found_inf is not None:
+            made, skipped = 1 - self.found_inf, self.found_inf.bool()
+            gradients = [torch.where(skipped, m, g) for m, g in zip(momenta, gradients, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(parameters, 1 - made * (group["lr"] * group["weight_decay"]))
         by_shape: dict[torch.Size, list[int]] = defaultdict(list)
         for index, parameter in enumerate(parameters):
             by_shape[parameter.shape].append(index)
@@ -45,7 +53,7 @@ class BatchedMuon(torch.optim.Muon):
             )
             step = group["lr"] * 0.2 * max(shape) ** 0.5
             same = [parameters[i] for i in indices]
-            torch._foreach_add_(same, list(update_NAB.to(same[0].dtype).unbind()), alpha=-step)
+            torch._foreach_add_(same, list((made * update_NAB.to(same[0].dtype)).unbind()), alpha=-step)
 
 
 def orthogonalize(x_NAB: Tensor, coefficients: Coefficients, iterations: int, eps: float) -> Tensor:

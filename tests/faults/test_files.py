@@ -1,0 +1,255 @@
+"""Rows 2, 9, 10, 12, 18: files that are damaged, forged, full or not to be touched."""
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from launch import EVALUATE, TINY, Job, files, result
+
+from moa_train.engine.checkpoint import CheckpointStore
+from moa_train.engine.manifest import Checkpoint, compose
+
+FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+
+
+@pytest.fixture
+def run(tmp_path: Path, whole: Path) -> Path:
+    """A copy of a finished run, to be damaged: checkpoints of the steps 15, 18 and of the best."""
+    copy = tmp_path / "run"
+    shutil.copytree(whole, copy, symlinks=True)
+    return copy
+
+
+def expected(run: Path) -> tuple[int, int]:
+    """Return the newest step, and the one before it."""
+    steps = sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+    return steps[-1], steps[-2]
+
+
+def noticed(run: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Check that the newest checkpoint is passed over for the one before, with a warning that names the file."""
+    newest, previous = expected(run)
+    caplog.clear()
+    found = CheckpointStore(run).newest()
+    assert found is not None
+    assert found.step == previous
+    assert f"step-{newest:08d}/{name}" in caplog.text
+    assert f"Falling back to step {previous}" in caplog.text
+
+
+@pytest.mark.fault(10)
+@pytest.mark.parametrize("name", FILES)
+def test_truncation_is_noticed(run, name, caplog, inject):
+    caplog.set_level(logging.WARNING)
+    path = run / "checkpoints" / f"step-{expected(run)[0]:08d}" / name
+    whole = path.read_bytes()
+    for size in (0, 1, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        inject()
+        noticed(run, name, caplog)
+
+
+@pytest.mark.fault(10)
+def test_a_flipped_bit_is_noticed(run, caplog, draw, inject):
+    """A hundred times: any bit of any file, the manifest too."""
+    caplog.set_level(logging.WARNING)
+    for _ in range(100):
+        name = draw.choice(FILES)
+        path = run / "checkpoints" / f"step-{expected(run)[0]:08d}" / name
+        whole = path.read_bytes()
+        place = draw.randrange(8 * len(whole))
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        inject()
+        noticed(run, name, caplog)
+        path.write_bytes(whole)
+
+
+@pytest.mark.fault(10)
+def test_a_resume_takes_the_last_sound_one_and_ends_the_same(run, whole, draw, inject):
+    folder = run / "checkpoints" / f"step-{expected(run)[0]:08d}"
+    path = folder / draw.choice(FILES)
+    path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)])
+    inject()
+    said = Job(f"{TINY} run_dir={run} resume=auto", run.parent).ended(0)
+    assert str(path) in said
+    assert result(run) == result(whole)
+
+
+@pytest.mark.fault(10)
+def test_nothing_sound_is_an_error_and_no_fresh_start(run, inject):
+    for path in (run / "checkpoints").glob("step-*/model.safetensors"):
+        path.write_bytes(b"")
+        inject()
+    before = list(files(run))
+    said = Job(f"{TINY} run_dir={run} resume=auto", run.parent).ended(2)
+    assert "No checkpoint in" in said
+    assert len(said.strip().splitlines()) <= 10
+    assert list(files(run)) == before
+
+
+@pytest.mark.fault(18)
+def test_the_clock_has_no_say(run, whole, draw, inject):
+    """Time stamps shuffled, up to a day back or ahead, also of the folders: chosen by step."""
+    newest, now = expected(run)[0], 1.8e9
+    for _ in range(10):
+        for path in (run / "checkpoints").rglob("*"):
+            moment = now + draw.uniform(-86400, 86400)
+            os.utime(path, (moment, moment), follow_symlinks=False)
+        inject()
+        assert CheckpointStore(run).newest().step == newest
+
+
+class Bomb:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.mark),)
+
+
+def sealed(folder: Path) -> None:
+    """Give a folder that was tampered with a manifest that vouches for what is there: as good as forgers get."""
+    checkpoint = json.loads((folder / "manifest.json").read_text())
+    entries = {
+        name: (len(data := (folder / name).read_bytes()), hashlib.sha256(data).hexdigest())
+        for name in checkpoint["files"]
+    }
+    (folder / "manifest.json").write_bytes(compose(checkpoint["step"], checkpoint["score"], entries))
+
+
+def hostile_weights(folder: Path, mark: Path) -> Iterator[Path]:
+    """Make weights files that are pickles, or that have forged headers."""
+    for name, write in (
+        ("pickle.safetensors", lambda path: path.write_bytes(pickle.dumps(Bomb(mark)))),
+        ("torch.safetensors", lambda path: torch.save({"model": Bomb(mark)}, path)),
+        ("pickle.pth", lambda path: torch.save({"model": Bomb(mark)}, path)),
+    ):
+        write(folder / name)
+        yield folder / name
+    for number, header in enumerate(
+        (
+            {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}},
+            {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}},
+            {"a": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}},
+            {"__metadata__": {"config": '{"_target_": "os.system"}', "classes": "[]"}},
+        )
+    ):
+        text = json.dumps(header).encode()
+        path = folder / f"forged-{number}.safetensors"
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+        yield path
+    path = folder / "huge.safetensors"
+    path.write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    yield path
+
+
+@pytest.mark.fault(9)
+def test_hostile_weights_run_nothing_and_are_refused(tmp_path, inject):
+    mark = tmp_path / "mark"
+    for number, path in enumerate(hostile_weights(tmp_path, mark)):
+        jobs = [Job(f"ckpt={path}", tmp_path, module=EVALUATE)]
+        if number < 3:
+            jobs += [Job(f"{TINY} run_dir={tmp_path / 'new'} init={path}", tmp_path)]
+        for job in jobs:
+            inject()
+            said = job.ended(2)
+            assert "Traceback" not in said
+            assert len(said.strip().splitlines()) <= 20
+        assert not mark.exists()
+
+
+@pytest.mark.fault(9)
+def test_hostile_checkpoints_run_nothing_and_are_refused(run, inject):
+    """Each is the only checkpoint of its run, so that there is nothing to fall back to."""
+    mark, outside = run.parent / "mark", run.parent / "outside"
+    outside.write_text("x")
+    newest = expected(run)[0]
+    for path in (run / "checkpoints").iterdir():
+        if path.name != f"step-{newest:08d}":
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    folder = run / "checkpoints" / f"step-{newest:08d}"
+    shutil.copytree(folder, run.parent / "sound")
+
+    def with_target() -> None:
+        state = json.loads((folder / "state.json").read_text())
+        state["config"]["model"] = {"_target_": "os.mkdir", "_args_": [str(mark)]}
+        (folder / "state.json").write_text(json.dumps(state))
+
+    def pickled_model() -> None:
+        (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb(mark)))
+
+    def pickled_state() -> None:
+        (folder / "state.json").write_bytes(pickle.dumps(Bomb(mark)))
+
+    def link() -> None:
+        (folder / "model.safetensors").rename(run.parent / "model.safetensors")
+        (folder / "model.safetensors").symlink_to(run.parent / "model.safetensors")
+
+    def parent() -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"]["../../../outside"] = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    for tamper, seal in ((with_target, 1), (pickled_model, 1), (pickled_state, 1), (link, 1), (parent, 0)):
+        tamper()
+        if seal:
+            sealed(folder)
+        inject()
+        said = Job(f"resume={run}", run.parent).ended(2)
+        assert "Traceback" not in said
+        assert len(said.strip().splitlines()) <= 10
+        assert not mark.exists()
+        shutil.rmtree(folder)
+        shutil.copytree(run.parent / "sound", folder)
+    assert outside.read_text() == "x"
+    assert Checkpoint.open(folder).verify().step == newest
+
+
+@pytest.mark.fault(12)
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tmp_path, whole, draw, inject):
+    """No file may grow beyond a limit that some file of a checkpoint exceeds."""
+    run = tmp_path / "run"
+    Job(f"{TINY} run_dir={run} engine.stop_after='4 steps'", tmp_path).ended(0)
+    before = list(files(run / "checkpoints"))
+    for _ in range(2):
+        limit = draw.randrange(20_000, 100_000)
+        said = Job(f"{TINY} run_dir={run} resume=auto", tmp_path, limit=limit).ended(2)
+        inject()
+        assert "Cannot save step" in said
+        assert "File too large" in said
+        assert "Traceback" not in said
+        assert list(files(run / "checkpoints")) == before
+    Job(f"{TINY} run_dir={run} resume=auto", tmp_path).ended(0)
+    assert result(run) == result(whole)
+
+
+@pytest.mark.fault(12)
+@pytest.mark.parametrize("where", ["run", "run/checkpoints", "new"])
+def test_a_folder_that_may_not_be_written_is_named(tmp_path, whole, where, inject):
+    """As nobody, since root may write everywhere."""
+    shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000018")
+    for path in [tmp_path, *tmp_path.rglob("*"), *list(tmp_path.parents)[:2]]:
+        if not path.is_symlink():
+            path.chmod(0o777 if path.is_dir() else 0o666)
+    target = tmp_path / where
+    (tmp_path if where == "new" else target).chmod(0o555)
+    resume = f"{TINY} run_dir={tmp_path / where.split('/')[0]} resume=auto"
+    job = Job(resume, tmp_path, user=65534)
+    try:
+        said = job.ended(2)
+    finally:
+        (tmp_path if where == "new" else target).chmod(0o777)
+    inject()
+    assert "Permission denied" in said
+    assert "Traceback" not in said
+    assert str(target) in said

@@ -1,0 +1,336 @@
+"""Rows 4, 5, 11, 13 to 17, 19: data, arguments, ranks and folders that are not what they should be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launch import EVALUATE, TINY, TRAIN, Job, files, result, rows, samples, state_hash
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from moa_train.data import Order, TrainLoader, open_source
+
+FOLDER = (
+    TINY.replace("data=digits data.limit=96 data.val_fraction=0.05", "data=folder")
+    .replace("'18 steps'", "'6 steps'")
+    .replace("engine.eval_every='5 steps'", "engine.eval_every='3 steps'")
+)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real images: 40 digits to train on, 61 to test on, in three classes."""
+    root, digits = tmp_path_factory.mktemp("tree"), load_digits()
+    chosen = np.flatnonzero(digits.target < 3)
+    for place, number in enumerate(chosen[:101]):
+        folder = root / ("train" if place < 40 else "test") / f"digit{digits.target[number]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = (digits.images[number] * 15.9).astype(np.uint8)
+        Image.fromarray(pixels).resize((24, 24)).convert("RGB").save(folder / f"{number:04}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture
+def data(tmp_path: Path, tree: Path) -> Path:
+    """A copy of the tree, to be damaged."""
+    shutil.copytree(tree, tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.mark.fault(4)
+def test_workers_and_restarts_change_no_batch(tree, draw, inject):
+    """0, 1 and 3 workers, that live on or are started anew at a random step."""
+    source = open_source("folder", split="train", root=tree, image_size=(16, 16))
+    order = Order(len(source), 8, seed=3)
+
+    def hashes(workers: int, start: int, steps: int) -> list[bytes]:
+        stream = TrainLoader(source, order=order, micro_batch_size=4, workers=workers).batches(start)
+        batches = [next(stream) for _ in range(2 * steps)]
+        return [batch.images.numpy().tobytes() + batch.index.numpy().tobytes() for batch in batches]
+
+    whole = hashes(0, 0, 12)
+    for workers in (1, 3):
+        inject(2)
+        assert hashes(workers, 0, 12) == whole
+        restart = draw.randint(1, 11)
+        assert hashes(workers, restart, 12 - restart) == whole[2 * restart :]
+
+
+@pytest.mark.fault(5)
+def test_other_numbers_of_ranks_see_the_same(tmp_path, whole_pair, draw, inject):
+    """Two ranks, then one, then two: the same samples and pixels at each step, the same loss but for rounding."""
+    run, record = tmp_path / "run", tmp_path / "samples"
+    first = draw.randint(2, 8)
+    for ranks, stop in ((2, first), (1, draw.randint(first + 1, 16)), (2, 18)):
+        command = f"{TINY} run_dir={run} resume=auto engine.stop_after='{stop} steps'"
+        Job(command, tmp_path, ranks=ranks, record=record).ended(0)
+        inject()
+    assert samples(record) == samples(whole_pair.parent / "samples")
+    for now, then in zip(rows(run), rows(whole_pair), strict=False):
+        if now["kind"] == "train":
+            assert now["step"] == then["step"]
+            assert now["loss"] == pytest.approx(then["loss"], abs=1e-5)
+
+
+@pytest.mark.fault(11)
+def test_another_run_cannot_go_on_in_its_place(tmp_path, whole, inject):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, symlinks=True)
+    before = list(files(run))
+    for change, old, new in (
+        ("model.embed_dim", 32, 64),
+        ("model.depths", [1, 1], [2, 1]),
+        ("runtime.seed", 0, 1),
+        ("engine.batch_size", 16, 32),
+        ("data.limit", 96, 80),
+        ("optim.name", "muon", "adamw"),
+    ):
+        job = Job(f"resume={run} {change}={str(new).replace(' ', '')}", tmp_path)
+        inject()
+        said = job.ended(2)
+        assert f"{change}: {old} -> {new}" in said
+        assert "Traceback" not in said
+    assert list(files(run)) == before
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize("change", ["class", "order", "fewer"])
+def test_other_data_cannot_take_the_place(tmp_path, data, change, inject):
+    run = tmp_path / "run"
+    Job(f"{FOLDER} data.root={data} run_dir={run} engine.stop_after='2 steps'", tmp_path).ended(0)
+    before = list(files(run))
+    if change == "fewer":
+        next((data / "train" / "digit1").iterdir()).unlink()
+    for split in ("train", "test") if change != "fewer" else ():
+        (data / split / "digit1").rename(data / split / ("digit9" if change == "order" else "another"))
+    inject()
+    said = Job(f"resume={run}", tmp_path).ended(2)
+    assert "->" in said
+    assert ("fingerprint" if change == "fewer" else "class") in said
+    assert list(files(run)) == before
+
+
+def spoil(path: Path, how: str) -> None:
+    """Damage an image file."""
+    whole = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("not an image\n" * 20)
+    elif how == "bomb":
+        Image.new("1", (20_000, 20_000)).save(path, "PNG")
+
+
+@pytest.mark.fault(13)
+def test_unreadable_images_fail_with_their_path_or_are_replaced(tmp_path, data, draw, inject):
+    victims = draw.sample(sorted((data / "train").rglob("*.jpg")), 4)
+    for victim, how in zip(victims, ("truncated", "empty", "text", "bomb"), strict=True):
+        whole = victim.read_bytes()
+        spoil(victim, how)
+        inject()
+        said = Job(f"{FOLDER} data.root={data} data.workers=0 run_dir={tmp_path / how}", tmp_path).ended(2)
+        assert str(victim) in said
+        assert "Traceback" not in said
+        victim.write_bytes(whole)
+    for victim, how in zip(victims, ("truncated", "empty", "text", "bomb"), strict=True):
+        spoil(victim, how)
+    results = []
+    for workers, name in ((0, "a"), (2, "b")):
+        command = f"{FOLDER} data.root={data} data.unreadable=quarantine data.workers={workers}"
+        said = Job(f"{command} run_dir={tmp_path / name}", tmp_path).ended(0)
+        assert "4 training images were replaced" in said
+        listed = (tmp_path / name / "unreadable.txt").read_text()
+        assert all(str(victim) in listed for victim in victims)
+        assert json.loads((tmp_path / name / "result.json").read_text())["unreadable"] == 4
+        results.append(result(tmp_path / name))
+    inject(4)
+    assert results[0] == results[1]
+    said = Job(f"{command} data.unreadable_budget=2 run_dir={tmp_path / 'c'}", tmp_path).ended(2)
+    assert "exceed" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.fault(13)
+def test_odd_but_sound_images_are_read(tmp_path, data, inject):
+    victims = sorted((data / "train").rglob("*.jpg"))[:4]
+    image = Image.open(victims[0])
+    image.convert("CMYK").save(victims[0], "JPEG")
+    Image.fromarray(np.full((20, 20), 40_000, np.uint16)).save(victims[1], "PNG")
+    image.convert("P").save(victims[2], "GIF")
+    image.convert("LA").save(victims[3], "PNG")
+    inject(4)
+    Job(f"{FOLDER} data.root={data} run_dir={tmp_path / 'run'}", tmp_path).ended(0)
+
+
+@pytest.mark.fault(13)
+def test_evaluation_never_replaces_an_image(tmp_path, data, draw, inject):
+    run = tmp_path / "run"
+    command = f"{FOLDER} data.root={data} data.unreadable=quarantine"
+    Job(f"{command} run_dir={run}", tmp_path).ended(0)
+    victim = draw.choice(sorted((data / "test").rglob("*.jpg")))
+    spoil(victim, draw.choice(["truncated", "empty", "text"]))
+    inject()
+    said = Job(f"ckpt={run}", tmp_path, module=EVALUATE).ended(2)
+    assert str(victim) in said
+
+
+BROKEN = {
+    "empty class": lambda root: [path.unlink() for path in (root / "train" / "digit1").iterdir()],
+    "empty root": lambda root: shutil.rmtree(root / "train"),
+    "other classes": lambda root: (root / "test" / "digit1").rename(root / "test" / "digit7"),
+    "missing class": lambda root: shutil.rmtree(root / "test" / "digit1"),
+    "no classes": lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()],
+}
+
+
+@pytest.mark.fault(14)
+@pytest.mark.parametrize("how", BROKEN)
+def test_broken_data_sets_are_refused_before_the_model_is_built(tmp_path, data, how, inject):
+    BROKEN[how](data)
+    inject()
+    said = Job(f"{FOLDER} data.root={data} run_dir={tmp_path / 'run'}", tmp_path).ended(2)
+    assert str(data) in said
+    assert "Traceback" not in said
+    assert "parameters" not in said
+    assert len(said.strip().splitlines()) <= 10
+
+
+@pytest.mark.fault(14)
+def test_stray_files_are_left_out_and_small_sets_fill_a_batch(tmp_path, data, inject):
+    """Fewer samples than a batch: the stream of epochs goes on within it."""
+    (data / "train" / "notes.txt").write_text("x")
+    (data / "train" / "digit1" / ".hidden.jpg").write_text("x")
+    for path in sorted((data / "train").rglob("*.jpg"))[::3]:
+        path.unlink()
+    inject(2)
+    said = Job(f"{FOLDER} data.root={data} run_dir={tmp_path / 'run'} engine.batch_size=64", tmp_path).ended(0)
+    assert "26 train" in said
+
+
+MISTAKES = {
+    "optim.lr=-1": "optim.lr",
+    "optim.lr=nan": "optim.lr",
+    "optim.lr=inf": "optim.lr",
+    "optim.lr=fast": "optim.lr",
+    "optim.lrr=1": "optim.lr",
+    "optim.weight_decay=-0.1": "optim.weight_decay",
+    "optim.betas=[0.9]": "optim.betas",
+    "optim.betas=[0.9,1.0]": "optim.betas",
+    "optim.clip=norn": "norm",
+    "optim=adamww": "adamw",
+    "engine.batch_size=0": "engine.batch_size",
+    "engine.batch_size=-4": "engine.batch_size",
+    "engine.batch_size=2.5": "engine.batch_size",
+    "engine.batch_size=15": "Nearest",
+    "engine.ema_decay=1.5": "engine.ema_decay",
+    "engine.eval_split=vall": "val",
+    "engine.eval_every='3 parsecs'": "engine.eval_every",
+    "engine.nonfinite=ignore": "abort",
+    "engine.nonfinite_budget=-1": "engine.nonfinite_budget",
+    "engin.batch_size=4": "engine.batch_size",
+    "data=digitss": "digits",
+    "data.workers=-1": "data.workers",
+    "data.val_fraction=0.9": "data.val_fraction",
+    "data.unreadable=ignore": "quarantine",
+    "data.image_size=0": "data.image_size",
+    "data.limit=0": "data.limit",
+    "model=moa_x": "moa_",
+    "model.heads=[3,5]": "heads",
+    "model.depths=[]": "depths",
+    "model.moa.reduction=0": "model.moa.reduction",
+    "model.patch_size=0": "model.patch_size",
+    "model.dropout=1.0": "model.dropout",
+    "schedule.duration='0 steps'": "schedule.duration",
+    "schedule.warmup='200%'": "schedule.warmup",
+    "schedule.name=cosin": "cosine",
+    "augment.flip=2": "augment.flip",
+    "augment.scale=[1,0.5]": "augment.scale",
+    "runtime.device=gpu": "cuda",
+    "runtime.precision=fp64": "fp32",
+    "runtime.timeout=0": "runtime.timeout",
+    "resume=nowhere": "nowhere",
+    "replay=3": "resume=",
+}
+
+
+@pytest.mark.fault(15)
+def test_mistakes_are_named_with_what_would_be_right(tmp_path, draw, inject):
+    """Forty of them, four at a time."""
+    words = list(MISTAKES)
+    for start in range(0, len(words), 4):
+        jobs = [(word, Job(f"{TINY} {word} run_dir={tmp_path / 'run'}", tmp_path)) for word in words[start : start + 4]]
+        for word, job in jobs:
+            inject()
+            said = job.ended(2)
+            assert MISTAKES[word] in said, word
+            assert "Traceback" not in said, word
+            assert "parameters" not in said, word
+            assert len(said.strip().splitlines()) <= 10, word
+    assert not list((tmp_path / "run").rglob("step-*"))
+
+
+@pytest.mark.fault(16)
+@pytest.mark.parametrize(
+    "own", [("optim.lr=0.001", "optim.lr=0.002"), ("", "engine.ema_decay=0.5"), ("", "runtime.seed=7")]
+)
+def test_ranks_with_other_configurations_name_the_difference(tmp_path, own, inject):
+    job = Job(f"{TINY} run_dir={tmp_path / 'run'}", tmp_path, ranks=2, own=own)
+    inject()
+    said = job.ended(2)
+    assert "The ranks differ in configuration" in said
+    assert f"{own[1].split('=')[0]}: " in said
+    assert "on rank 0" in said
+    assert "on rank 1" in said
+    assert not list((tmp_path / "run").rglob("step-*"))
+
+
+@pytest.mark.fault(17)
+def test_of_two_runs_on_one_folder_one_goes_on(tmp_path, whole, inject):
+    run = tmp_path / "run"
+    jobs = [Job(f"{TINY} run_dir={run}", tmp_path, faults="step.loss=sleep@2")]
+    jobs.append(Job(f"{TINY} run_dir={run}", tmp_path / "..", faults="step.loss=sleep@2"))
+    inject()
+    codes = sorted(job.codes()[0] for job in jobs)
+    said = "".join(job.output for job in jobs)
+    assert codes == [0, 2], said
+    assert "is in use by process" in said or "holds a run already" in said
+    assert result(run) == result(whole)
+
+
+@pytest.mark.fault(17)
+@pytest.mark.parametrize("content", ["", '{"pid": 1, "host": "elsewhere", "since": "now", "command": "x"}', "\0"])
+def test_a_stale_lock_is_no_lock(tmp_path, content, inject):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").write_text(content)
+    inject()
+    Job(f"{TINY} run_dir={run} engine.stop_after='1 steps'", tmp_path).ended(0)
+
+
+@pytest.mark.fault(19)
+def test_evaluation_is_exact_on_any_number_of_ranks_and_workers(tmp_path, tree, inject):
+    run = tmp_path / "run"
+    Job(f"{FOLDER} data.root={tree} run_dir={run}", tmp_path).ended(0)
+    seen = []
+    for ranks in (1, 2):
+        for workers in (0, 2):
+            output = tmp_path / f"{ranks}-{workers}.json"
+            command = f"ckpt={run} batch_size=8 workers={workers} output={output}"
+            Job(command, tmp_path, ranks=ranks, module=EVALUATE).ended(0)
+            inject()
+            seen.append(json.loads(output.read_text()))
+    assert {(found["top1_count"], found["top5_count"], found["total"]) for found in seen} == {
+        (seen[0]["top1_count"], seen[0]["top5_count"], 61)
+    }
+
+
+def test_every_checkpoint_says_what_made_it(tmp_path, whole):
+    said = Job(f"ckpt={whole} command=true", tmp_path, module=EVALUATE).ended(0)
+    assert f"-m {TRAIN} data=digits" in said
+    assert f"run_dir={whole}" in said
+    assert "from step 0 on 1 rank(s): moa-train" in said
+    assert state_hash(whole)
