@@ -61,7 +61,9 @@ def train(tiny: Callable[..., Any]) -> Callable[..., int]:
     from moa_train.schema import RunConfig
 
     def go(run_dir: Path | None, *, resume: bool = False, **changes: Any) -> int:
-        changes = {key.replace("__", "."): value for key, value in changes.items()}
+        changes = {
+            key.replace("__", "."): str(value) if isinstance(value, Path) else value for key, value in changes.items()
+        }
         if resume:
             config, typed = RunConfig(resume=str(run_dir)), [f"{key}={value}" for key, value in changes.items()]
         else:

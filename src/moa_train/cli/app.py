@@ -55,6 +55,8 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
     def compose() -> None:
         if not {"--help", "-h", "--hydra-help"} & set(arguments):
             check_overrides(arguments, schema)
+        # Options first: argparse takes arguments on one side of them only.
+        sys.argv[1:] = sorted(arguments, key=lambda text: "=" in text and not text.startswith("-"))
         hydra.main(version_base="1.3", config_path="pkg://moa_train.conf", config_name=config_name)(checked)()
 
     sys.exit(_guarded(compose))
