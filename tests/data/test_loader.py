@@ -112,12 +112,6 @@ def test_global_random_state_is_left_alone(files: FileSource, workers: int) -> N
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("source", "left"), [("files", "none"), ("digits", "resized")])
-def test_what_is_left_to_crop_depends_on_the_source(source: str, left: str, request: pytest.FixtureRequest) -> None:
-    assert train(request.getfixturevalue(source), crop="resized").batch_crop == left
-    assert train(request.getfixturevalue(source), crop="pad").batch_crop == "pad"
-
-
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (1, 2), (3, 1)])
 def test_evaluation_sees_every_sample_once_in_chunks_of_fixed_composition(
     files: FileSource, digits: Source, world_size: int, workers: int

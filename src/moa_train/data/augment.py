@@ -34,7 +34,8 @@ class Normalize:
         return images.float().div(self.scale).add_(self.shift).round_().clamp_(0, 255).to(torch.uint8)
 
     def _move(self, device: torch.device) -> None:
-        self.shift, self.scale = self.shift.to(device), self.scale.to(device)
+        self.shift = self.shift.to(device, non_blocking=True)
+        self.scale = self.scale.to(device, non_blocking=True)
 
 
 class BatchAugment:

@@ -43,5 +43,5 @@ class RandomErasing:
         length = like[0].numel() + _STARTS
         if len(self._noise) != length:
             self._noise = torch.from_numpy(normal(Purpose.ERASING, np.arange(length)))
-        self._noise = self._noise.to(like)
+        self._noise = self._noise.to(like, non_blocking=True)
         return self._noise

@@ -36,7 +36,7 @@ def warp(images: Tensor, maps: Tensor, fill: Tensor | None = None, interpolation
     Args:
         images: uint8, B C H W.
         maps: float32, B 2 3; from places in the result to places in the image, in pixels, x first.
-        fill: C values for places outside the image; without, they show its nearest pixel.
+        fill: C values, float32, for places outside the image; without, they show its nearest pixel.
         interpolation: bilinear or bicubic.
 
     Returns:
@@ -44,14 +44,13 @@ def warp(images: Tensor, maps: Tensor, fill: Tensor | None = None, interpolation
     """
     height, width = images.shape[-2:]
     # grid_sample wants places between -1 and 1
-    scale = torch.tensor([[2 / width], [2 / height]], device=images.device)
-    along_x, along_y, shift = (maps * scale)[..., None, None].unbind(2)
+    to_unit = torch.stack((maps[:, 0] * (2 / width), maps[:, 1] * (2 / height)), 1)
+    along_x, along_y, shift = to_unit[..., None, None].unbind(2)
     x = torch.arange(width, device=images.device) + 0.5
     y = torch.arange(height, device=images.device)[:, None] + 0.5
     places_B2HW = along_x * x + (along_y * y + (shift - 1))
     # Zeros stand for the fill: it is taken off before, and added after together with the half that rounds.
-    fill_C11 = torch.zeros(1, 1, 1) if fill is None else fill.view(-1, 1, 1)
-    fill_C11 = fill_C11.to(images.device, torch.float32)
+    fill_C11 = torch.zeros(1, 1, 1, device=images.device) if fill is None else fill.view(-1, 1, 1)
     result = F.grid_sample(
         images - fill_C11,
         places_B2HW.permute(0, 2, 3, 1),

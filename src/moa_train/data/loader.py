@@ -51,9 +51,6 @@ class TrainLoader:
         quarantine_budget: number of different unreadable files at which quarantine fails, too.
         pin_memory: hand out batches in page-locked memory.
         timeout: seconds to wait for a worker.
-
-    Attributes:
-        batch_crop: the crop that is left to ``BatchAugment``.
     """
 
     def __init__(
@@ -79,9 +76,7 @@ class TrainLoader:
         if unreadable not in POLICIES:
             raise UserError(choose("unreadable", unreadable, POLICIES))
         view: View = CentreCrop(source.image_size, 1.0)
-        self.batch_crop = crop
-        if crop == "resized" and not source.in_memory:
-            self.batch_crop = "none"
+        if crop == "resized":
             view = RandomResizedCrop(source.image_size, scale, ratio, interpolation)
         self.order, self.micro_batch_size = order, micro_batch_size
         self._share = micro_batches(order.batch_size, micro_batch_size, rank, world_size)

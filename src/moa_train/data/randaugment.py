@@ -137,7 +137,7 @@ class RandAugment:
         names = [name for name in MAPS if name in parts]
         maps = [affine_map(name, level, *size) for name in names for level in levels[parts[name]].tolist()]
         if maps:
-            self.fill = self.fill.to(images.device)
+            self.fill = self.fill.to(images.device, non_blocking=True)
             images[moved] = warp(images[moved], _send(np.array(maps, np.float32), images), self.fill)
 
 
