@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import moa_train.conf
 from moa_train import __version__
-from moa_train.runtime.errors import UserError, choose
+from moa_train.runtime.errors import LostRankError, UserError, choose
 from moa_train.runtime.signals import Exit
 from moa_train.schema import knobs, validate
 
@@ -172,6 +172,9 @@ def _guarded(action: Callable[[], int | None]) -> int:
         return action() or Exit.FINISHED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+    except LostRankError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return Exit.FAILED
     except (HydraException, OmegaConfBaseException) as error:
         lines = str(error).split("\n\n")[0].splitlines()  # what follows explains Hydra, not the mistake
         print("error: " + "\n".join(line for line in lines if not line.startswith(" ")), file=sys.stderr)

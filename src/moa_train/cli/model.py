@@ -1,0 +1,130 @@
+"""moa-model: describe models, and convert published weights."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moa_train.cli import app
+from moa_train.runtime.errors import UserError
+from moa_train.runtime.signals import Exit
+from moa_train.schema import RunConfig, image_shape, to_dict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}
+
+EXAMPLES = """moa-model summary: shapes, parameters, multiply-accumulates and memory of a model, without building it.
+
+  moa-model summary model=moa_t data=imagenet
+  moa-model summary model=swin_t data=cifar100 engine.micro_batch_size=128
+  moa-model convert --help                               published weights to this product's format, and back"""
+
+
+def summary(config: RunConfig, overrides: list[str]) -> None:
+    """Print what the configured model costs, for the micro-batch that one process would train on."""
+    import torch
+
+    from moa_train.build import build_source, model_fields
+    from moa_train.model.summary import summarize, training_memory
+    from moa_train.runtime.device import pick_device
+    from moa_train.runtime.precision import Precision
+
+    classes = CLASSES.get(config.data.name) or len(build_source(config.data, "train").classes)
+    fields = model_fields(config.model, config.data, classes)
+    precision = Precision.resolve(config.runtime.precision, pick_device(config.runtime.device))
+    images = config.engine.micro_batch_size or config.engine.batch_size
+    print(f"{config.model.variant} at {' x '.join(map(str, image_shape(config.data.image_size)))}, {classes} classes\n")
+    print(summarize(config.model.name, **fields).table())
+    memory = training_memory(
+        config.model.name,
+        batch_size=images,
+        dtype=precision.dtype,
+        states=1 if config.optim.name in ("sgd", "muon") else 2,
+        device=precision.device.type if torch.cuda.is_available() else "cpu",
+        **fields,
+    )
+    print(f"\na training step of {images} images in {precision.name}: about {memory / 2**30:.2f} GiB")
+
+
+def convert(source: Path, target: Path, image_size: int | None = None) -> int:
+    """Convert between the published layout (.pth) and this product's (.safetensors); the suffixes say which way."""
+    if source.suffix == ".safetensors":
+        from moa_train.engine.weights import find_weights
+        from moa_train.model.published import write_published
+
+        weights, metadata = find_weights(source).load()
+        write_published(target, weights, json.loads(metadata.get("config", "{}")))
+    else:
+        from moa_train.engine.tensorfile import write_tensors
+        from moa_train.model.published import published_fields, read_published
+        from moa_train.model.registry import create_model
+        from moa_train.model.weights import load_weights
+
+        weights = read_published(source)
+        fields = published_fields(weights, (image_size, image_size) if image_size else None)
+        model = create_model("moa", **fields)
+        load_weights(model, weights)  # everything has to fit before anything is written
+        write_tensors(target, model.state_dict(), header(fields, weights))
+    print(f"wrote {target}: {len(weights)} tensors")
+    return Exit.FINISHED
+
+
+def header(fields: Mapping[str, Any], weights: Mapping[str, "Tensor"]) -> dict[str, str]:
+    """Return the header of a weights file, from which ``moa-eval`` and ``init=`` rebuild the model.
+
+    The published files name no classes; ImageNet's are its folders in sorted order, as published.
+    """
+    config = RunConfig()
+    model = config.model
+    for name in ("patch_size", "embed_dim", "depths", "heads", "window", "mlp_ratio"):
+        value = fields[name]
+        setattr(model, name, list(value) if isinstance(value, tuple) else value)
+    model.variant, model.moa.form, model.moa.enabled = "published", "released", fields["moa_enabled"]
+    model.moa.overlap = fields.get("moa_overlap", model.moa.overlap)
+    model.moa.reduction = fields.get("moa_reduction", model.moa.reduction)
+    config.data.name, config.data.image_size = "imagenet", list(fields["image_size"])
+    classes = [f"class {number}" for number in range(fields["num_classes"])]
+    return {"format": "1", "config": json.dumps(to_dict(config)), "classes": json.dumps(classes), "named": "false"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of ``moa-model convert``."""
+    result = argparse.ArgumentParser(
+        "moa-model convert",
+        description="Convert weights in the published layout (a .pth pickle, read without executing anything in it) to "
+        ".safetensors, for moa-eval ckpt= and moa-train init=; or back. What does not match is listed.",
+    )
+    result.add_argument("source", metavar="IN", type=Path, help="published.pth, or weights.safetensors")
+    result.add_argument("target", metavar="OUT", type=Path, help="weights.safetensors, or published.pth")
+    result.add_argument("--image-size", type=int, help="pixels a side, where the weights do not tell it")
+    return result
+
+
+def main() -> None:
+    """Entry point."""
+    command, *rest = sys.argv[1:] or ["--help"]
+    sys.argv[1:] = rest
+    if command == "summary":
+        if "data=imagenet" in rest and not any(text.startswith("data.root=") for text in rest):
+            sys.argv.append("data.root=.")  # its classes are known: no image is looked at
+        app.run(summary, RunConfig, "train", EXAMPLES)
+    elif command == "convert":
+        options = parser().parse_args(rest)
+        try:
+            sys.exit(convert(options.source, options.target, options.image_size))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(Exit.USER_ERROR)
+    elif command in ("--help", "-h"):
+        print(EXAMPLES)
+    else:
+        print(f"error: moa-model {command} is not known. Commands: summary, convert.", file=sys.stderr)
+        sys.exit(Exit.USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()
