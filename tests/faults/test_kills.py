@@ -168,7 +168,10 @@ def test_a_lost_rank_ends_the_other(tmp_path, fault, inject):
     codes = job.codes()
     lost = int(fault[-1])
     assert codes[lost] == (KILLED if "kill" in fault else Exit.FAILED), job.output
-    assert codes[1 - lost] not in (0, Exit.STOPPED), job.output
+    assert codes[1 - lost] == Exit.FAILED, job.output
+    other = job.logs[1 - lost].read_text()
+    assert "has lost another one" in other
+    assert "Traceback" not in other
     if "raise" in fault:
         assert "InjectedFaultError" in job.logs[lost].read_text()
 
@@ -181,7 +184,8 @@ def test_a_rank_that_hangs_ends_the_other_after_the_time_out(tmp_path, inject):
     code = job.processes[0].exitcode
     job.signal(signal.SIGKILL)
     job.codes()
-    assert code not in (0, None), job.output
+    assert code == Exit.FAILED, job.output
+    assert "hanging for 20 s (runtime.timeout)" in job.logs[0].read_text()
 
 
 @pytest.mark.fault(20)

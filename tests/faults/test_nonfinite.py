@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from launch import TINY, Job, result, rows, samples, state_hash
+from launch import TINY, Job, result, samples, state_hash, train_rows
 
 from moa_train.engine.checkpoint import CheckpointStore
 
@@ -42,8 +42,8 @@ def test_skip_goes_on_without_the_update(tmp_path, whole_pair, draw, inject):
     Job(command, tmp_path, ranks=2, faults=f"step.loss=true@{step + 1}/1").ended(0)
     inject()
     assert CheckpointStore(run).newest().state["train"]["nonfinite"] == 1
-    steps = [row for row in rows(run) if row["kind"] == "train"]
-    before = [row for row in rows(whole_pair) if row["kind"] == "train"]
+    steps = train_rows(run)
+    before = train_rows(whole_pair)
     assert steps[:step] == before[:step]
     assert [row["step"] for row in steps if row["loss"] is None] == [step + 1]
     assert state_hash(run) != state_hash(whole_pair)
@@ -59,8 +59,8 @@ def test_rollback_repeats_from_the_checkpoint_at_half_the_rate(tmp_path, whole, 
     assert "Rolling back; rate x 0.5" in said
     state = CheckpointStore(run).newest().state["train"]
     assert (state["nonfinite"], state["rate_factor"]) == (1, 0.5)
-    steps = [row for row in rows(run) if row["kind"] == "train"]
-    before = [row for row in rows(whole) if row["kind"] == "train"]
+    steps = train_rows(run)
+    before = train_rows(whole)
     assert [row["step"] for row in steps] == list(range(1, 19))
     back = next(i for i, (now, then) in enumerate(zip(steps, before, strict=True)) if now["rate"] != then["rate"])
     assert back <= step

@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 
 from moa_train.runtime.device import pick_device
-from moa_train.runtime.errors import UserError
+from moa_train.runtime.errors import LostRankError, UserError
 
 FORWARD_BUFFERS = "forward_sync_buffers"
 if FORWARD_BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters:
@@ -73,6 +73,12 @@ class Distributed:
             self.barrier()
         except BaseException as error:
             self._abandon(error)
+            if isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error)):
+                reason = str(error).splitlines()[0].partition("] ")[2].partition(". ")[0]
+                raise LostRankError(
+                    f"Rank {rank} has lost another one ({reason}). What it printed says why, unless it was killed "
+                    f"or hanging for {timeout:g} s (runtime.timeout). The last checkpoint is whole: resume goes on."
+                ) from error
             raise
         dist.destroy_process_group()
 

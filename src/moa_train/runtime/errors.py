@@ -8,6 +8,10 @@ class UserError(ValueError):
     """Something the user can mend. The commands print its message without a traceback and exit with 2."""
 
 
+class LostRankError(RuntimeError):
+    """Another process of the run is gone or hangs. The commands print the message and exit with 1."""
+
+
 def nearest(name: object, options: Iterable[object]) -> str:
     """Return `` Did you mean 'x'?`` for the option most like ``name``, or an empty string.
 
