@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moa_train.engine.checkpoint import CheckpointStore
+from moa_train.engine.manifest import PARTS
 from moa_train.tracking.jsonl import MACHINE_FIELDS, read_rows
 
 PATIENCE = 240.0
@@ -204,7 +205,7 @@ def state_hash(run: Path) -> str:
     checkpoint = CheckpointStore(run).newest()
     assert checkpoint is not None
     digest = hashlib.sha256(json.dumps(checkpoint.state["train"], sort_keys=True).encode())
-    for part in ("model", "ema", "optimizer"):
+    for part in (part for part in PARTS if part in checkpoint):
         for name, tensor in sorted(checkpoint.tensors(part).items()):
             digest.update(f"{part} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().view(-1).numpy().tobytes())

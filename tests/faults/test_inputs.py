@@ -1,7 +1,9 @@
 """Rows 4, 5, 11, 13 to 17, 19: data, arguments, ranks and folders that are not what they should be."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +272,22 @@ def test_mistakes_are_named_with_what_would_be_right(tmp_path, draw, inject):
             assert "parameters" not in said, word
             assert len(said.strip().splitlines()) <= 10, word
     assert not list((tmp_path / "run").rglob("step-*"))
+
+
+@pytest.mark.fault(7)
+def test_no_worker_outlives_its_rank(tmp_path, tree, inject):
+    """Processes that read images, of a rank that is killed: gone within seconds."""
+    job = Job(
+        f"{FOLDER} data.root={tree} data.workers=2 run_dir={tmp_path / 'run'}", tmp_path, faults="step.loss=kill@5"
+    )
+    group = job.processes[0].pid  # each rank leads a process group of its own
+    assert job.codes() == [-9], job.output
+    inject()
+    end = time.monotonic() + 60
+    with pytest.raises(ProcessLookupError):  # noqa: PT012
+        while time.monotonic() < end:
+            os.killpg(group, 0)
+            time.sleep(0.1)
 
 
 @pytest.mark.fault(16)
