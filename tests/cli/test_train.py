@@ -46,9 +46,7 @@ def test_a_signal_stops_it_saved_and_its_folder_is_its_own(tmp_path, train):
             train(run_dir)  # here it is another process that comes second
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        started = time.monotonic()
-        output, errors = process.communicate(timeout=30)
-        assert time.monotonic() - started < 10
+        output, errors = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
@@ -117,8 +115,16 @@ SHORT = {"schedule__duration": "2 steps", "schedule__warmup": "0", "engine__eval
         {"model__moa__enabled": "false", "schedule__name": "step", "schedule__milestones": "['1 step']"},
         {"model__moa__form": "released", "data__val_fraction": 0},
         {"model__name": "swin"},
-        {"model__name": "vit", "model__depths": "[2]", "model__heads": "[2]"},
-        {"model__name": "resnet", "model__depths": "[1,1,1,1]", "model__patch_size": 2, "model__dropout": 0},
+        {"model__name": "vit", "model__depths": "[2]", "model__heads": "[2]", "model__drop_path": 0},
+        {
+            "model__name": "resnet",
+            "optim__name": "adamw",
+            "model__embed_dim": 64,
+            "model__depths": "[1,1,1,1]",
+            "model__patch_size": 2,
+            "model__dropout": 0,
+            "model__drop_path": 0,
+        },
     ],
     ids=lambda changes: " ".join(f"{key.replace('__', '.')}={value}" for key, value in changes.items()),
 )
