@@ -13,7 +13,7 @@ from moa_train.tracking.jsonl import read_rows
 
 def differing(one: dict, other: dict) -> list[str]:
     """Names of the parts and tensors of two outcomes that are not the same to the bit."""
-    tensors = {name for name in one["tensors"].keys() | other["tensors"].keys()}
+    tensors = set(one["tensors"].keys() | other["tensors"].keys())
     names = [name for name in sorted(tensors) if one["tensors"].get(name) != other["tensors"].get(name)]
     return names + [part for part in ("step", "state") if one[part] != other[part]]
 
