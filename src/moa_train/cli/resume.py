@@ -47,7 +47,7 @@ def resolve_resume(config: RunConfig, overrides: list[str]) -> tuple[RunConfig, 
     before: RunConfig = from_dict(newest.state["config"])
     before.resume = before.engine.stop_after = None  # were meant for the session that they began or ended
     now = config if config.resume == "auto" else overlaid(before, overrides)
-    now.run_dir, now.resume = folder, config.resume
+    now.run_dir, now.resume, now.replay = folder, config.resume, config.replay
     if now.engine.micro_batch_size is None:
         now.engine.micro_batch_size = before.engine.micro_batch_size
     return now, changes(before, now)
