@@ -1,0 +1,83 @@
+"""moa-model as typed: the summary, and published weights there and back."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moa_train.cli import model as command
+from moa_train.engine.weights import find_weights
+from moa_train.model import create_model
+from moa_train.model.published import read_published
+from moa_train.schema import from_dict
+
+FIELDS = {
+    "image_size": (56, 56),
+    "num_classes": 5,
+    "patch_size": 4,
+    "embed_dim": 32,
+    "depths": (1, 1),
+    "heads": (1, 2),
+    "window": 7,
+    "moa_form": "released",
+}
+
+
+class Foreign:
+    """Stands for the configuration object of a class that this project does not have."""
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    path = tmp_path / "published.pth"
+    torch.save({"model": create_model("moa", **FIELDS).state_dict(), "config": Foreign(), "epoch": 7}, path)
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["moa-model", *arguments])
+    with pytest.raises(SystemExit) as left:
+        command.main()
+    return int(left.value.code or 0)
+
+
+def test_published_weights_there_and_back_are_the_same_to_the_bit(published: Path, monkeypatch: pytest.MonkeyPatch):
+    ours, back = published.with_name("ours.safetensors"), published.with_name("back.pth")
+    assert run(monkeypatch, "convert", str(published), str(ours)) == 0
+    assert run(monkeypatch, "convert", str(ours), str(back)) == 0
+    before, after = read_published(published), read_published(back)
+    assert sorted(before) == sorted(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_converted_weights_say_what_model_they_are(published: Path, monkeypatch: pytest.MonkeyPatch):
+    ours = published.with_name("ours.safetensors")
+    run(monkeypatch, "convert", str(published), str(ours))
+    _, metadata = find_weights(ours).load()
+    config = from_dict(json.loads(metadata["config"]))
+    assert (config.model.moa.form, config.model.window, config.model.depths) == ("released", 7, [1, 1])
+    assert config.data.image_size == [56, 56]
+    assert len(json.loads(metadata["classes"])) == 5
+
+
+def test_other_files_are_no_published_weights(tmp_path: Path, monkeypatch, capsys):
+    text = tmp_path / "notes.pth"
+    text.write_text("no checkpoint")
+    assert run(monkeypatch, "convert", str(text), str(tmp_path / "x.safetensors")) == 2
+    assert "notes.pth" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_summary_of_the_configured_model(monkeypatch, capsys):
+    assert run(monkeypatch, "summary", "engine.micro_batch_size=2", "engine.batch_size=2") == 0
+    text = capsys.readouterr().out
+    assert "moa_micro at 32 x 32, 10 classes" in text
+    assert "MOA" in text
+    assert "a training step of 2 images" in text
+
+
+def test_unknown_command(monkeypatch, capsys):
+    assert run(monkeypatch, "sumary") == 2
+    assert "Commands: summary, convert." in capsys.readouterr().err
