@@ -24,14 +24,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="times to run the catalogue")
     parser.add_argument("--seed", type=int, default=None, help="seed of the first round (default: random)")
-    parser.add_argument("pytest", nargs=argparse.REMAINDER, help="further arguments for pytest")
-    options = parser.parse_args()
+    options, further = parser.parse_known_args()  # the rest is for pytest
     first = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     tries, passed = defaultdict[int, int](int), defaultdict[int, int](int)
     titles: dict[int, str] = {}
     failed, start = False, time.monotonic()
     for seed in range(first, first + options.rounds):
-        command = [sys.executable, "-m", "pytest", "tests/faults", "-q", "--fault-seed", str(seed), *options.pytest]
+        command = [sys.executable, "-m", "pytest", "tests/faults", "-q", "--fault-seed", str(seed), *further]
         print(f"{' '.join(command[1:])}", file=sys.stderr, flush=True)
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
