@@ -137,6 +137,7 @@ def _run(
     record: Path | None,
 ) -> None:
     """In the new process: become what a shell would have started."""
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as in a process that a shell has started
     os.setsid()
     os.chdir(folder)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

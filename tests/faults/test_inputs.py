@@ -263,7 +263,8 @@ def test_mistakes_are_named_with_what_would_be_right(tmp_path, draw, inject):
     """Forty of them, four at a time."""
     words = list(MISTAKES)
     for start in range(0, len(words), 4):
-        jobs = [(word, Job(f"{TINY} {word} run_dir={tmp_path / 'run'}", tmp_path)) for word in words[start : start + 4]]
+        four = words[start : start + 4]
+        jobs = [(word, Job(f"{TINY} {word} run_dir={tmp_path / str(words.index(word))}", tmp_path)) for word in four]
         for word, job in jobs:
             inject()
             said = job.ended(2)
@@ -271,7 +272,7 @@ def test_mistakes_are_named_with_what_would_be_right(tmp_path, draw, inject):
             assert "Traceback" not in said, word
             assert "parameters" not in said, word
             assert len(said.strip().splitlines()) <= 10, word
-    assert not list((tmp_path / "run").rglob("step-*"))
+    assert not list(tmp_path.rglob("step-*"))
 
 
 @pytest.mark.fault(7)
