@@ -34,12 +34,23 @@ def _seeded() -> None:
 
 
 @pytest.fixture
-def small() -> Callable[..., nn.Module]:
+def settings_of() -> Callable[..., tuple[str, dict[str, Any]]]:
+    """Return the name and the fields of a small model: ``settings_of("released", moa_overlap=2)``."""
+
+    def choose(variant: str = "paper", **changes: Any) -> tuple[str, dict[str, Any]]:
+        name, fields = VARIANTS[variant]
+        return name, {**SMALL, **fields, **changes}
+
+    return choose
+
+
+@pytest.fixture
+def small(settings_of: Callable[..., tuple[str, dict[str, Any]]]) -> Callable[..., nn.Module]:
     """Return a builder of small models: ``small("released", moa_overlap=2)``."""
 
     def build(variant: str = "paper", **changes: Any) -> nn.Module:
-        name, fields = VARIANTS[variant]
-        return create_model(name, **{**SMALL, **fields, **changes})
+        name, fields = settings_of(variant, **changes)
+        return create_model(name, **fields)
 
     return build
 

@@ -71,7 +71,7 @@ def why_not(fields: dict) -> str | None:
     return None
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(geometries())
 def test_runs_or_says_why_not_before_building(fields):
     expected = why_not(fields)
