@@ -66,7 +66,8 @@ class Distributed:
             return
         limit = timedelta(seconds=timeout)
         cuda = chosen.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=limit, device_id=chosen if cuda else None)
+        place = _fresh_store(rank, world_size, limit)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=limit, device_id=chosen if cuda else None, **place)
         self._control = dist.new_group(backend="gloo", timeout=limit)
         try:
             yield self
@@ -234,6 +235,19 @@ def _environment(name: str, default: int) -> int:
     if not text.isdigit():
         raise UserError(f"The environment variable {name}={text!r} must be a number; torchrun sets it.")
     return int(text)
+
+
+def _fresh_store(rank: int, world_size: int, timeout: timedelta) -> dict[str, Any]:
+    """Return arguments of init_process_group for processes that torchrun has restarted.
+
+    They get the store of those before them, where the addresses of the dead still are, and may well connect to these
+    first (torch 2.15). So each attempt has names of its own. Not on several nodes: each counts its own restarts.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store, rank, world_size = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": world_size}
 
 
 def _encode(value: object) -> bytes:
