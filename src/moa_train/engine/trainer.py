@@ -55,11 +55,10 @@ class Trainer:
         """
         state, plan = self.state, self.plan
         with self.store:
-            if self._evaluate_if_due():  # a stop had interrupted it
-                self._save(is_best=True)
+            self._make_up_for_evaluation()
             batches = self.train_batches(state.step)
             while state.step < plan.stop_step and not self.stopping:
-                rate = self._set_rate()
+                rate = self._set_rate(state.step)
                 state.meters.add(self.train_step(batches, state.step))
                 state.step += 1
                 self._answer_nonfinite()
@@ -82,13 +81,13 @@ class Trainer:
         """
         batches = self.train_batches(self.state.step)
         while self.state.step < step:
-            self._set_rate()
+            self._set_rate(self.state.step)
             self.train_step(batches, self.state.step)
             self.state.step += 1
         return self.distributed.gather_objects(self.train_step.trace(batches, step))
 
-    def _set_rate(self) -> float:
-        rate = self.schedule.rate(self.state.step) * self.state.rate_factor
+    def _set_rate(self, step: int) -> float:
+        rate = self.schedule.rate(step) * self.state.rate_factor
         self.state.optimizer.set_rate(rate)
         return rate
 
@@ -124,6 +123,14 @@ class Trainer:
         epoch = float(state.step / plan.steps_per_epoch)
         self.tracker.log_eval(state.step, {"epoch": epoch, **result.as_dict(), "best": is_best}, self.eval_split)
         return is_best
+
+    def _make_up_for_evaluation(self) -> None:
+        """Do what a stop had interrupted, and save that it is done."""
+        before = self.state.evaluated_step
+        self._set_rate(self.state.step - 1)  # it is saved, too: that of the last update
+        is_best = self._evaluate_if_due()
+        if self.state.evaluated_step != before:
+            self._save(is_best)
 
     def _save(self, is_best: bool) -> None:
         self._answer_nonfinite(wait=True)  # what is saved says how many there were
