@@ -110,7 +110,7 @@ def bounded() -> list[tuple[str, Any]]:
     return [
         (key, item)
         for key, item, value in knobs(RunConfig())
-        if not isinstance(value, list) and any(item.metadata[name] is not None for name in names)
+        if "list" not in str(item.type) and any(item.metadata[name] is not None for name in names)
     ]
 
 
