@@ -38,7 +38,7 @@ def test_feature_maps_of_every_stage(small, variant):
     [
         ("swin", {"patch_size": 1, "embed_dim": 32, "depths": (1, 1, 1), "heads": (1, 2, 4)}),
         ("swin", {"patch_size": 2, "embed_dim": 32, "depths": (1, 1), "heads": (1, 2), "image_size": (20, 34)}),
-        ("swin", {"patch_size": 4, "embed_dim": 32, "depths": (1,), "heads": (1,), "in_channels": 1}),
+        ("swin", {"patch_size": 4, "embed_dim": 32, "depths": (2,), "heads": (1,), "in_channels": 1}),
         ("vit", {"patch_size": 4, "embed_dim": 32, "depths": (1,), "heads": (2,), "in_channels": 1}),
         ("vit", {"patch_size": 4, "embed_dim": 32, "depths": (1,), "heads": (2,), "image_size": (16, 32)}),
         ("resnet", {"patch_size": 1, "embed_dim": 64, "depths": (1, 1, 1, 1), "in_channels": 1}),

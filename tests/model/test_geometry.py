@@ -134,6 +134,7 @@ def test_errors_name_the_stage_the_numbers_and_what_would_work(changes, parts):
         ("moe", {}, ["model.name=moe", "'moa'"]),
         ("swin", {"image_size": (30, 32)}, ["30 pixels", "28, 32", "2, 3, 5"]),
         ("swin", {"heads": (3, 6, 13)}, ["Stage 2", "heads=13", "12, 16"]),
+        ("swin", {"depths": (1,), "heads": (3,)}, ["depths=[1]", "depths=[2]"]),
         ("vit", {}, ["one stage", "[12]"]),
         ("vit", {"depths": (1,), "heads": (5,)}, ["heads=5", "4, 6"]),
         ("vit", {"depths": (1,), "heads": (3,), "drop_path": 0.1}, ["drop_path=0.1"]),

@@ -204,6 +204,8 @@ def _check_swin(fields: dict[str, Any]) -> None:
     _check_least(1, patch_size=fields["patch_size"], embed_dim=fields["embed_dim"], window=fields["window"])
     _check_patches(fields["image_size"], fields["patch_size"], "swin")
     _check_lists(depths, heads)
+    if sum(depths) == 1:
+        raise UserError("depths=[1]: torchvision's Swin needs at least two blocks. Use depths=[2] or more stages.")
     for index, (depth, count) in enumerate(zip(depths, heads, strict=True)):
         _check_least(1, **{f"depths[{index}]": depth})
         _check_heads(f"Stage {index}", fields["embed_dim"] * 2**index, count)
