@@ -7,6 +7,8 @@ from torch import nn
 
 from moa_train.model import create_model
 
+torch.set_num_threads(1)  # of small models, more threads only wait for each other
+
 SMALL = {
     "image_size": (16, 16),
     "num_classes": 5,
