@@ -1,0 +1,117 @@
+"""What was measured, as a table to read and as JSON to keep."""
+
+import importlib.metadata
+import importlib.util
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moa_train.runtime.device import available_cores
+from moa_train.tracking import provenance
+
+PEERS = ("timm", "torchvision")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity, measured once a round: ``values`` in ``unit``, in order of rounds.
+
+    ``facts`` are further columns, a number each, whose names tell their units: ``{"ms": 12.5, "MFU %": 41.0}``.
+    """
+
+    what: str
+    unit: str
+    values: Sequence[float]
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def rate(cls, what: str, seconds: Sequence[float], work: float, unit: str = "images/s", **facts: float) -> "Row":
+        """Return the row of so much ``work`` in those ``seconds`` a round."""
+        return cls(what, unit, [work / value for value in seconds], facts)
+
+    def over(self, other: "Row") -> "Row":
+        """Return the row of this one's values over the other's, round by round."""
+        pairs = zip(self.values, other.values, strict=True)
+        return Row(f"{self.what} / {other.what}", "ratio", [mine / its for mine, its in pairs])
+
+    @property
+    def median(self) -> float:
+        """The median of the rounds."""
+        return statistics.median(self.values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything about the row, JSON-able."""
+        numbers = {"median": self.median, "min": min(self.values), "max": max(self.values), "n": len(self.values)}
+        return {"what": self.what, "unit": self.unit, **numbers, "values": list(self.values), **self.facts}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one comparison. ``part`` is that of the command line, ``title`` says what holds for all rows."""
+
+    part: str
+    title: str
+    rows: Sequence[Row]
+
+    def text(self) -> str:
+        """Lay the rows out for reading."""
+        facts = list(dict.fromkeys(name for row in self.rows for name in row.facts))
+        cells = [["", "", "median", "min", "max", "n", *facts]]
+        for row in self.rows:
+            numbers = [number(value) for value in (row.median, min(row.values), max(row.values))]
+            extra = [number(row.facts[name]) if name in row.facts else "" for name in facts]
+            cells.append([row.what, row.unit, *numbers, str(len(row.values)), *extra])
+        widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+        lines = [
+            "  ".join(f"{cell:{'<' if column < 2 else '>'}{widths[column]}}" for column, cell in enumerate(line))
+            for line in cells
+        ]
+        return "\n".join([f"{self.part}: {self.title}", *(f"  {line}".rstrip() for line in lines)])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the table, JSON-able."""
+        return {"part": self.part, "title": self.title, "rows": [row.as_dict() for row in self.rows]}
+
+
+def number(value: float) -> str:
+    """Write a number with four significant digits, and none behind the point from 1000 on."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
+
+
+def header(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
+    """Describe when, where and with what is measured, JSON-able."""
+    origin = provenance.collect()
+    return {
+        "date": origin["started"],
+        "command": list(command),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else origin["hardware"]["cpu"],
+        "threads": torch.get_num_threads(),
+        "cores": available_cores(),
+        "system": origin["hardware"]["system"],
+        "versions": {name: version for name, version in (origin["versions"] | _peers()).items() if version},
+        "commit": origin["code"]["commit"],
+        "code": origin["code"]["sha256"],
+    }
+
+
+def describe(header: Mapping[str, Any]) -> str:
+    """Write a header for reading."""
+    shown = ("torch", "cuda", *PEERS)
+    versions = ", ".join(f"{name} {header['versions'][name]}" for name in shown if name in header["versions"])
+    where = f"{header['device']}, {header['threads']} of {header['cores']} cores' threads"
+    return f"moa-bench {header['versions']['moa-train']}, {header['date']}\n{where}; {versions}"
+
+
+def write(path: Path, header: Mapping[str, Any], tables: Iterable[Table]) -> None:
+    """Write header and tables as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**header, "tables": [table.as_dict() for table in tables]}, indent=1) + "\n")
+
+
+def _peers() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PEERS if importlib.util.find_spec(name) is not None}
