@@ -23,7 +23,10 @@ PATIENCE = 240.0
 """Seconds to wait for what takes a few on a free machine."""
 
 TRAIN, EVALUATE = "moa_train.cli.train", "moa_train.cli.evaluate"
-PRELOADED = (TRAIN, EVALUATE, "moa_train.build", "moa_train.tracking.tensorboard", "sklearn.datasets", "torch._dynamo")
+PRELOADED = (
+    *(TRAIN, EVALUATE, "moa_train.build.run", "moa_train.tracking.tensorboard"),
+    *("sklearn.datasets", "torch._dynamo"),
+)
 
 TINY = (
     "data=digits data.limit=96 data.val_fraction=0.05 data.image_size=16 "

@@ -27,7 +27,10 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     """Evaluate, print and write the result."""
     if not config.ckpt:
         raise UserError("moa-eval needs ckpt=PATH: a run folder, a checkpoint folder or a .safetensors file.")
-    from moa_train.build import build_evaluation, build_model, build_runtime, build_source
+    from moa_train.build.data import build_source
+    from moa_train.build.evaluation import build_evaluation
+    from moa_train.build.model import build_model
+    from moa_train.build.runtime import build_runtime
     from moa_train.engine.weights import find_weights
     from moa_train.model.weights import load_weights
     from moa_train.runtime.distributed import Distributed

@@ -28,7 +28,8 @@ def summary(config: RunConfig, overrides: list[str]) -> None:
     """Print what the configured model costs, for the micro-batch that one process would train on."""
     import torch
 
-    from moa_train.build import build_source, model_fields
+    from moa_train.build.data import build_source
+    from moa_train.build.model import model_fields
     from moa_train.model.summary import summarize, training_memory
     from moa_train.runtime.device import pick_device
     from moa_train.runtime.precision import Precision

@@ -15,7 +15,7 @@ from moa_train.runtime.errors import UserError
 from moa_train.schema import RunConfig, to_dict
 
 if TYPE_CHECKING:
-    from moa_train.build import Run
+    from moa_train.build.run import Run
     from moa_train.runtime.distributed import Distributed
 
 UNREADABLE = "unreadable.txt"
@@ -37,7 +37,8 @@ def train(config: RunConfig, overrides: list[str]) -> int:
     # torch takes seconds to import: only now that the configuration is known to be sound.
     import torch
 
-    from moa_train.build import build_run, build_runtime
+    from moa_train.build.run import build_run
+    from moa_train.build.runtime import build_runtime
     from moa_train.engine.nonfinite import RollBack
     from moa_train.runtime.distributed import Distributed
     from moa_train.runtime.signals import StopSignals
@@ -171,7 +172,7 @@ def report(run: "Run", distributed: "Distributed") -> str | None:
 
     Returns None if a stop was asked for meanwhile.
     """
-    from moa_train.build import build_evaluation
+    from moa_train.build.evaluation import build_evaluation
     from moa_train.tracking.console import block
 
     trainer, state, run_dir = run.trainer, run.trainer.state, Path(run.config.run_dir or "")
