@@ -100,3 +100,13 @@ def test_fused_attention_on_cuda_has_aligned_rows_and_the_gradients_of_the_textb
     other = torch.autograd.grad(textbook(*exact).square().sum(), exact)
     for mine, theirs in zip(own, other, strict=True):
         assert (mine.double() - theirs).norm() <= 0.03 * theirs.norm()
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("published_layout", [False, True])
+def test_the_gradient_of_the_table_lies_in_memory_as_the_table_does(heads, published_layout):
+    """Else DDP copies it, and says so."""
+    attention = BiasedAttention(heads, (4, 4), published_layout=published_layout)
+    attention.position_bias(torch.zeros(())).square().sum().backward()
+    table = attention.relative_position_bias_table
+    assert table.grad.stride() == table.stride()

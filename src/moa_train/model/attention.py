@@ -33,8 +33,10 @@ class BiasedAttention(nn.Module):
     def position_bias(self, like: Tensor) -> Tensor:
         """Look the bias (N, L, L) up, in the dtype of ``like``: cast before the copy, so that less is moved."""
         table_RN = self.relative_position_bias_table.to(like.dtype).view(-1, self.heads)
+        # Of one head the transpose would leave a gradient with other strides than the table's, and DDP would complain.
+        table_NR = table_RN.t() if self.heads > 1 else table_RN.view(1, -1)
         L = self.relative_position_index.shape[0]
-        return table_RN.t().index_select(1, self.relative_position_index.view(-1)).view(self.heads, L, L)
+        return table_NR.index_select(1, self.relative_position_index.view(-1)).view(self.heads, L, L)
 
 
 def relative_position_index(height: int, width: int) -> Tensor:
