@@ -101,8 +101,19 @@ RIGHT = {
     "version": ["train", ["--version"]],
     "job": ["train", ["model=swin_t", "data=cifar100", "optim.lr=3e-4", "--cfg", "job"]],
     "sweep": ["train", ["-m", "model=moa_t,moa_b", "schedule.milestones=['1%','2%'],[]", "optim.lr=1e-3,2e-3"]],
+    "own": ["train", ["model=swin_t", "--config-dir", "own", "experiment=mine", "--cfg", "job"]],
+    "own, not there": ["train", ["--config-dir=own", "experiment=mone"]],
+    "completion": ["train", ["-sc", "install=bash"]],
     "quoted": ["train", ["run_dir='a=b, c'", "data.root=/data/x y", "model.moa={overlap:2}", "data.mean=null"]],
 }
+
+
+MINE = """# @package _global_
+defaults:
+  - override /data: cifar100
+  - override /optim: sgd
+schedule: {duration: 7 epochs}
+"""
 
 
 def split(text: str) -> list[str]:
@@ -113,12 +124,15 @@ def split(text: str) -> list[str]:
 def tried(tmp_path_factory) -> dict[str, dict]:
     cases = {text: ["train", split(text)] for text in MISTAKES}
     cases |= {"eval " + text: ["eval", split(text)] for text in EVAL_MISTAKES} | RIGHT
+    folder = tmp_path_factory.mktemp("tried")
+    (folder / "own" / "experiment").mkdir(parents=True)
+    (folder / "own" / "experiment" / "mine.yaml").write_text(MINE)
     done = subprocess.run(
         [sys.executable, "-c", CHILD],
         input=json.dumps(list(cases.values())),
         capture_output=True,
         text=True,
-        cwd=tmp_path_factory.mktemp("tried"),
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
     return dict(zip(cases, json.loads(done.stdout), strict=True))
@@ -154,6 +168,16 @@ def test_help_shows_examples_groups_and_every_knob(tried):
     assert "[paper, released]" in text
 
 
+def test_help_may_be_cut_short_by_a_pager():
+    """Not by way of the commands above: what is set is a signal's default, for the whole process."""
+    command = [sys.executable, "-m", "moa_train.cli.train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as shown:
+        assert shown.stdout is not None
+        assert shown.stderr is not None
+        shown.stdout.close()
+        assert shown.stderr.read() == ""
+
+
 def test_help_of_the_evaluation(tried):
     text = tried["eval help"]["out"]
     assert "moa-eval ckpt=outputs/RUN" in text
@@ -169,6 +193,20 @@ def test_cfg_job_shows_the_composed_configuration(tried):
     for line in ("  lr: 0.0003", "  name: swin", "  variant: swin_t", "  name: cifar100", "  mixup: 0.8"):
         assert line in lines
     assert "ran [" not in tried["job"]["out"]
+
+
+def test_recipes_of_ones_own_lie_in_any_folder(tried):
+    assert tried["own"]["code"] == 0, tried["own"]["err"]
+    lines = tried["own"]["out"].splitlines()
+    for line in ("  variant: swin_t", "  patch_size: 1", "  name: sgd", "  duration: 7 epochs"):
+        assert line in lines
+    assert tried["own, not there"]["code"] == 2
+    assert "Did you mean 'mine'? Options: cifar100_cpu, mine, paper_" in tried["own, not there"]["err"]
+
+
+def test_the_shell_can_complete_arguments(tried):
+    assert tried["completion"]["code"] == 0, tried["completion"]["err"]
+    assert "complete -o nospace" in tried["completion"]["out"]
 
 
 def test_version(tried):

@@ -1,9 +1,11 @@
 """The frame of the commands that Hydra composes: typed configuration, help, and errors for users."""
 
+import argparse
 import difflib
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -50,10 +52,12 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
     if "--version" in arguments:
         print(f"moa-train {__version__}")
         sys.exit(Exit.FINISHED)
+    if {"--help", "-h", "--cfg", "-c"} & set(arguments) and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into `head`, or a pager that is left early: no traceback
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions arrive as they are: whose they are is told apart here
 
     def compose() -> None:
-        if not {"--help", "-h", "--hydra-help"} & set(arguments):
+        if not {"--help", "-h", "--hydra-help", "--shell-completion", "-sc"} & set(arguments):
             check_overrides(arguments, schema)
         # Options first: argparse takes arguments on one side of them only.
         sys.argv[1:] = sorted(arguments, key=lambda text: "=" in text and not text.startswith("-"))
@@ -80,6 +84,7 @@ def check_overrides(arguments: list[str], schema: type) -> None:
         raise UserError(f"{stray[0]!r} is not an argument of the form key=value. See --help.")
     items = {key: item for key, item, _ in knobs(schema())}
     multirun = bool({"-m", "--multirun"} & set(arguments))
+    roots = config_roots(arguments)
     parser = OverridesParser.create()
     for text in arguments:
         if text.startswith("-") or ("=" not in text and not text.startswith("~")):
@@ -91,10 +96,20 @@ def check_overrides(arguments: list[str], schema: type) -> None:
                 f"Cannot read {text}. The form is key=value, without spaces; brackets and quotes must close; a value "
                 "with other signs, such as = or a space, needs quotes in quotes: \"run_dir='a=b'\"."
             ) from None
-        _check_override(override, schema, items, multirun)
+        _check_override(override, schema, items, multirun, roots)
 
 
-def _check_override(override: Override, schema: type, items: Mapping[str, Any], multirun: bool) -> None:
+def config_roots(arguments: Sequence[str]) -> list[Path]:
+    """Return the folders that options are files of: conf/, and one of the user's own behind ``--config-dir``."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    known, _ = parser.parse_known_args(arguments)
+    return [CONF, known.config_dir] if known.config_dir else [CONF]
+
+
+def _check_override(
+    override: Override, schema: type, items: Mapping[str, Any], multirun: bool, roots: Sequence[Path]
+) -> None:
     key, text = override.key_or_group, override.input_line or ""
     if key.startswith("hydra"):
         return
@@ -118,7 +133,7 @@ def _check_override(override: Override, schema: type, items: Mapping[str, Any], 
         values = [getattr(value, "text", value) for value in getattr(override.value(), "list", [])]
     for value in values:
         if key in GROUPS:
-            _check_option(key, value, GROUPS[key])
+            _check_option(key, value, roots)
         elif not isinstance(value, list) or len(values) == 1:
             _check_type(key, value, schema, items[key].type)
 
@@ -160,8 +175,8 @@ def _in_words(kind: Any) -> str:
     return " or ".join(_NOUNS.get(part) or _in_words(part) for part in get_args(kind) or (kind,))
 
 
-def _check_option(group: str, option: Any, folder: Path) -> None:
-    options = sorted(path.stem for path in folder.glob("*.yaml"))
+def _check_option(group: str, option: Any, roots: Sequence[Path]) -> None:
+    options = sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")})
     if str(option) not in options:
         raise UserError(choose(group, "null" if option is None else option, options))
 
@@ -192,13 +207,13 @@ def _help(schema: type, examples: str) -> dict[str, str]:
         rule = item.metadata
         options = f" [{', '.join(rule['options'])}]" if rule["options"] else ""
         lines.append(f"  {key + '=' + _shown(value):<44}{rule['help']}{options}")
-    knob_text = "\n".join(lines).replace("$", "$$")
+    above, below = (text.replace("$", "$$") for text in (examples, "\n".join(lines)))  # of Hydra's template
     return {
         "app_name": Path(sys.argv[0]).name,
         "header": "",
         "footer": "",
-        "template": f"{examples}\n\nGroups (group=option; a folder of conf/ each)\n\n$APP_CONFIG_GROUPS\n"
-        f"Keys (key=value): default and meaning; --cfg job shows what the groups make of them\n{knob_text}\n",
+        "template": f"{above}\n\nGroups (group=option; a folder of conf/ each)\n\n$APP_CONFIG_GROUPS\n"
+        f"Keys (key=value): default and meaning; --cfg job shows what the groups make of them\n{below}\n",
     }
 
 

@@ -29,7 +29,9 @@ EXAMPLES = """moa-train: train a MOA-Transformer, or a model to compare it with.
   torchrun --nproc-per-node 8 -m moa_train.cli.train model=moa_t data=imagenet data.root=/data/imagenet
   moa-train resume=outputs/RUN                           go on where a run was stopped
   moa-train -m optim.lr=5e-4,1e-3,2e-3                   one run after the other
-  moa-train model=swin_t data=cifar100 --cfg job         show the composed configuration, run nothing"""
+  moa-train model=swin_t data=cifar100 --cfg job         show the composed configuration, run nothing
+  moa-train --config-dir my_conf experiment=mine         a recipe of your own, in my_conf/experiment/mine.yaml
+  eval "$(moa-train --shell-completion install=bash)"    let the Tab key complete groups, options and keys"""
 
 
 def train(config: RunConfig, overrides: list[str]) -> int:
