@@ -1,6 +1,8 @@
 """Any geometry: either the model runs, with finite outputs and gradients, or the error comes first and is right."""
 
 import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -8,36 +10,43 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moa_train.model import check_model, create_model
-from moa_train.model.geometry import nearest_divisors, plan_stages
+from moa_train.model.geometry import Stage, nearest_divisors, plan_stages
 from moa_train.runtime.errors import UserError
+
+
+FLAWS = ("heads", "reduction", "overlap", "patch", "merged")
 
 
 @st.composite
 def geometries(draw: st.DrawFn) -> dict:
-    """Settings that fit together, mostly: one in a few has a field that does not."""
-    flaw = draw(st.sampled_from([None, None, None, None, "heads", "reduction", "overlap", "size"]))
+    """Settings that fit together, mostly: one in a few has a flaw. Sides are drawn as maps, then made pixels."""
+    flaw = draw(st.sampled_from([None] * 12 + list(FLAWS)))
     form = draw(st.sampled_from(["paper", "paper", "released"]))
-    count, patch, window = draw(st.integers(1, 5)), draw(st.integers(1, 16)), draw(st.integers(1, 9))
-    if flaw == "size":
-        side = st.integers(1, 2 * patch)
-    elif form == "released":  # which mostly needs sizes that divide
-        side = st.sampled_from([patch * 2 ** (count - 1) * factor for factor in (1, 1, 2, 3, window)])
+    count, patch, window = (draw(st.sampled_from(range(1, most + 1))) for most in (5, 16, 9))
+    if form == "released":  # which mostly needs sizes that divide
+        factors = [factor for factor in (1, 2, window, 2 * window) if factor * 2 ** (count - 1) <= 40]
+        sides = [draw(st.sampled_from([factor * 2 ** (count - 1) for factor in factors])) * patch for _ in range(2)]
     else:
-        side = st.integers(2 ** max(count - 2, 0) * patch + 1, max(12, 2**count) * patch)
-    reductions = {"reduction": [3, 5, 16, 32]}.get(flaw, [1, 2, 4, 8])
+        positions = range(2 ** max(count - 2, 0) + 1, max(20, 2**count))
+        sides = [draw(st.sampled_from(positions)) * patch - draw(st.sampled_from(range(patch))) for _ in range(2)]
+    if flaw == "patch":
+        sides[draw(st.sampled_from((0, 1)))] = patch - 1 or 1
+    if flaw == "merged":
+        sides = [patch, patch]
+    reductions = [3, 5, 16, 32] if flaw == "reduction" else [1, 2, 4, 8]
     heads = [draw(st.sampled_from([1, 2, 4, 8])) for _ in range(count)]
     if flaw == "heads":
-        heads[draw(st.integers(0, count - 1))] = draw(st.sampled_from([0, 5, 7, 13]))
+        heads[draw(st.sampled_from(range(count)))] = draw(st.sampled_from([0, 5, 7, 13]))
     return {
-        "image_size": (draw(side), draw(side)),
+        "image_size": tuple(sides),
         "patch_size": patch,
         "embed_dim": draw(st.sampled_from([8, 16, 24])),
-        "depths": tuple(draw(st.integers(1, 2)) for _ in range(count)),
+        "depths": tuple(draw(st.sampled_from([1, 1, 2])) for _ in range(count)),
         "heads": tuple(heads),
         "window": window,
-        "moa_enabled": draw(st.sampled_from([True, True, True, False])),
+        "moa_enabled": draw(st.sampled_from([True, True, True, True, False])),
         "moa_form": form,
-        "moa_overlap": draw(st.integers(3, 12) if flaw == "overlap" else st.integers(0, min(2, window))),
+        "moa_overlap": draw(st.sampled_from(range(3, 13) if flaw == "overlap" else range(min(2, window) + 1))),
         "moa_reduction": draw(st.sampled_from(reductions)),
     }
 
@@ -71,24 +80,60 @@ def why_not(fields: dict) -> str | None:
     return None
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
-@given(geometries())
-def test_runs_or_says_why_not_before_building(fields):
-    expected = why_not(fields)
-    if expected:
-        with pytest.raises(UserError, match=expected):
-            check_model("moa", num_classes=3, **fields)
-        return
-    check_model("moa", num_classes=3, **fields)
-    model = create_model("moa", num_classes=3, mlp_ratio=1, drop_path=0.1, **fields)
-    images = torch.randn(2, 3, *fields["image_size"])
-    maps = model.forward_features(images)
-    logits = model(images)
-    logits.square().sum().backward()
-    assert logits.shape == (2, 3)
-    assert [tuple(each.shape[2:]) for each in maps] == [stage.map_size for stage in model.stages]
-    assert logits.isfinite().all()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+def test_hundreds_of_geometries_run_or_say_why_not_before_building():
+    met: Counter[str] = Counter()
+
+    @settings(max_examples=400, deadline=None, derandomize=True, database=None)
+    @given(geometries())
+    def run_or_say_why_not(fields):
+        expected = why_not(fields)
+        met[expected or "runs"] += 1
+        if expected:
+            with pytest.raises(UserError, match=expected):
+                check_model("moa", num_classes=3, **fields)
+            return
+        check_model("moa", num_classes=3, **fields)
+        model = create_model("moa", num_classes=3, mlp_ratio=1, drop_path=0.1, **fields)
+        met.update(kinds(fields, model.stages))
+        images = torch.randn(2, 3, *fields["image_size"])
+        maps = model.forward_features(images)
+        logits = model(images)
+        logits.square().sum().backward()
+        assert logits.shape == (2, 3)
+        assert [tuple(each.shape[2:]) for each in maps] == [stage.map_size for stage in model.stages]
+        assert logits.isfinite().all()
+        assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+    run_or_say_why_not()
+    print(met)
+    assert met["runs"] >= 200
+    assert min(met[kind] for kind in KINDS) >= 15
+    assert min(met[flaw] for flaw in (*FLAWS, "released")) >= 3
+
+
+KINDS = (
+    *("rectangle", "pads patches", "pads windows", "pads pairs", "window larger than a map"),
+    *("paper with MOA", "released with MOA", "several MOA blocks", "several windows"),
+    *(f"{count} stages" for count in range(1, 6)),
+)
+
+
+def kinds(fields: dict, stages: Sequence[Stage]) -> Iterator[str]:
+    """What there is to see in a geometry that runs."""
+    patch, moa = fields["patch_size"], [stage for stage in stages if stage.moa]
+    found = (
+        fields["image_size"][0] != fields["image_size"][1],
+        any(side % patch for side in fields["image_size"]),
+        any(side % stage.window for stage in stages for side in stage.map_size),
+        any(side % 2 for stage in stages[:-1] for side in stage.map_size),
+        any(fields["window"] > min(stage.map_size) for stage in stages),
+        fields["moa_form"] == "paper" and bool(moa),
+        fields["moa_form"] == "released" and bool(moa),
+        len(moa) > 1,
+        any(stage.windows != (1, 1) for stage in moa),
+        *(len(stages) == count for count in range(1, 6)),
+    )
+    yield from (kind for kind, holds in zip(KINDS, found, strict=True) if holds)
 
 
 GOOD = {
