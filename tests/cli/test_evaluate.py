@@ -144,6 +144,23 @@ def test_data_of_other_classes_is_refused(straight, make_classes, tmp_path):
         run(ckpt=tmp_path / "x.safetensors")
 
 
+def test_splits_and_folders_that_are_not_there_are_named_in_the_words_of_this_command(straight, tmp_path):
+    best = next((straight / "checkpoints").glob("step-*")) / "ema.safetensors"
+    import safetensors
+
+    with safetensors.safe_open(best, "pt") as file:
+        header = file.metadata()
+    config = json.loads(header["config"])
+    config["data"] |= {"name": "imagenet", "root": None, "val_fraction": 0.0}
+    save_file({"head.bias": torch.zeros(10)}, tmp_path / "x.safetensors", header | {"config": json.dumps(config)})
+    with pytest.raises(
+        UserError, match=r"split=val: .* imagenet with train and test only \(.*split=test"
+    ):
+        run(ckpt=tmp_path / "x.safetensors", split="val")
+    with pytest.raises(UserError, match=r"data/imagenet/val: .* Set root to the folder"):
+        run(ckpt=tmp_path / "x.safetensors")
+
+
 def test_the_command_prints_json_alone(copy):
     done = subprocess.run(
         [sys.executable, "-m", "moa_train.cli.evaluate", f"ckpt={copy}", "device=cpu"], capture_output=True, text=True

@@ -70,6 +70,20 @@ def test_other_files_are_no_published_weights(tmp_path: Path, monkeypatch, capsy
     assert not (tmp_path / "x.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("ours.pt", "published.pth is converted to a file ours.safetensors, not ours.pt"),
+        ("other.pth", "to a file other.safetensors"),
+        ("nowhere/ours.safetensors", "no folder"),
+    ],
+)
+def test_where_it_cannot_be_written_is_said_first(published, monkeypatch, capsys, target, message):
+    assert run(monkeypatch, "convert", str(published), str(published.parent / target)) == 2
+    assert message in capsys.readouterr().err
+    assert list(published.parent.iterdir()) == [published]
+
+
 def test_summary_of_the_configured_model(monkeypatch, capsys):
     assert run(monkeypatch, "summary", "engine.micro_batch_size=2", "engine.batch_size=2") == 0
     text = capsys.readouterr().out

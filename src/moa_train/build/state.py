@@ -1,5 +1,6 @@
 """What training changes (weights, optimizer, averages), and the step that changes it."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -16,9 +17,10 @@ from moa_train.engine.weights import find_weights
 from moa_train.model.weights import load_weights
 from moa_train.optim import AveragedWeights, clip_gradients, create_optimizer
 from moa_train.runtime.distributed import Distributed
+from moa_train.runtime.errors import UserError
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.seed import seed_everything
-from moa_train.schema import RunConfig
+from moa_train.schema import RunConfig, from_dict, knobs
 
 
 def build_state(config: RunConfig, num_classes: int, rate: float, precision: Precision, init: str | None) -> TrainState:
@@ -28,7 +30,7 @@ def build_state(config: RunConfig, num_classes: int, rate: float, precision: Pre
     if config.runtime.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if init:
-        load_weights(model, find_weights(Path(init)).load()[0], head=config.init_head)
+        load_init(model, Path(init), config)
     optim, decay = config.optim, config.engine.ema_decay
     optimizer = create_optimizer(
         optim.name,
@@ -40,6 +42,28 @@ def build_state(config: RunConfig, num_classes: int, rate: float, precision: Pre
         momentum=optim.momentum,
     )
     return TrainState(model, optimizer, precision, AveragedWeights(model, decay) if decay else None)
+
+
+def load_init(model: nn.Module, path: Path, config: RunConfig) -> None:
+    """Load the weights that a run starts from.
+
+    Raises:
+        UserError: they do not fit; with the settings of their own model, where they know them.
+    """
+    weights, metadata = find_weights(path).load()
+    try:
+        load_weights(model, weights, head=config.init_head)
+    except UserError as error:
+        if "config" not in metadata:
+            raise
+        theirs: RunConfig = from_dict(json.loads(metadata["config"]))
+        ours = {key: value for key, _, value in knobs(config.model)}
+        other = [
+            f"model.{key}={str(value).replace(' ', '')}"
+            for key, item, value in knobs(theirs.model)
+            if item.metadata["fixed"] and value != ours[key]
+        ]
+        raise UserError(f"{error}\nTheir own model has {' '.join(other)}." if other else str(error)) from error
 
 
 def build_train_step(

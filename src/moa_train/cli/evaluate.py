@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from moa_train.cli import app
 from moa_train.runtime.errors import UserError
-from moa_train.schema import EvalConfig, RunConfig, from_dict
+from moa_train.schema import DataConfig, EvalConfig, RunConfig, from_dict
 
 if TYPE_CHECKING:
+    from moa_train.data import Source
     from moa_train.engine.weights import FoundWeights
 
 EXAMPLES = """moa-eval: accuracy and loss of trained weights, by exact counts.
@@ -27,7 +28,6 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     """Evaluate, print and write the result."""
     if not config.ckpt:
         raise UserError("moa-eval needs ckpt=PATH: a run folder, a checkpoint folder or a .safetensors file.")
-    from moa_train.build.data import build_source
     from moa_train.build.evaluation import build_evaluation
     from moa_train.build.model import build_model
     from moa_train.build.runtime import build_runtime
@@ -45,7 +45,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     run = overlay(described(metadata, found.path), config)
     with Distributed.start(config.device) as distributed:
         build_runtime(run.runtime, distributed)
-        source = build_source(run.data, config.split)
+        source = open_split(run.data, config.split)
         classes = json.loads(metadata["classes"])
         # Published weights do not name their classes: then their number has to do.
         if source.classes != classes and (metadata.get("named") != "false" or len(classes) != len(source.classes)):
@@ -62,6 +62,20 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
         print(f"{result.top1:.2f} % top-1 on {result.total:,} images, {found.description}", file=sys.stderr)
 
 
+def open_split(data: DataConfig, split: str) -> "Source":
+    """Open the split to evaluate, with the messages of this command."""
+    from moa_train.build.data import build_source, has_split
+
+    splits = [name for name in ("train", "val", "test") if has_split(data.name, name, data.root, data.val_fraction)]
+    if split not in splits:
+        hint = " (its folder val/, the benchmark's, is split=test)" if data.name == "imagenet" else ""
+        raise UserError(f"split={split}: these weights left {data.name} with {' and '.join(splits)} only{hint}.")
+    try:
+        return build_source(data, split)
+    except UserError as error:  # they are written for moa-train, where the key is a longer one
+        raise UserError(str(error).replace("data.root", "root")) from error
+
+
 def described(metadata: dict[str, str], path: Path) -> RunConfig:
     """Return the configuration that a weights file carries in its header."""
     if not {"config", "classes"} <= set(metadata):
@@ -75,7 +89,7 @@ def described(metadata: dict[str, str], path: Path) -> RunConfig:
 
 def overlay(run: RunConfig, config: EvalConfig) -> RunConfig:
     """Lay the command's few options over the run's configuration."""
-    data = replace(run.data, limit=None)
+    data = replace(run.data, limit=None, download=False)  # weights may be anybody's: nothing is fetched for them
     if config.root:
         data.root = config.root
     if config.workers is not None:

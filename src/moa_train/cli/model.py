@@ -53,6 +53,11 @@ def summary(config: RunConfig, overrides: list[str]) -> None:
 
 def convert(source: Path, target: Path, image_size: int | None = None) -> int:
     """Convert between the published layout (.pth) and this product's (.safetensors); the suffixes say which way."""
+    wanted = ".pth" if source.suffix == ".safetensors" else ".safetensors"
+    if target.suffix != wanted:
+        raise UserError(f"{source.name} is converted to a file {target.with_suffix(wanted).name}, not {target.name}.")
+    if not target.parent.is_dir():
+        raise UserError(f"There is no folder {target.parent} to write {target.name} to.")
     if source.suffix == ".safetensors":
         from moa_train.engine.weights import find_weights
         from moa_train.model.published import write_published
