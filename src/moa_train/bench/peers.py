@@ -1,0 +1,83 @@
+"""Models of other libraries, and others of ours, to be measured in turn with the configured one.
+
+A peer is written ``timm/NAME``, ``torchvision/NAME`` or ``moa-train/OPTION``, an option of the group ``model``. Those
+of libraries take arguments: ``timm/swin_tiny_patch4_window7_224:img_size=32,depths=(2,2,6,2)``.
+"""
+
+import ast
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+
+from moa_train.runtime.errors import UserError, choose, nearest
+
+LIBRARIES = ("timm", "torchvision")
+
+
+def build_peer(text: str, num_classes: int) -> nn.Module:
+    """Build the model of a library, with random weights, on the CPU.
+
+    Raises:
+        UserError: the library is not installed or has no such model, or the arguments cannot be read.
+    """
+    library, _, rest = text.partition("/")
+    name, _, arguments = rest.partition(":")
+    need(library)
+    given = {"num_classes": num_classes, **read_arguments(text, arguments)}
+    if library == "timm":
+        import timm
+
+        if not timm.is_model(name):
+            raise UserError(f"timm has no model {name!r}.{nearest(name, timm.list_models())}")
+        model: nn.Module = timm.create_model(name, **given)
+    else:
+        from torchvision import models
+
+        if name not in models.list_models():
+            raise UserError(f"torchvision has no model {name!r}.{nearest(name, models.list_models())}")
+        model = models.get_model(name, weights=None, **given)
+    return model
+
+
+def need(library: str) -> None:
+    """Raise UserError unless ``library`` is one of LIBRARIES and installed."""
+    if library not in LIBRARIES:
+        raise UserError(choose("--against", library, ("moa-train", *LIBRARIES)))
+    if importlib.util.find_spec(library) is None:
+        raise UserError(f"--against {library} needs {library}: pip install 'moa-train[bench]'")
+
+
+def read_arguments(text: str, arguments: str) -> dict[str, Any]:
+    """Read ``key=value,key=value``, values being Python literals."""
+    try:
+        call = ast.parse(f"peer({arguments})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
+            raise ValueError("only key=value")
+        return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError):
+        raise UserError(
+            f"Cannot read the arguments in {text}. They are written NAME:key=value,key=value, values as in Python: "
+            "img_size=32,depths=(2,2,6,2)."
+        ) from None
+
+
+def check_peer(text: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+    """Build a peer, put an image through it on the meta device, where that costs nothing, and return it there.
+
+    Raises:
+        UserError: as in `build_peer`, or it cannot be built so, or does not take images of that size.
+    """
+    try:
+        model = build_peer(text, num_classes).to("meta").eval()
+        with torch.no_grad():
+            model(torch.empty(1, 3, *image_size, device="meta"))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"--against {text} does not work for images of {image_size[0]} x {image_size[1]}: {error}\nArguments "
+            "follow a colon: timm/swin_tiny_patch4_window7_224:img_size=32,patch_size=1,window_size=4"
+        ) from error
+    return model

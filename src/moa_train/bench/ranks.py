@@ -1,0 +1,108 @@
+"""Several processes over one, each launched for real.
+
+On CPUs both have the same threads and the same batch, and N processes are compared with one. On CUDA every process has
+a GPU and its share of the batch, and N of them are compared with N times one.
+"""
+
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from moa_train.bench.job import Job
+from moa_train.bench.loop import before_each_step, training
+from moa_train.bench.report import Row, Table
+from moa_train.bench.timing import alternate, synchronize
+from moa_train.build.check import check_config
+from moa_train.build.data import open_splits
+from moa_train.build.run import build_run
+from moa_train.build.runtime import build_runtime
+from moa_train.runtime.distributed import Distributed
+from moa_train.runtime.errors import UserError
+from moa_train.runtime.signals import StopSignals
+from moa_train.schema import RunConfig, from_dict, to_dict
+
+WARMUP = 5
+"""Steps before the clock starts."""
+
+
+def prepare(job: Job) -> Callable[[], Iterator[Table]]:
+    """Check that there is something to share and that it can be shared; return what yields one table."""
+    ranks, batch = job.ranks, job.config.engine.batch_size
+    cuda = job.device.type == "cuda"
+    shared = torch.cuda.device_count() if cuda else job.config.runtime.threads or torch.get_num_threads()
+    if shared < ranks:
+        raise UserError(f"--ranks {ranks}, but there are only {shared} {'GPUs' if cuda else 'CPU threads'} to share.")
+    if batch % ranks:
+        raise UserError(f"--ranks {ranks} cannot share engine.batch_size={batch}: it must be a multiple.")
+    config = training(job.config, steps=WARMUP + job.steps + 1)
+    config.engine.micro_batch_size, config.engine.save_every = batch // ranks, config.schedule.duration
+    config.tracking.tensorboard = False
+    check_config(config)
+    open_splits(config, job.alone)
+    alone = copy.deepcopy(config)
+    if cuda:
+        config.runtime.device, alone.engine.batch_size = "cuda", batch // ranks
+    else:
+        alone.engine.micro_batch_size = batch
+        alone.runtime.threads, config.runtime.threads = shared, shared // ranks
+    return lambda: iter([_compare(job, config, alone)])
+
+
+def _compare(job: Job, config: RunConfig, alone: RunConfig) -> Table:
+    seconds = alternate(
+        {"ranks": lambda: launch(config, job.ranks, job.steps), "one": lambda: launch(alone, 1, job.steps)}, job.rounds
+    )
+    cuda = job.device.type == "cuda"
+    several = Row.rate(f"{job.ranks} processes", seconds["ranks"], job.steps * config.engine.batch_size)
+    one = Row.rate("N x one process" if cuda else "one process", seconds["one"], job.steps * config.engine.batch_size)
+    each = "a GPU each" if cuda else f"{config.runtime.threads} of {alone.runtime.threads} threads each"
+    batch = f"batch {config.engine.batch_size}, turns of {job.steps} steps"
+    title = f"{config.model.variant}, {config.data.name}, {each}, {batch}"
+    return Table("ranks", title, [several, one, several.over(one)])
+
+
+def launch(config: RunConfig, ranks: int, steps: int) -> float:
+    """Train in ``ranks`` processes of their own and return the seconds that ``steps`` steps took after warming up."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(to_dict(config)))
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+        done = subprocess.run(
+            [sys.executable, *torchrun, "-m", __name__, name, str(steps)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{ranks} process(es) failed:\n{done.stdout.decode(errors='replace')[-4000:]}")
+        return float((folder / "seconds").read_text())
+
+
+def worker(folder: Path, steps: int) -> None:
+    """Be one of the processes."""
+    config: RunConfig = from_dict(json.loads((folder / "config.json").read_text()))
+    with Distributed.start(config.runtime.device, config.runtime.timeout) as distributed:
+        build_runtime(config.runtime, distributed)
+        run = build_run(config, run_dir=folder, distributed=distributed, stop=StopSignals())
+        marks: list[float] = []
+
+        def mark(step: int) -> None:
+            if step in (WARMUP, WARMUP + steps):
+                synchronize(distributed.device)
+                distributed.barrier()
+                marks.append(time.perf_counter())
+
+        before_each_step(run, mark)
+        run.trainer.fit()
+        if distributed.is_main:
+            (folder / "seconds").write_text(str(marks[1] - marks[0]))
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]), int(sys.argv[2]))

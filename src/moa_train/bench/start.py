@@ -1,0 +1,67 @@
+"""From typing `moa-train` to the first step, over importing torch and torchvision and building the model."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from moa_train.bench.job import Job
+from moa_train.bench.report import Row, Table
+from moa_train.bench.timing import alternate
+from moa_train.build.check import check_config
+from moa_train.build.data import open_splits
+from moa_train.build.model import model_fields
+
+LEAST = """
+import json, sys, torch, torchvision
+from moa_train.model import create_model
+create_model(**json.loads(sys.argv[1]))
+print("built", flush=True)
+"""
+
+
+def prepare(job: Job) -> Callable[[], Iterator[Table]]:
+    """Check the configuration and the data; return what yields one table."""
+    check_config(job.config)
+    open_splits(job.config, job.alone)
+    return lambda: iter([_compare(job)])
+
+
+def _compare(job: Job) -> Table:
+    config = job.config
+    fields = {"name": config.model.name, **model_fields(config.model, config.data, job.num_classes)}
+
+    def product() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = [
+                f"run_dir={folder}/run",
+                "engine.eval_split=none",
+                "tracking.log_every=1",
+                "tracking.progress=plain",
+            ]
+            return until("step 1/", ["-m", "moa_train.cli.train", *job.overrides, *settings])
+
+    measures = {"first step": product, "imports, model": lambda: until("built", ["-c", LEAST, json.dumps(fields)])}
+    alternate(measures, 1)  # to warm up the system's cache
+    rows = [Row(name, "s", seconds) for name, seconds in alternate(measures, job.rounds).items()]
+    return Table("start", f"{config.model.variant}, {config.data.name}", [*rows, rows[0].over(rows[1])])
+
+
+def until(mark: str, arguments: Sequence[str]) -> float:
+    """Run Python and return the seconds until it prints ``mark``; then ask it to stop, and wait for that."""
+    lines: list[str] = []
+    started = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if mark in line:
+                seconds = time.perf_counter() - started
+                process.terminate()
+                process.communicate()
+                return seconds
+    raise RuntimeError(f"python {' '.join(arguments)} has not printed {mark!r}:\n{''.join(lines[-50:])}")

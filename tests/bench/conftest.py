@@ -1,0 +1,23 @@
+"""Jobs so small that each part can be run for real."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from moa_train.bench.job import Job
+
+
+@pytest.fixture(scope="session")
+def job(tiny: Callable[..., Any]) -> Callable[..., Job]:
+    """A function from settings of the job, and changes of its configuration, to a job of one short round."""
+
+    def make(changes: dict[str, Any] | None = None, **settings: Any) -> Job:
+        def compose(overrides: Sequence[str]) -> Any:
+            return tiny({**(changes or {}), **dict(text.split("=", 1) for text in overrides)})
+
+        short = {"rounds": 1, "seconds": 0.0, "batches": (4,), "precisions": ("fp32",)}
+        return Job(compose(()), (), compose, 10, torch.device("cpu"), **{**short, **settings})
+
+    return make

@@ -1,0 +1,69 @@
+"""moa-bench as typed."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from moa_train.cli import bench as command
+
+SMALL = ("model.embed_dim=32", "model.depths=[1,1]", "model.heads=[1,2]", "runtime=cpu", "runtime.threads=1")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["moa-bench", *arguments])
+    with pytest.raises(SystemExit) as left:
+        command.main()
+    return int(left.value.code or 0)
+
+
+def test_parts_one_after_the_other_as_tables_and_json(monkeypatch, capsys, tmp_path: Path):
+    file = tmp_path / "result.json"
+    options = ("--rounds", "1", "--seconds", "0", "--batch", "2", "--against", "moa-train/vit_b_16", "--mode", "infer")
+    assert run(monkeypatch, "checkpoint", "step", *options, "--json", str(file), "model=moa_micro", *SMALL[3:]) == 0
+    shown, told = capsys.readouterr().out, json.loads(file.read_text())
+    assert [table["part"] for table in told["tables"]] == ["checkpoint", "step"]
+    assert told["threads"] == 1
+    assert f"torch {told['versions']['torch']}" in shown
+    names = [row["what"] for row in told["tables"][1]["rows"]]
+    assert names == ["moa_micro", "moa-train/vit_b_16", "matrix product of 2048", "moa_micro / moa-train/vit_b_16"]
+    assert all(name in shown for name in names)
+    assert f"wrote {file}" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("stap",), "part=stap is not known. Did you mean 'step'?"),
+        (("loop", "--against", "timm/resnet18"), "--against timm/resnet18 is for step"),
+        (("step", "--against", "timm"), "--against timm is for input"),
+        (("step", "model=moa_q"), "model=moa_q is not known"),
+        (("step", "--against", "moa-train/moa_q"), "model=moa_q is not known"),
+        (("checkpoint", "step", "--against", "torchvision/nothing"), "torchvision has no model 'nothing'"),
+        (("loop", "data=folder"), "needs data.root=FOLDER"),
+        (("step", "--rounds", "0"), "not a whole number of 1 or more"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is(monkeypatch, capsys, arguments, message):
+    assert run(monkeypatch, *arguments) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert not shown.out
+
+
+def test_a_peer_that_is_not_installed_is_named_with_its_remedy(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run(monkeypatch, "step", "--against", "timm/resnet18") == 2
+    assert "pip install 'moa-train[bench]'" in capsys.readouterr().err
+
+
+def test_options_are_told_from_settings():
+    options, overrides = command.read(
+        ["step", "--batch", "8", "16", "model=moa_t", "data=imagenet", "--against", "timm/x:img_size=32,window=4"]
+    )
+    assert options.batch == [8, 16]
+    assert options.against == ["timm/x:img_size=32,window=4"]
+    assert overrides == ["data.root=.", "model=moa_t", "data=imagenet"]  # no image of it is looked at
+    assert command.read(["loop", "data=imagenet"])[1] == ["data=imagenet"]
+    assert command.read([])[0].parts == list(command.PARTS)
