@@ -5,7 +5,7 @@ from scipy import stats
 from torch import Tensor
 
 from moa_train.data.augment import BatchAugment, Normalize
-from moa_train.data.batch import Batch
+from moa_train.data.batch import Batch, images_at_once
 from moa_train.data.preview import preview
 from moa_train.runtime.errors import UserError
 
@@ -43,6 +43,24 @@ def test_pixels_do_not_depend_on_the_batch(tiles: Tensor, crop: str) -> None:
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     parts = torch.cat([transform(batch_of(tiles, rows)) for rows in order.split(10)])
     assert torch.equal(parts, whole[order])
+
+
+@pytest.mark.parametrize("crop", ["pad", "resized", "none"])
+@pytest.mark.parametrize("at_once", [1, 30])
+def test_pixels_do_not_depend_on_the_parts_they_are_made_in(
+    tiles: Tensor, crop: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transform = augment(crop=crop, **FULL)
+    whole = transform(batch_of(tiles))
+    monkeypatch.setattr("moa_train.data.augment.images_at_once", lambda images: at_once)
+    assert torch.equal(transform(batch_of(tiles)), whole)
+
+
+def test_large_images_are_augmented_few_at_a_time() -> None:
+    assert images_at_once(torch.empty(128, 3, 32, 32)) == 682
+    assert images_at_once(torch.empty(128, 3, 224, 224)) == 13
+    assert images_at_once(torch.empty(2, 3, 4000, 4000)) == 1
+    assert images_at_once(torch.empty(128, 3, 224, 224, device="meta")) == 128  # as on a GPU
 
 
 @pytest.mark.parametrize("key", ["seed", "epoch", "index", "repeat"])

@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,12 @@ IMAGES = torch.arange(64.0).view(-1, 1, 1, 1).expand(-1, 3, 16, 24).contiguous()
 
 def mixer(**settings: float) -> Mixer:
     return Mixer(num_classes=CLASSES, **settings)
+
+
+@pytest.fixture(autouse=True)
+def no_test_changes_the_images() -> Iterator[None]:
+    yield
+    assert torch.equal(IMAGES[:, 0, 0, 0], torch.arange(64.0))
 
 
 def kept(images: Tensor, smoothed: Tensor, targets: Tensor) -> float:
@@ -40,7 +48,7 @@ def test_smoothed_targets_give_torchs_smoothed_loss() -> None:
 @pytest.mark.parametrize("step", range(20))
 def test_mixup_blends_images_and_targets_alike(step: int) -> None:
     mix = mixer(cutmix=0)
-    images, targets = mix(IMAGES, LABELS, (0, step, 0))
+    images, targets = mix(IMAGES.clone(), LABELS, (0, step, 0))
     part = kept(images, mix.smooth(LABELS), targets)
     torch.testing.assert_close(images, part * IMAGES + (1 - part) * IMAGES.flip(0), atol=1e-4, rtol=0)
     torch.testing.assert_close(targets.sum(1), torch.ones(64))
@@ -50,7 +58,7 @@ def test_mixup_blends_images_and_targets_alike(step: int) -> None:
 @pytest.mark.parametrize("step", range(30))
 def test_cutmix_weighs_targets_by_the_real_area(step: int) -> None:
     mix = mixer(mixup=0)
-    images, targets = mix(IMAGES, LABELS, (0, step, 0))
+    images, targets = mix(IMAGES.clone(), LABELS, (0, step, 0))
     pasted = images != IMAGES
     assert torch.equal(images[pasted], IMAGES.flip(0)[pasted])
     assert kept(images, mix.smooth(LABELS), targets) == pytest.approx(1 - float(pasted.float().mean()), abs=1e-5)
@@ -61,7 +69,7 @@ def test_cutmix_weighs_targets_by_the_real_area(step: int) -> None:
 def test_cutmix_boxes_reach_every_pixel_and_cut_at_borders() -> None:
     mix = mixer(mixup=0)
     pair = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 90, 120)
-    covered = torch.stack([mix(pair, LABELS[:2], (0, step, 0))[0][0, 0] for step in range(1000)])
+    covered = torch.stack([mix(pair.clone(), LABELS[:2], (0, step, 0))[0][0, 0] for step in range(1000)])
     assert covered.mean(0).min() > 0.05
     # A side s covers s - s^2 / 4 on average, as the borders cut: E[s^2] - E[s^3] / 2 + E[s^4] / 16 for uniform s^2.
     assert covered.mean() == pytest.approx(1 / 2 - 1 / 5 + 1 / 48, abs=0.03)
@@ -76,7 +84,7 @@ def test_proportions_follow_the_beta_distribution() -> None:
 
 
 def _mixed(mix: Mixer, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    images, targets = mix(IMAGES[:2, :, :1, :1], torch.tensor([0, 1]), (0, step, 0))
+    images, targets = mix(IMAGES[:2, :, :1, :1].clone(), torch.tensor([0, 1]), (0, step, 0))
     return images, mix.smooth(torch.tensor([0, 1])), targets
 
 
@@ -84,7 +92,7 @@ def test_probabilities_of_mixing_and_switching() -> None:
     mix = mixer(prob=0.6, switch_prob=0.25)
     kinds = {"none": 0, "cutmix": 0, "mixup": 0}
     for step in range(1000):
-        images, _ = mix(IMAGES[:2, :, :8, :8], LABELS[:2], (0, step, 0))
+        images, _ = mix(IMAGES[:2, :, :8, :8].clone(), LABELS[:2], (0, step, 0))
         own = images[0, 0] == IMAGES[0, 0, :8, :8]
         values = set(images[0, 0].unique().tolist())
         kinds["none" if own.all() else "cutmix" if values <= {0.0, 1.0} else "mixup"] += 1
@@ -95,14 +103,14 @@ def test_probabilities_of_mixing_and_switching() -> None:
 def test_keys_decide_and_nothing_else() -> None:
     mix = mixer()
     torch.manual_seed(0)
-    first = mix(IMAGES, LABELS, (1, 2, 3))
+    first = mix(IMAGES.clone(), LABELS, (1, 2, 3))
     state = torch.get_rng_state()
-    again = mixer()(IMAGES, LABELS, (1, 2, 3))
+    again = mixer()(IMAGES.clone(), LABELS, (1, 2, 3))
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert torch.equal(state, torch.get_rng_state())
     for key in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
-        assert not torch.equal(mix(IMAGES, LABELS, key)[1], first[1])
+        assert not torch.equal(mix(IMAGES.clone(), LABELS, key)[1], first[1])
 
 
 def test_strong_off_only_smooths() -> None:
@@ -112,11 +120,17 @@ def test_strong_off_only_smooths() -> None:
     assert torch.equal(targets, mix.smooth(LABELS))
 
 
-def test_given_images_stay_as_they_are() -> None:
-    before = IMAGES.clone()
-    for step in range(6):
-        mixer()(IMAGES, LABELS, (0, step, 0))
-    assert torch.equal(IMAGES, before)
+@pytest.mark.parametrize("count", [1, 2, 7, 64])
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_any_number_of_images_is_mixed_in_place(count: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moa_train.data.mix.images_at_once", lambda images: at_once)
+    images = IMAGES[:count].clone()
+    mixed, targets = mixer(cutmix=0)(images, LABELS[:count], (0, 1, 0))
+    whole, expected = mixer(cutmix=0)(IMAGES.clone(), LABELS, (0, 1, 0))
+    part = kept(whole, mixer().smooth(LABELS), expected)
+    assert mixed is images
+    torch.testing.assert_close(images, part * IMAGES[:count] + (1 - part) * IMAGES[:count].flip(0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(targets.sum(1), torch.ones(count))
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,14 @@ def solarize_add(image: Image.Image, amount: float) -> Image.Image:
     return image.point([min(255, value + int(amount)) if value < 128 else value for value in range(256)] * 3)
 
 
-TABLES: dict[str, tuple[Peer, list[float]]] = {
+HOST_TABLES: dict[str, tuple[Peer, list[float]]] = {
     "invert": (lambda image, level: ImageOps.invert(image), [0]),
     "posterize": (lambda image, level: ImageOps.posterize(image, int(level)), [1, 2, 3, 4, 8]),
     "solarize": (lambda image, level: ImageOps.solarize(image, int(level)), [0, 1, 26, 128, 255, 256]),
     "solarize_add": (solarize_add, [0, 1, 50, 110]),
     "brightness": (lambda image, level: ImageEnhance.Brightness(image).enhance(level), [0, 0.1, 0.55, 1, 1.3, 1.9]),
+}
+TABLES: dict[str, tuple[Peer, list[float]]] = {
     "contrast": (lambda image, level: ImageEnhance.Contrast(image).enhance(level), [0, 0.1, 0.55, 1, 1.3, 1.9]),
     "autocontrast": (lambda image, level: ImageOps.autocontrast(image), [0]),
     "equalize": (lambda image, level: ImageOps.equalize(image), [0]),
@@ -51,6 +53,17 @@ def images(tiles: Tensor) -> Tensor:
     hard[3, 1] = 0
     hard[4, :, 0, 0] = 255
     return torch.cat((tiles[:24], hard))
+
+
+@pytest.mark.parametrize("name", HOST_TABLES)
+def test_tables_of_the_level_alone_are_pillows_to_the_bit(name: str, images: Tensor) -> None:
+    peer, levels = HOST_TABLES[name]
+    tables = torch.from_numpy(np.array(getattr(photometric, name)(np.array(levels)[:, None])))
+    assert tables.shape == (len(levels), 256)
+    for level, table in zip(levels, tables, strict=True):
+        result = photometric.look_up(images, table[None, None])
+        assert result.dtype == torch.uint8
+        assert torch.equal(result, torch.stack([from_pillow(peer(to_pillow(image), level)) for image in images]))
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -81,8 +94,8 @@ def test_photographs_of_ordinary_size(photographs: list[Image.Image]) -> None:
 
 def test_each_image_has_its_own_level(images: Tensor) -> None:
     levels = torch.linspace(0.1, 1.9, len(images))
-    result = photometric.look_up(images, photometric.brightness(images, levels.view(-1, 1, 1)))
-    peer = TABLES["brightness"][0]
+    result = photometric.look_up(images, photometric.contrast(images, levels.view(-1, 1, 1)))
+    peer = TABLES["contrast"][0]
     expected = [from_pillow(peer(to_pillow(i), v)) for i, v in zip(images, levels.tolist(), strict=True)]
     assert torch.equal(result, torch.stack(expected))
 

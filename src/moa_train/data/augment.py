@@ -1,19 +1,25 @@
 """Stage 2: augmentation of whole batches, on the training device."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from moa_train.data import photometric
-from moa_train.data.batch import Batch
+from moa_train.data.batch import Batch, images_at_once, send
 from moa_train.data.box import box_numbers, check_ranges, random_box
-from moa_train.data.counter import Floats, Hashes, Purpose, sample_keys, uniform
+from moa_train.data.counter import Hashes, Purpose, sample_keys, uniform
 from moa_train.data.erasing import RandomErasing
 from moa_train.data.geometry import PADDING_MODES, pad_crop, warp
 from moa_train.data.randaugment import RandAugment
 from moa_train.runtime.errors import UserError, choose
 
 CROPS = ("pad", "resized", "none")
+STRONG = ("randaugment", "jitter")
+
+Stage = Callable[[Tensor, Hashes], Tensor]
+"""From uint8 images B C H W, whose samples have these keys, to others in memory of their own."""
 
 
 class Normalize:
@@ -23,10 +29,11 @@ class Normalize:
         self.shift = 255 * torch.tensor(mean).view(1, -1, 1, 1)
         self.scale = 1 / (255 * torch.tensor(std).view(1, -1, 1, 1))
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Normalise uint8 B C H W to float32."""
+    def __call__(self, images: Tensor, out: Tensor | None = None) -> Tensor:
+        """Normalise uint8 B C H W to float32, into ``out`` if that is given."""
         self._move(images.device)
-        return images.float().sub_(self.shift).mul_(self.scale)
+        out = torch.empty(images.shape, device=images.device) if out is None else out
+        return out.copy_(images).sub_(self.shift).mul_(self.scale)
 
     def undo(self, images: Tensor) -> Tensor:
         """Turn normalised images back into uint8, for people to look at."""
@@ -43,6 +50,9 @@ class BatchAugment:
 
     What happens to an image follows from (seed, epoch, index, repeat) alone. It is decided on the host, for a whole
     batch at once, and carried out on the device of the images; the host never waits for that device.
+
+    Attributes:
+        stages: what happens to uint8 images, by name, in order. Normalisation and erasing follow.
 
     Args:
         seed: of the run.
@@ -90,11 +100,18 @@ class BatchAugment:
             if not 0 <= value <= 1:
                 raise UserError(f"{what}={value}: must lie between 0 and 1.")
         self.seed, self.flip, self.color_jitter = seed, flip, color_jitter
-        self.crop, self.padding, self.padding_mode, self.scale, self.ratio = crop, padding, padding_mode, scale, ratio
+        self.padding, self.padding_mode, self.scale, self.ratio = padding, padding_mode, scale, ratio
         self.normalize = Normalize(mean, std)
         fill = (255 * torch.tensor(mean)).round()
-        self.randaugment = RandAugment(randaugment_ops, randaugment_magnitude, randaugment_std, fill)
+        randaugment = RandAugment(randaugment_ops, randaugment_magnitude, randaugment_std, fill)
         self.erase = RandomErasing(erasing)
+        stages: dict[str, tuple[object, Stage]] = {
+            "crop": (crop != "none", self._pad_crop if crop == "pad" else self._resized_crop),
+            "flip": (flip, self._flip),
+            "randaugment": (randaugment_ops, randaugment),
+            "jitter": (color_jitter, self._jitter),
+        }
+        self.stages = {name: stage for name, (on, stage) in stages.items() if on}
 
     @torch.no_grad()
     def __call__(self, batch: Batch, strong: bool = True) -> Tensor:
@@ -108,43 +125,42 @@ class BatchAugment:
             float32, B C H W.
         """
         keys = sample_keys(self.seed, batch.epoch.numpy(), batch.index.numpy(), batch.repeat.numpy())
-        images = self._flip(self._crop(batch.images, keys), keys)
-        if not strong:
-            return self.normalize(images)
-        images = self._jitter(self.randaugment(images, keys), keys)
-        return self.erase(self.normalize(images), keys)
+        result = torch.empty(batch.images.shape, device=batch.images.device)
+        at_once = images_at_once(batch.images)
+        for start in range(0, len(batch), at_once):
+            part = slice(start, start + at_once)
+            images = batch.images[part]
+            for name, stage in self.stages.items():
+                if strong or name not in STRONG:
+                    images = stage(images, keys[part])
+            self.normalize(images, result[part])
+            if strong:
+                self.erase(result[part], keys[part])
+        return result
 
-    def _crop(self, images: Tensor, keys: Hashes) -> Tensor:
-        """Return a new tensor, which later operations may write into."""
+    def _pad_crop(self, images: Tensor, keys: Hashes) -> Tensor:
+        corners = uniform(keys[:, None], Purpose.CROP, np.arange(2)) * (2 * self.padding + 1)
+        top, left = send(corners.T.astype(np.int64), images)
+        return pad_crop(images, self.padding, self.padding_mode, top, left)
+
+    def _resized_crop(self, images: Tensor, keys: Hashes) -> Tensor:
         height, width = images.shape[-2:]
-        if self.crop == "pad":
-            corners = uniform(keys[:, None], Purpose.CROP, np.arange(2)) * (2 * self.padding + 1)
-            top, left = _send(corners.T.astype(np.int64), images)
-            return pad_crop(images, self.padding, self.padding_mode, top, left)
-        if self.crop == "resized":
-            numbers = box_numbers(keys, Purpose.CROP)
-            boxes = [random_box((height, width), self.scale, self.ratio, sample) for sample in numbers]
-            maps = [[[box.width / width, 0, box.left], [0, box.height / height, box.top]] for box in boxes]
-            return warp(images, _send(np.array(maps, np.float32), images), interpolation="bicubic")
-        return images.clone()
+        numbers = box_numbers(keys, Purpose.CROP)
+        boxes = [random_box((height, width), self.scale, self.ratio, sample) for sample in numbers]
+        maps = [[[box.width / width, 0, box.left], [0, box.height / height, box.top]] for box in boxes]
+        return warp(images, send(np.array(maps, np.float32), images), interpolation="bicubic")
 
     def _flip(self, images: Tensor, keys: Hashes) -> Tensor:
         flips = uniform(keys, Purpose.FLIP) < self.flip
         order = np.argsort(flips, kind="stable")  # flips last: copying slices is much faster than indexing
-        images = images.index_select(0, _send(order, images))
+        images = images.index_select(0, send(order, images))
         flipped = images[len(flips) - flips.sum() :]
         flipped.copy_(flipped.flip(3))
-        return images.index_select(0, _send(np.argsort(order), images))
+        return images.index_select(0, send(np.argsort(order), images))
 
     def _jitter(self, images: Tensor, keys: Hashes) -> Tensor:
-        if not self.color_jitter:
-            return images
         factors = 1 + self.color_jitter * (2 * uniform(keys[:, None], Purpose.JITTER, np.arange(3)) - 1)
-        bright, strong, vivid = _send(factors.T.astype(np.float32), images).view(3, -1, 1, 1)
-        images = photometric.look_up(images, photometric.brightness(images, bright))
-        images = photometric.look_up(images, photometric.contrast(images, strong))
-        return photometric.colour(images, vivid.unsqueeze(3))
-
-
-def _send(numbers: Floats | np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(numbers)).to(like.device, non_blocking=True)
+        bright, strong, vivid = factors.T.astype(np.float32)
+        images = photometric.look_up(images, send(photometric.brightness(bright[:, None]), images)[:, None])
+        images = photometric.look_up(images, photometric.contrast(images, send(strong, images).view(-1, 1, 1)))
+        return photometric.colour(images, send(vivid, images).view(-1, 1, 1, 1))

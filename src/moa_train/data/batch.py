@@ -1,9 +1,14 @@
 """One micro-batch on its way from the loader to the model."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+_VALUES_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -47,3 +52,23 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """Return the batch with images and labels in page-locked memory, from where copies overlap with work."""
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+
+
+def images_at_once(images: Tensor) -> int:
+    """Return how many images of a batch to work on at a time: on a CPU as many as its caches hold, else all.
+
+    What is larger is slow twice: each operation goes through memory, and for its result the system has to find new
+    memory, page by page, every time.
+    """
+    if images.device.type != "cpu" or not images.numel():
+        return max(1, len(images))
+    return max(1, _VALUES_AT_ONCE // images[0].numel())
+
+
+def send(numbers: NDArray[Any], like: Tensor) -> Tensor:
+    """Return numbers of the host as a tensor on the device of ``like``.
+
+    A GPU takes them from page-locked memory: a copy from elsewhere may have the host wait for the work before it.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
+    return (tensor.pin_memory() if like.is_cuda else tensor).to(like.device, non_blocking=True)

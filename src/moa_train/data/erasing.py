@@ -28,6 +28,8 @@ class RandomErasing:
 
     def __call__(self, images: Tensor, keys: Hashes) -> Tensor:
         """Erase in float images B C H W, in place."""
+        if not self.probability:
+            return images
         whether, where = uniform(keys, Purpose.ERASING, np.arange(2)[:, None])
         rows = np.flatnonzero(whether < self.probability)
         channels, height, width = images.shape[1:]

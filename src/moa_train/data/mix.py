@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moa_train.data.batch import images_at_once
 from moa_train.runtime.errors import UserError
 
 
@@ -51,7 +52,7 @@ class Mixer:
         """Mix a micro-batch.
 
         Args:
-            images: float, B C H W.
+            images: float, B C H W; mixed in place.
             labels: int64, B.
             key: (seed, step, number of the micro-batch).
             strong: False leaves the images alone; smoothing stays.
@@ -65,11 +66,14 @@ class Mixer:
         if not strong or not (self.mixup or self.cutmix) or mixes >= self.prob:
             return images, targets
         if self.cutmix and (not self.mixup or switch < self.switch_prob):
-            images, kept = cutmix(images, float(rng.beta(self.cutmix, self.cutmix)), rng)
+            height, width = images.shape[-2:]
+            box, kept = cutmix_box(height, width, float(rng.beta(self.cutmix, self.cutmix)), rng)
+            blend(images[..., *box], 1.0)
         else:
             kept = float(rng.beta(self.mixup, self.mixup))
-            images = images.flip(0).mul_(1 - kept).add_(images, alpha=kept)
-        return images, targets.flip(0).mul_(1 - kept).add_(targets, alpha=kept)
+            blend(images, 1 - kept)
+        blend(targets, 1 - kept)
+        return images, targets
 
     def smooth(self, labels: Tensor) -> Tensor:
         """Return one-hot targets, float32 B K, with ``smoothing`` spread evenly over all classes."""
@@ -78,17 +82,25 @@ class Mixer:
         return targets.scatter_(1, labels[:, None], 1 - self.smoothing + rest)
 
 
-def cutmix(images: Tensor, kept: float, rng: np.random.Generator) -> tuple[Tensor, float]:
-    """Paste a box of the opposite images: (images, part of the area that really stays).
+def cutmix_box(height: int, width: int, kept: float, rng: np.random.Generator) -> tuple[tuple[slice, slice], float]:
+    """Choose rows and columns to paste: (box, part of the area that really stays).
 
     The box would cover 1 - kept of the area; where it leaves the image it is cut, so less may be covered.
     """
-    height, width = images.shape[-2:]
     side = math.sqrt(1 - kept)
     y, x = int(rng.integers(height)), int(rng.integers(width))
     half_y, half_x = int(height * side) // 2, int(width * side) // 2
     top, bottom = max(y - half_y, 0), min(y + half_y, height)
     left, right = max(x - half_x, 0), min(x + half_x, width)
-    mixed = images.clone()
-    mixed[..., top:bottom, left:right] = images[..., top:bottom, left:right].flip(0)
-    return mixed, 1 - (bottom - top) * (right - left) / (height * width)
+    return (slice(top, bottom), slice(left, right)), 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def blend(rows: Tensor, weight: float) -> None:
+    """Move each row of a batch by ``weight`` of the way to the one at the opposite place, in place."""
+    half, at_once = len(rows) // 2, images_at_once(rows)  # an odd one in the middle is its own opposite
+    for start in range(0, half, at_once):
+        end = min(start + at_once, half)
+        first, last = rows[start:end], rows[len(rows) - end : len(rows) - start]
+        opposite = last.flip(0)
+        last.lerp_(first.flip(0), weight)
+        first.lerp_(opposite, weight)

@@ -1,12 +1,18 @@
-"""Photometric operations on batches, as Pillow defines them.
+"""Photometric operations on batches, as Pillow defines them: to the bit (ImageOps, ImageEnhance).
 
-Most replace each value of a channel by another one: they return tables, B C 256 or B 1 256, for ``look_up``. Colour and
-sharpness need other pixels or channels and return images. All take uint8 images B C H W (C = 3) and one level per
-image, shaped B 1 1 or B 1 1 1, and give Pillow's result to the bit (ImageOps, ImageEnhance).
+Most replace each value of a channel by another one: they return tables for ``look_up``. Of these, some follow from the
+level alone; the host makes them, for levels B 1: whole numbers, B 256. Others need the images: B C 256 or B 1 256, on
+their device. Colour and sharpness need other pixels or channels and return images. Images are uint8 B C H W (C = 3),
+with one level each, shaped B 1 1 or B 1 1 1.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from moa_train.data.counter import Floats, Whole
+
+_VALUES = np.arange(256)
 
 
 def look_up(images: Tensor, tables: Tensor) -> Tensor:
@@ -15,32 +21,29 @@ def look_up(images: Tensor, tables: Tensor) -> Tensor:
     return tables.to(torch.uint8).expand(*images.shape[:2], 256).gather(2, values).view_as(images)
 
 
-def invert(images: Tensor, level: Tensor) -> Tensor:
+def invert(level: Floats) -> Whole:
     """Table of the negative."""
-    return 255 - _values(images)
+    return np.broadcast_to(255 - _VALUES, (len(level), 256))
 
 
-def posterize(images: Tensor, bits: Tensor) -> Tensor:
+def posterize(bits: Floats) -> Whole:
     """Table that keeps the highest ``bits`` (whole, 0 to 8) of a value."""
-    step = 2 ** (8 - bits.long())
-    return _values(images) // step * step
+    return _VALUES & (0xFF00 >> bits.astype(np.int64))
 
 
-def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+def solarize(threshold: Floats) -> Whole:
     """Table that inverts values from ``threshold`` on."""
-    values = _values(images)
-    return torch.where(values < threshold, values, 255 - values)
+    return np.where(threshold > _VALUES, _VALUES, 255 - _VALUES)
 
 
-def solarize_add(images: Tensor, amount: Tensor) -> Tensor:
+def solarize_add(amount: Floats) -> Whole:
     """Table that adds ``amount`` (rounded down) to values below 128."""
-    values = _values(images)
-    return torch.where(values < 128, (values + amount.long()).clamp(max=255), values)
+    return np.where(_VALUES < 128, np.minimum(_VALUES + amount.astype(np.int64), 255), _VALUES)
 
 
-def brightness(images: Tensor, factor: Tensor) -> Tensor:
+def brightness(factor: Floats) -> Whole:
     """Table that moves values away from black (0: black, 1: no change)."""
-    return blend(torch.zeros_like(factor), _values(images), factor)
+    return (_VALUES.astype(np.float32) * factor.astype(np.float32)).clip(0, 255).astype(np.int64)
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
@@ -54,7 +57,7 @@ def contrast(images: Tensor, factor: Tensor) -> Tensor:
 def autocontrast(images: Tensor, level: Tensor) -> Tensor:
     """Table that stretches each channel to the full range."""
     pixels = images.flatten(2)
-    low, high = (extreme.unsqueeze(2).double() for extreme in (pixels.amin(2), pixels.amax(2)))
+    low, high = (extreme.double() for extreme in pixels.aminmax(dim=2, keepdim=True))
     values = _values(images)
     full = torch.tensor(255.0, dtype=torch.float64)  # as a tensor: a number would be multiplied by the reciprocal
     scale = full / (high - low).clamp(min=1)

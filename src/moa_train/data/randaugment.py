@@ -1,19 +1,18 @@
 """RandAugment (Cubuk et al. 2019) for whole batches, with the increasing severities that recipes write as ``inc1``.
 
 Each of ``ops`` layers picks one of 15 operations for every image and applies it with probability 1/2, at a strength
-drawn around ``magnitude`` (0 to 10). The images of a layer are sorted into four groups, each one pass: values replaced
-by a table, colour, sharpness, affine maps.
+drawn around ``magnitude`` (0 to 10). The images of a layer are sorted by operation: values replaced by a table (one
+pass for all tables), colour, sharpness, affine maps (one pass).
 """
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from moa_train.data import photometric
+from moa_train.data.batch import send
 from moa_train.data.counter import Floats, Hashes, Purpose, Whole, normal, uniform
 from moa_train.data.geometry import warp
 from moa_train.runtime.errors import UserError
@@ -21,10 +20,11 @@ from moa_train.runtime.errors import UserError
 MAX_MAGNITUDE = 10.0
 PROBABILITY = 0.5
 
-TABLES = ("autocontrast", "equalize", "invert", "posterize", "solarize", "solarize_add", "contrast", "brightness")
+HOST_TABLES = ("invert", "posterize", "solarize", "solarize_add", "brightness")
+TABLES = ("autocontrast", "equalize", "contrast")
 IMAGES = ("colour", "sharpness")
 MAPS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
-OPERATIONS = TABLES + IMAGES + MAPS
+OPERATIONS = HOST_TABLES + TABLES + IMAGES + MAPS
 
 
 def level_of(operation: str, strength: Floats, sign: Floats) -> Floats:
@@ -90,6 +90,7 @@ class RandAugment:
             raise UserError(f"randaugment_std={std}: must be at least 0. Usual: 0.5.")
         self.ops, self.magnitude, self.std, self.fill = ops, magnitude, std, fill
 
+    @torch.inference_mode()  # hundreds of small operations, each a little cheaper like that
     def __call__(self, images: Tensor, keys: Hashes) -> Tensor:
         """Augment uint8 images B 3 H W, whose samples have these keys."""
         layers = self.draw(keys)
@@ -97,9 +98,9 @@ class RandAugment:
         for chosen, strength, sign in zip(*layers, strict=True):
             by_operation = np.argsort(chosen[order], kind="stable")
             order = order[by_operation]
-            images = images.index_select(0, _send(by_operation, images))
+            images = images.index_select(0, send(by_operation, images))
             self._apply(images, chosen[order], strength[order], sign[order])
-        return images.index_select(0, _send(np.argsort(order), images))
+        return images.index_select(0, send(np.argsort(order), images))
 
     def draw(self, keys: Hashes) -> tuple[Whole, Floats, Floats]:
         """Return, for each layer and image, the operation's place in ``OPERATIONS`` (-1: none), strength and sign."""
@@ -121,25 +122,29 @@ class RandAugment:
         levels = np.zeros(len(chosen))
         for name, part in parts.items():
             levels[part] = level_of(name, strength[part], sign[part])
-        level_B = _send(levels.astype(np.float32), images)
+        level_B = send(levels.astype(np.float32), images)
 
+        def group(names: tuple[str, ...]) -> slice:
+            first = OPERATIONS.index(names[0])
+            return slice(bounds[first], bounds[first + len(names)])
+
+        host = np.empty((len(chosen), 1, 256), np.uint8)
+        for name, part in parts.items():
+            if name in HOST_TABLES:
+                host[part, 0] = getattr(photometric, name)(levels[part, None])
         tables = torch.empty(*images.shape[:2], 256, dtype=torch.uint8, device=images.device)
+        tables[group(HOST_TABLES)] = send(host[group(HOST_TABLES)], images)
         for name, part in parts.items():
             if name in TABLES:
                 tables[part] = getattr(photometric, name)(images[part], level_B[part].view(-1, 1, 1))
             elif name in IMAGES:
                 images[part] = getattr(photometric, name)(images[part], level_B[part].view(-1, 1, 1, 1))
-        with_table = slice(bounds[0], bounds[len(TABLES)])
-        images[with_table] = photometric.look_up(images[with_table], tables[with_table])
+        replaced = group(HOST_TABLES + TABLES)
+        images[replaced] = photometric.look_up(images[replaced], tables[replaced])
 
-        moved = slice(bounds[-1 - len(MAPS)], bounds[-1])
-        size = images.shape[-2:]
+        moved, size = group(MAPS), images.shape[-2:]
         names = [name for name in MAPS if name in parts]
         maps = [affine_map(name, level, *size) for name in names for level in levels[parts[name]].tolist()]
         if maps:
             self.fill = self.fill.to(images.device, non_blocking=True)
-            images[moved] = warp(images[moved], _send(np.array(maps, np.float32), images), self.fill)
-
-
-def _send(numbers: NDArray[Any], like: Tensor) -> Tensor:
-    return torch.from_numpy(numbers).to(like.device, non_blocking=True)
+            images[moved] = warp(images[moved], send(np.array(maps, np.float32), images), self.fill)
