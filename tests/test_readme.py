@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch.distributed.run import get_args_parser
 
-from moa_train.cli import app
+from moa_train.cli import app, bench
 from moa_train.runtime.signals import Exit
 from moa_train.schema import EvalConfig, RunConfig
 
@@ -24,12 +24,12 @@ README = (ROOT / "README.md").read_text()
 CONF = ROOT / "conf"
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 SCHEMAS = {"train": RunConfig, "eval": EvalConfig}
-MODULES = {"train": "train", "evaluate": "eval", "data": "data", "model": "model"}
+MODULES = {"train": "train", "evaluate": "eval", "data": "data", "model": "model", "bench": "bench"}
 
 
 def commands(text: str) -> Iterator[str]:
     """Yield the command lines of a text: lines that start with a command of this project, without their comments."""
-    names = r"moa-(?:train|eval|data|model)|torchrun|sbatch|scripts/\S+|make|python -m"
+    names = r"moa-(?:train|eval|data|model|bench)|torchrun|sbatch|scripts/\S+|make|python -m"
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         if found := re.match(rf"(?:#   |#? {{0,6}})((?:{names})(?: +\S.*)?$)", line):
             command = re.split(r"  +[^- ]|\s#\s", found[1])[0]  # what follows two spaces explains
@@ -62,7 +62,7 @@ def _conf() -> Iterator[None]:
 
 def test_the_documents_show_commands():
     programs = {command.split()[0] for command, _ in COMMANDS}
-    assert programs >= {"moa-train", "moa-eval", "moa-data", "torchrun", "sbatch", "make"}
+    assert programs >= {"moa-train", "moa-eval", "moa-data", "moa-bench", "torchrun", "sbatch", "make"}
     assert len(COMMANDS) > 30
 
 
@@ -100,6 +100,8 @@ def accept(program: str, arguments: list[str]) -> None:
         if command == "summary":
             return accept("train", [*arguments, "data.root=."])  # it looks at no image
         assert command == "convert"
+    if program == "bench":
+        return accept("train", bench.read(arguments)[1])
     if program not in SCHEMAS and "--help" in arguments:
         return None
     if program not in SCHEMAS:
