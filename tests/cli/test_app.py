@@ -219,6 +219,9 @@ def test_a_sweep_runs_every_combination(tried):
     found = tried["sweep"]
     assert found["code"] == 0, found["err"]
     assert found["out"].count("ran [") == 8
+    announced = [line for line in found["out"].splitlines() if line.startswith("run ")]
+    assert announced[0] == "run 1 of the sweep: model=moa_t schedule.milestones=['1%','2%'] optim.lr=0.001"
+    assert len(announced) == 8
 
 
 def test_signs_in_values(tried):

@@ -63,7 +63,7 @@ class Clock:
 def test_steady_speed() -> None:
     clock = Clock()
     speed = Speed(half_life=10.0, clock=clock)
-    assert (speed.rate, speed.seconds_left(5)) == (0.0, None)
+    assert (speed.rate, speed.seconds_left(5)) == (None, None)
     speed.restart()
     for _ in range(50):
         clock.now += 0.5
@@ -102,7 +102,7 @@ def test_the_first_tick_only_starts_the_clock() -> None:
     speed = Speed(clock=clock)
     clock.now += 60
     speed.tick(1)
-    assert speed.rate == 0.0
+    assert speed.rate is None
     clock.now += 1
     speed.tick(1)
     assert speed.rate == pytest.approx(1)

@@ -72,10 +72,10 @@ class Speed:
         self._last = now
 
     @property
-    def rate(self) -> float:
-        """Things per second; 0 as long as nothing was measured."""
-        return self._count / self._seconds if self._seconds > 0 else 0.0
+    def rate(self) -> float | None:
+        """Things per second; None as long as nothing was measured."""
+        return self._count / self._seconds if self._seconds > 0 else None
 
     def seconds_left(self, remaining: float) -> float | None:
         """Seconds that ``remaining`` things will take, or None as long as nothing was measured."""
-        return remaining / self.rate if self.rate > 0 else None
+        return remaining / self.rate if self.rate else None
