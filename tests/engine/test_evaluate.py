@@ -97,7 +97,7 @@ class Leaning(torch.nn.Module):
         return torch.stack([3 - images.mean((1, 2, 3)), images.mean((1, 2, 3)) - 3], dim=1)
 
 
-def run(stop=lambda: False, model: torch.nn.Module | None = None) -> Evaluation | None:
+def run(stop=lambda: False, model: torch.nn.Module | None = None, **more) -> Evaluation | None:
     model = model or Leaning()
     with Distributed.start("cpu") as alone:
         return evaluate(
@@ -107,6 +107,7 @@ def run(stop=lambda: False, model: torch.nn.Module | None = None) -> Evaluation 
             autocast=nullcontext,
             distributed=alone,
             stop=stop,
+            **more,
         )
 
 
@@ -132,6 +133,12 @@ def test_a_stop_ends_it_without_a_result():
     calls = iter([False, True])
     assert run(stop=lambda: next(calls)) is None
     assert next(calls, "used up") == "used up"
+
+
+def test_it_tells_how_far_it_is():
+    told = []
+    run(advance=lambda *numbers: told.append(numbers))
+    assert told == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_nothing_to_evaluate_is_no_division_by_zero():

@@ -9,12 +9,12 @@ import termios
 import threading
 import time
 from fractions import Fraction
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
 from moa_train.runtime.errors import UserError
-from moa_train.tracking.console import Console, block, clock_time
+from moa_train.tracking.console import Console, EvaluationProgress, block, clock_time
 
 METRICS = {"loss": 1.23456, "rate": 9e-4, "images_per_second": 812.4, "memory": 1.25e9, "grad_norm": 1.0}
 
@@ -116,6 +116,27 @@ def test_time_spent_evaluating_does_not_count_as_training() -> None:
     assert "0:40 left" in stream.getvalue().splitlines()[-1]
 
 
+def test_a_long_evaluation_says_how_far_it_is() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = EvaluationProgress("evaluating c/test", stream=stream, clock=clock)
+    for _ in range(2):  # one after the other
+        for done in range(1, 26):
+            clock.now += 1
+            progress(done, 25)
+    lines = ["evaluating c/test  batch 11/25  0:14 left", "evaluating c/test  batch 21/25  0:04 left"]
+    assert stream.getvalue().splitlines() == lines * 2
+
+
+def test_a_short_evaluation_writes_no_line_and_leaves_no_bar() -> None:
+    for style in ("plain", "bar"):
+        stream = io.StringIO()
+        progress = EvaluationProgress("evaluating", style=style, stream=stream, clock=Clock())
+        for done in (1, 2, 3):
+            progress(done, 3)
+        assert screen(stream.getvalue(), 200) == [""]
+        assert ("batch" in stream.getvalue()) == (style == "bar")
+
+
 def test_unusual_metrics_are_no_problem() -> None:
     stream, clock = io.StringIO(), Clock()
     console = Console(10, 10, stream=stream, clock=clock, line_seconds=0)
@@ -135,7 +156,7 @@ def test_styles() -> None:
     assert "\r" in stream.getvalue()
 
 
-def demonstrate(console: Console) -> None:
+def demonstrate(console: Console, stream: TextIO) -> None:
     console.say("hello")
     for step in range(1, 61):
         time.sleep(0.01)
@@ -143,6 +164,10 @@ def demonstrate(console: Console) -> None:
         if step % 5 == 0:
             console.log_step(step, {"loss": 1.5, "rate": 9e-4, "images_per_second": 812.4, "memory": 1.25e9})
         if step == 20:
+            progress = EvaluationProgress("evaluating val", stream=stream)
+            for done in range(1, 31):
+                time.sleep(0.01)
+                progress(done, 30)
             console.log_eval(step, {"loss": 1.0, "top1": 50.0, "top5": 75.0, "best": True})
     console.close()
     console.say("goodbye")
@@ -162,7 +187,7 @@ def on_a_terminal(columns: int) -> str:
     reader = threading.Thread(target=receive)
     reader.start()
     with os.fdopen(secondary, "w", encoding="utf-8") as stream:
-        demonstrate(Console(60, 20, stream=stream))
+        demonstrate(Console(60, 20, stream=stream), stream)
     reader.join()
     os.close(primary)
     return b"".join(received).decode()
@@ -205,6 +230,7 @@ def test_bar_on_a_real_terminal() -> None:
         r"epoch 3/3 \|█+\| 100%  step 60/60  loss 1.5000  812 images/s  0:00 left  rate 9.0e-04( {2}1.2 GB)?", lines[5]
     )
     assert lines[6:] == ["goodbye", ""]
+    assert re.search(r"evaluating val \|█.*batch \d+/30  0:0\d left", text)  # for a while
     assert "\x1b[1m" in text
 
 

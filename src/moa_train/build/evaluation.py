@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import TextIO
 
 from torch import nn
 
@@ -13,12 +14,22 @@ from moa_train.engine.state import TrainState
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
 from moa_train.schema import RunConfig
+from moa_train.tracking.console import EvaluationProgress
 
 
 def build_evaluation(
-    config: RunConfig, source: Source, distributed: Distributed, stop: Callable[[], bool] = lambda: False
+    config: RunConfig,
+    source: Source,
+    distributed: Distributed,
+    stop: Callable[[], bool] = lambda: False,
+    stream: TextIO | None = None,
 ) -> Callable[[nn.Module], Evaluation | None]:
-    """Return a function that evaluates a model on ``source``; its result is None where ``stop`` asked to stop."""
+    """Return a function that evaluates a model on ``source``; its result is None where ``stop`` asked to stop.
+
+    Rank 0 shows on ``stream`` (standard output, unless given) how far it is.
+    """
+    title, style = f"evaluating {source.describe()['name']}", config.tracking.progress
+    progress = EvaluationProgress(title, style=style, stream=stream) if distributed.is_main else lambda done, of: None
     precision = Precision.resolve(config.runtime.eval_precision, distributed.device)
     return partial(
         evaluate,
@@ -27,6 +38,7 @@ def build_evaluation(
         autocast=precision.autocast,
         distributed=distributed,
         stop=stop,
+        advance=progress,
     )
 
 

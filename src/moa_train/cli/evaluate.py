@@ -55,7 +55,8 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
             )
         model = build_model(run.model, run.data, len(classes))
         load_weights(model, weights)
-        result = build_evaluation(run, source, distributed)(model.to(distributed.device))
+        evaluation = build_evaluation(run, source, distributed, stream=sys.stderr)  # standard output is JSON alone
+        result = evaluation(model.to(distributed.device))
     if distributed.is_main and result is not None:
         outcome = {"split": config.split, **result.as_dict(), "weights": str(found.path), "data": source.describe()}
         write(outcome, Path(config.output) if config.output else default_output(found, config.split))

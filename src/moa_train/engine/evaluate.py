@@ -70,6 +70,7 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager[object]],
     distributed: Distributed,
     stop: Callable[[], bool] = lambda: False,
+    advance: Callable[[int, int], None] = lambda done, rounds: None,
 ) -> Evaluation | None:
     """Count top-1 and top-5 hits of ``model`` over this rank's ``batches``, and add up over the ranks.
 
@@ -80,6 +81,7 @@ def evaluate(
         autocast: context of the forward pass.
         distributed: the ranks, and the device.
         stop: whether this rank has been asked to stop; then all ranks give up together and the result is None.
+        advance: told after each batch how many of how many are done.
     """
     device = distributed.device
     counts = torch.zeros(3, dtype=torch.int64, device=device)
@@ -89,13 +91,14 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        for _ in range(rounds):
+        for done in range(1, rounds + 1):
             if distributed.agree_any(stop()):
                 return None
             batch = next(iterator, None)
             if batch is not None:
                 faults.point("evaluate.batch")
                 _count(model, batch.to(device, non_blocking=True), transform, autocast, counts, loss)
+            advance(done, rounds)
     finally:
         model.train(was_training)
     top1, top5, total = distributed.all_reduce_sum(counts).tolist()

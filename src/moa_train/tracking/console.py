@@ -39,12 +39,9 @@ class Console(Writer):
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if style not in STYLES:
-            raise UserError(choose("tracking.progress", style, STYLES))
         self._stream = stream or sys.stdout
-        is_terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._has_bar = is_terminal if style == "auto" else style == "bar"
-        self._has_style = is_terminal and not os.environ.get("NO_COLOR")
+        self._has_bar = _has_bar(self._stream, style)
+        self._has_style = _is_terminal(self._stream) and not os.environ.get("NO_COLOR")
         self._total_steps = total_steps
         self._steps_per_epoch = Fraction(steps_per_epoch)
         self._line_seconds = line_seconds
@@ -148,6 +145,60 @@ class Console(Writer):
         self.say(_aligned([cell or "-" for cell in cells]) + ("  best" if metrics.get("best") else ""))
 
 
+class EvaluationProgress:
+    """Shows how far an evaluation is: by a bar that disappears, or by a line every ``line_seconds`` seconds.
+
+    It is called with the numbers of batches that are done and that there are. Short evaluations write no line.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        *,
+        style: str = "auto",
+        line_seconds: float = 10.0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._title = title
+        self._stream = stream or sys.stdout
+        self._has_bar = _has_bar(self._stream, style)
+        self._line_seconds = line_seconds
+        self._clock = clock
+        self._bar: _Bar | None = None
+
+    def __call__(self, done: int, rounds: int) -> None:
+        """Note that ``done`` of ``rounds`` batches are done."""
+        if done == 1:  # another evaluation has begun
+            self._speed = Speed(clock=self._clock)
+            self._line_due = self._clock() + self._line_seconds
+            if self._has_bar:
+                self._bar = _Bar(rounds, 0, self._title, self._stream, unit="batch", leave=False)
+        self._speed.tick(1)
+        left = self._speed.seconds_left(rounds - done)
+        parts = [] if left is None else [f"{clock_time(left)} left"]
+        if self._bar is not None:
+            self._bar.parts = parts
+            self._bar.update()
+            if done == rounds:
+                self._bar.close()
+                self._bar = None
+        elif not self._has_bar and self._clock() >= self._line_due and done < rounds:
+            self._line_due = self._clock() + self._line_seconds
+            self._stream.write("  ".join([self._title, f"batch {done}/{rounds}", *parts]) + "\n")
+            self._stream.flush()
+
+
+def _has_bar(stream: TextIO, style: str) -> bool:
+    if style not in STYLES:
+        raise UserError(choose("tracking.progress", style, STYLES))
+    return _is_terminal(stream) if style == "auto" else style == "bar"
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
 class _MeanLoss:
     """Mean of the logged losses, each weighted with the steps it stands for."""
 
@@ -174,22 +225,26 @@ class _Bar(tqdm):
     monitor_interval = 0
     parts: Sequence[str] = ()  # the text after the bar, most important first
 
-    def __init__(self, total: int, initial: int, label: str, stream: TextIO) -> None:
+    def __init__(
+        self, total: int, initial: int, label: str, stream: TextIO, *, unit: str = "step", leave: bool = True
+    ) -> None:
         super().__init__(
             total=total,
             initial=initial,
             desc=label,
             file=stream,
+            unit=unit,
+            leave=leave,
             dynamic_ncols=True,
             mininterval=0.2,
-            bar_format="{label} |{bar}| {percentage:3.0f}%  step {n_fmt}/{total_fmt}  {text}",
+            bar_format="{label} |{bar}| {percentage:3.0f}%  {unit} {n_fmt}/{total_fmt}  {text}",
         )
 
     @property
     def format_dict(self) -> dict[str, object]:
         """Fields for ``bar_format``: as many of the parts as leave ten columns to the bar."""
         known = super().format_dict
-        room = (known["ncols"] or 80) - len(f"{self.desc} || 100%  step {self.n}/{self.total}") - 10
+        room = (known["ncols"] or 80) - len(f"{self.desc} || 100%  {self.unit} {self.n}/{self.total}") - 10
         parts = list(self.parts)
         while parts and sum(len(part) + 2 for part in parts) > room:
             parts.pop()
