@@ -105,10 +105,23 @@ def build_train_transform(
 
     From step ``off_step`` on, strong augmentation and mixing are off.
     """
-    settings, seed = config.augment, config.runtime.seed
+    seed = config.runtime.seed
+    augment, mixer = build_augment(config, source), build_mixer(config, len(source.classes))
+
+    def transform(batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        strong = step < off_step
+        images, targets = mixer(augment(batch, strong), batch.labels, (seed, step, batch.micro), strong)
+        return _layout(images, config.runtime.channels_last), targets
+
+    return transform
+
+
+def build_augment(config: RunConfig, source: Source) -> BatchAugment:
+    """Return the augmentation of batches of training images."""
+    settings = config.augment
     mean, std = statistics(config.data)
-    augment = BatchAugment(
-        seed=seed,
+    return BatchAugment(
+        seed=config.runtime.seed,
         mean=mean,
         std=std,
         # Files were cropped when they were read: their crop is finer than the pixels that arrive here.
@@ -123,21 +136,19 @@ def build_train_transform(
         color_jitter=settings.color_jitter,
         erasing=settings.erasing,
     )
-    mixer = Mixer(
-        num_classes=len(source.classes),
+
+
+def build_mixer(config: RunConfig, num_classes: int) -> Mixer:
+    """Return mixup, cutmix and smoothing of the targets."""
+    settings = config.augment
+    return Mixer(
+        num_classes=num_classes,
         mixup=settings.mixup,
         cutmix=settings.cutmix,
         prob=settings.mix_prob,
         switch_prob=settings.mix_switch_prob,
         smoothing=settings.label_smoothing,
     )
-
-    def transform(batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        strong = step < off_step
-        images, targets = mixer(augment(batch, strong), batch.labels, (seed, step, batch.micro), strong)
-        return _layout(images, config.runtime.channels_last), targets
-
-    return transform
 
 
 def build_eval_transform(config: RunConfig) -> Callable[[Batch], Tensor]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PARTS = {
     "step": "model steps, training and inference: speed, memory, share of the machine's peak",
+    "input": "input on one core, training and evaluation: images/s as a whole and by stage",
     "loop": "the trainer, with logging and background checkpoints, over the bare step",
     "checkpoint": "saving (how long training waits for it), verifying, restoring",
     "ranks": "several processes over one process with all their threads; on CUDA several GPUs over one",
@@ -34,6 +35,7 @@ EXAMPLES = """moa-bench: ratios of what takes turns in one run; medians, spread,
   moa-bench                                              all parts, small model and data, some minutes
   moa-bench step model=moa_t data=imagenet --batch 8 --against timm/swin_tiny_patch4_window7_224
   moa-bench step model=moa_t data=cifar100 --batch 64 --precision bf16 fp32 --compile off on --mode infer
+  moa-bench input data=imagenet data.root=/data/imagenet --batch 64 --against timm torchvision
   moa-bench loop checkpoint model=moa_t data=imagenet data.root=/data/imagenet engine.micro_batch_size=64"""
 
 MODES = ("train", "infer")
@@ -106,10 +108,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--against", nargs="+", default=[], metavar="PEER",
         help="step: timm/NAME, torchvision/NAME, moa-train/OPTION; arguments after a colon, as in "
-        "timm/swin_tiny_patch4_window7_224:img_size=32,patch_size=1,window_size=4",
+        "timm/swin_tiny_patch4_window7_224:img_size=32,patch_size=1,window_size=4; input: timm, torchvision",
     )  # fmt: skip
     result.add_argument("--mode", nargs="+", default=MODES, choices=MODES, help="step, input (default: both)")
-    result.add_argument("--batch", nargs="+", type=_count, default=[], help="step: images (default: as configured)")
+    result.add_argument(
+        "--batch", nargs="+", type=_count, default=[], help="step, input: images (default: as configured)"
+    )
     result.add_argument("--precision", nargs="+", default=[], help="step: bf16, fp16, fp32 (default: as configured)")
     switch: dict[str, Any] = {"nargs": "+", "default": ["off"], "choices": ("off", "on")}
     result.add_argument("--compile", **switch, help="step: torch.compile (default: off)")

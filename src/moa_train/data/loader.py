@@ -80,6 +80,7 @@ class TrainLoader:
             view = RandomResizedCrop(source.image_size, scale, ratio, interpolation)
         self.order, self.micro_batch_size = order, micro_batch_size
         self._share = micro_batches(order.batch_size, micro_batch_size, rank, world_size)
+        self.view = view
         self._read = _Reader(source, order.seed, view, substitute=unreadable == "quarantine")
         self._budget, self._unreadable = quarantine_budget, dict[str, None]()
         self._start = partial(_start, self._read, workers=workers, pin_memory=pin_memory, timeout=timeout)
@@ -146,7 +147,8 @@ class EvalLoader:
             raise UserError(f"eval batch_size={batch_size}: must be at least 1.")
         self.source, self.batch_size = source, batch_size
         self._chunks = range(rank, -(-len(source) // batch_size), world_size)
-        read = _Reader(source, 0, CentreCrop(source.image_size, crop_ratio, interpolation), substitute=False)
+        self.view = CentreCrop(source.image_size, crop_ratio, interpolation)
+        read = _Reader(source, 0, self.view, substitute=False)
         self._start = partial(_start, read, workers=workers, pin_memory=pin_memory, timeout=timeout)
 
     def __len__(self) -> int:

@@ -1,0 +1,154 @@
+"""Input pipelines on one core, without workers: ours and others' as a whole in turn, and ours by stage.
+
+A whole pipeline goes from a data set to normalised images and mixed targets on the device. All contenders see the same
+images, a few batches of them, which are in memory (files: in the system's cache) after the warm-up. With ``train`` they
+are augmented as configured, with ``infer`` they are prepared for evaluation.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain, repeat
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moa_train.bench import input_peers
+from moa_train.bench.job import Job
+from moa_train.bench.peers import need
+from moa_train.bench.report import Row, Table
+from moa_train.bench.timing import alternate, timed
+from moa_train.build.data import (
+    build_augment,
+    build_eval_loader,
+    build_eval_transform,
+    build_source,
+    build_train_loader,
+    build_train_transform,
+)
+from moa_train.data import Mixer, Source
+from moa_train.data.batch import images_at_once
+from moa_train.data.counter import sample_keys
+from moa_train.data.files import FileSource
+from moa_train.data.image import EncodedImage
+from moa_train.schema import RunConfig, image_shape
+
+BATCHES = 8
+"""How many different batches there are."""
+
+Pipeline = Iterator[tuple[Tensor, Tensor]]
+
+
+def prepare(job: Job) -> Callable[[], Iterator[Table]]:
+    """Check the peers and open the training images; return what yields a table for each mode and batch."""
+    names = [name for name in job.against if "/" not in name]
+    for name in names:
+        need(name)
+    source = build_source(job.config.data, "train")
+    batches = job.batches or [job.config.engine.micro_batch_size or job.config.engine.batch_size]
+
+    def measure() -> Iterator[Table]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for mode in job.modes:
+                for batch in batches:
+                    yield _compare(job, source, names, mode, batch)
+        finally:
+            torch.set_num_threads(threads)
+
+    return measure
+
+
+def _compare(job: Job, source: Source, names: list[str], mode: str, batch: int) -> Table:
+    rows = np.linspace(0, len(source) - 1, BATCHES * batch).astype(np.int64)
+    source, config = source.subset(rows, source.title), copy.deepcopy(job.config)
+    config.engine.batch_size = config.engine.micro_batch_size = config.engine.eval_batch_size = batch
+    config.data.workers, config.data.unreadable = 0, "fail"
+
+    whole = {"moa-train": _ours(job, config, source, mode)}
+    arguments = (config, source, mode, batch, job.device)
+    if "timm" in names:
+        whole["timm"] = input_peers.timm(*arguments)
+        whole["timm prefetcher"] = input_peers.timm(*arguments, prefetcher=True)
+    if "torchvision" in names:
+        whole["torchvision"] = input_peers.torchvision(*arguments)
+    contenders: dict[str, tuple[Callable[[], object], int]] = {
+        name: (partial(next, pipeline), batch) for name, pipeline in whole.items()
+    }
+    contenders |= {f"  {name}": stage for name, stage in _stages(job, config, source, mode, batch).items()}
+
+    measures = {name: timed(call, job.device, least_seconds=job.seconds) for name, (call, _) in contenders.items()}
+    seconds = alternate(measures, job.rounds)
+    table = [
+        Row.rate(name, seconds[name], images, us=1e6 * median(seconds[name]) / images)
+        for name, (_, images) in contenders.items()
+    ]
+    ratios = [table[0].over(row) for row in table[1 : len(whole)]]
+    height, width = image_shape(config.data.image_size)
+    title = f"{mode}, batch {batch}, {height} x {width}, {config.data.name}, one core; us: microseconds an image"
+    return Table("input", title, [*table, *ratios])
+
+
+def _ours(job: Job, config: RunConfig, source: Source, mode: str) -> Pipeline:
+    if mode == "infer":
+        evaluation, prepare = build_eval_loader(config, source, job.alone), build_eval_transform(config)
+        for batch in chain.from_iterable(repeat(evaluation)):
+            there = batch.to(job.device, non_blocking=True)
+            yield prepare(there), there.labels
+    augment = build_train_transform(config, source, off_step=sys.maxsize)
+    for batch in build_train_loader(config, source, job.alone).batches():
+        yield augment(batch.to(job.device, non_blocking=True), batch.step)
+
+
+def _stages(
+    job: Job, config: RunConfig, source: Source, mode: str, size: int
+) -> dict[str, tuple[Callable[[], object], int]]:
+    """Return each stage of ours, with the number of images that it works on at a time."""
+    loader = build_train_loader(config, source, job.alone)
+    view = loader.view if mode == "train" else build_eval_loader(config, source, job.alone).view
+    draw = loader.order.step(0)
+    keys = sample_keys(config.runtime.seed, draw.epoch, draw.index, draw.repeat)
+    batch = next(loader.batches()) if mode == "train" else next(iter(build_eval_loader(config, source, job.alone)))
+
+    stages: dict[str, tuple[Callable[[], object], int]] = {}
+    if isinstance(source, FileSource):
+        paths = [Path(source.name(index)) for index in draw.index]
+        files, numbers = [path.read_bytes() for path in paths], view.numbers(keys)
+        stages["read"] = (partial(_each, Path.read_bytes, paths), size)
+        stages["decode"] = (partial(_each, lambda data: EncodedImage(data).decode(), files), size)
+        stages["decode, crop, resize"] = (
+            partial(_each, lambda place: view(EncodedImage(files[place]), numbers[place]), range(size)),
+            size,
+        )
+    else:
+        stages["gather"] = (partial(source.gather, draw.index), size)
+    if job.device.type != "cpu":
+        stages["transfer"] = (partial(batch.to, job.device), size)
+    augment, images = build_augment(config, source), batch.to(job.device).images
+    some = images_at_once(images)
+    pixels = images[:some]
+    if mode == "train":
+        for name, stage in augment.stages.items():
+            stages[name] = (partial(stage, pixels, keys[:some]), len(pixels))
+    stages["normalize"] = (partial(augment.normalize, pixels), len(pixels))
+    if mode == "train":
+        normal, labels = augment.normalize(images), batch.labels.to(job.device)
+        if config.augment.erasing:
+            stages["erase"] = (partial(augment.erase, normal[:some], keys[:some]), len(pixels))
+        for name in ("mixup", "cutmix"):
+            if alpha := getattr(config.augment, name):
+                only = {"mixup": 0.0, "cutmix": 0.0, name: alpha}
+                mixer = Mixer(num_classes=len(source.classes), **only)
+                stages[name] = (partial(mixer, normal, labels, (config.runtime.seed, 0, 0)), size)
+    return stages
+
+
+def _each(function: Callable[..., object], arguments: Iterable[Any]) -> None:
+    for argument in arguments:
+        function(argument)
