@@ -1,11 +1,15 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moa_train.data.augment import BatchAugment, Normalize
 from moa_train.data.batch import Batch, images_at_once
+from moa_train.data.mix import Mixer
 from moa_train.data.preview import preview
 from moa_train.runtime.errors import UserError
 
@@ -164,6 +168,40 @@ def test_numbers_never_change() -> None:
     transform = augment(**FULL, padding=1)
     result = transform.normalize.undo(transform(batch_of(ramp), strong=False))
     assert result.long().flatten(1).mul(torch.arange(192)).sum(1).tolist()[:4] == [2030392, 1259888, 1601712, 3514400]
+
+
+class Transfers(TorchDispatchMode):
+    """Notes what is copied to the device ``meta``, and whether the host would wait for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.waits = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        names = [argument.name for argument in operation._schema.arguments]
+        if "non_blocking" in names and args[0].device.type == "cpu" and result.is_meta:
+            given = dict(zip(names, args, strict=False)) | (kwargs or {})
+            self.count += 1
+            self.waits += not given.get("non_blocking", False)
+        return result
+
+
+@pytest.mark.parametrize("crop", ["pad", "resized", "none"])
+@pytest.mark.parametrize("mix", [{"cutmix": 0}, {"mixup": 0}])
+def test_the_host_never_waits_for_the_device(tiles: Tensor, crop: str, mix: dict[str, float]) -> None:
+    """The device ``meta`` computes nothing: whatever the host would have to read from it is an error."""
+    there = batch_of(tiles).to("meta")
+    for wait in (lambda x: x.max().item(), torch.nonzero, lambda x: x[x > 3], Tensor.cpu, Tensor.tolist):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            wait(there.images)
+    with Transfers() as transfers:
+        images = augment(crop=crop, **FULL)(there)
+        images, targets = Mixer(num_classes=100, **mix)(images, there.labels, (0, 0, 0))
+    assert images.is_meta
+    assert targets.is_meta
+    assert transfers.count > 10
+    assert transfers.waits == 0
 
 
 @pytest.mark.gpu
