@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms import v2
 
 from moa_train.data.augment import BatchAugment, Normalize
 from moa_train.data.batch import Batch, images_at_once
@@ -133,6 +134,25 @@ def test_jitter_changes_by_the_factors_asked_for() -> None:
     transform = plain(color_jitter=0.4)
     values = transform.normalize.undo(transform(batch_of(grey)))[:, 0, 0, 0].float() / 100
     assert stats.kstest((values.numpy() - 0.6) / 0.8, "uniform").pvalue > 1e-3
+
+
+def test_jitter_has_torchvisions_distribution() -> None:
+    """Mean luma shows brightness; its range brightness times contrast; colour all three."""
+    pixels = torch.tensor([[[95, 55], [95, 55]], [[80, 40], [80, 40]], [[70, 30], [70, 30]]], dtype=torch.uint8)
+    images = pixels.expand(3000, -1, -1, -1)
+    transform = plain(color_jitter=0.4)
+    ours = transform.normalize.undo(transform(batch_of(images)))
+    torch.manual_seed(0)
+    peer = v2.ColorJitter(0.4, 0.4, 0.4)
+    theirs = torch.stack([peer(image) for image in images])
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    measured = []
+    for result in (ours.float(), theirs.float()):
+        luma = (result * weights).sum(1)
+        measured.append(((luma.mean((1, 2))), luma[:, 0, 0] - luma[:, 0, 1], result[:, 0, 0, 0] - result[:, 2, 0, 0]))
+    for mine, its in zip(*measured, strict=True):
+        noise = np.random.default_rng(0).uniform(-1, 1, (2, 3000))  # over the steps of whole numbers
+        assert stats.ks_2samp(mine.numpy() + noise[0], its.numpy() + noise[1]).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
+from torchvision.transforms import v2
 
 from moa_train.data.mix import Mixer
 from moa_train.runtime.errors import UserError
@@ -78,9 +80,23 @@ def test_cutmix_boxes_reach_every_pixel_and_cut_at_borders() -> None:
 def test_proportions_follow_the_beta_distribution() -> None:
     mix = mixer(mixup=0.8, cutmix=0, smoothing=0)
     parts = np.array([kept(*_mixed(mix, step)) for step in range(1500)])
-    from scipy import stats
-
     assert stats.kstest(parts, stats.beta(0.8, 0.8).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+def test_proportions_and_boxes_have_torchvisions_distributions(alpha: float) -> None:
+    """Parts of the own target, 600 batches each. Cutmix: what its boxes cover, cut at the borders."""
+    torch.manual_seed(0)
+    labels, pair = torch.tensor([0, 1]), torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 24, 36)
+    peers = {"mixup": v2.MixUp(alpha=alpha, num_classes=2), "cutmix": v2.CutMix(alpha=alpha, num_classes=2)}
+    for name, peer in peers.items():
+        mix = Mixer(num_classes=2, smoothing=0, **{"mixup": 0.0, "cutmix": 0.0, name: alpha})
+        ours = [mix(pair.clone(), labels, (0, step, 0)) for step in range(600)]
+        theirs = [peer(pair.clone(), labels) for _ in range(600)]
+        parts = [np.array([float(targets[0, 0]) for _, targets in batches]) for batches in (ours, theirs)]
+        assert stats.ks_2samp(*parts).pvalue > 1e-3, name
+        for images, targets in ours + theirs:
+            assert float(images[0].mean()) == pytest.approx(1 - float(targets[0, 0]), abs=1e-5)
 
 
 def _mixed(mix: Mixer, step: int) -> tuple[Tensor, Tensor, Tensor]:
