@@ -52,6 +52,33 @@ def test_severity_increases_with_strength(operation: str, strength: float, sign:
     assert level_of(operation, np.array([strength]), np.array([sign]))[0] == pytest.approx(level)
 
 
+TIMM = {
+    "posterize": "PosterizeIncreasing", "solarize": "SolarizeIncreasing", "solarize_add": "SolarizeAdd",
+    "contrast": "ContrastIncreasing", "brightness": "BrightnessIncreasing", "colour": "ColorIncreasing",
+    "sharpness": "SharpnessIncreasing", "rotate": "Rotate", "shear_x": "ShearX", "shear_y": "ShearY",
+    "translate_x": "TranslateXRel", "translate_y": "TranslateYRel", "autocontrast": "AutoContrast",
+    "equalize": "Equalize", "invert": "Invert",
+}  # fmt: skip
+
+
+def test_operations_and_levels_are_those_of_timms_increasing_recipe() -> None:
+    peer = pytest.importorskip("timm.data.auto_augment", reason="timm is not installed")
+    assert sorted(TIMM.values()) == sorted(peer._RAND_INCREASING_TRANSFORMS)
+    assert set(TIMM) == set(OPERATIONS)
+    for operation, name in TIMM.items():
+        if (levels := peer.LEVEL_TO_ARG[name]) is None:  # takes none
+            continue
+        for strength in np.linspace(0, 1, 41):
+            theirs = {float(levels(10 * strength, {})[0]) for _ in range(20)}  # of either sign
+            signs = np.array([1.0, -1.0])
+            ours = level_of(operation, np.full(2, strength), signs)
+            if operation == "rotate":
+                ours = np.degrees(ours)
+            if operation == "posterize":
+                theirs = {max(1.0, level) for level in theirs}  # 0 bits are black
+            assert sorted(set(ours.round(9))) == pytest.approx(sorted({round(level, 9) for level in theirs}))
+
+
 def test_each_image_gets_its_operations_in_order(tiles: Tensor) -> None:
     """One image at a time, with torchvision's operations, gives the same pixels to one level a layer."""
     augment = RandAugment(2, 9, 0.5, FILL)
