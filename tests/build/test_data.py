@@ -3,8 +3,10 @@
 import numpy as np
 import torch
 
-from moa_train.build.data import build_source, build_train_transform
+from moa_train.build import data
+from moa_train.build.data import build_source, build_train_transform, open_splits
 from moa_train.data import STATISTICS, Order, TrainLoader
+from moa_train.runtime.distributed import Distributed
 
 
 def test_the_parts_of_a_limit_are_evenly_spaced(tiny):
@@ -43,3 +45,19 @@ def test_channels_last_is_the_layout_of_images(tiny):
     loader = TrainLoader(source, order=Order(len(source), 32, 0), micro_batch_size=32)
     images, _ = build_train_transform(config, source, off_step=1)(next(loader.batches()), 0)
     assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_what_is_to_be_fetched_is_fetched_by_rank_0_before_the_others_look(tiny, monkeypatch):
+    events = []
+
+    class Second(Distributed):
+        def on_main(self, function):  # which rank 0 runs meanwhile
+            events.append("waited")
+
+    monkeypatch.setattr(data, "build_source", lambda config, split: events.append(split) or build_source(config, split))
+    for download, expected in ((True, ["waited", "train"]), (False, ["train"])):
+        config = tiny()
+        config.data.download = download
+        open_splits(config, Second(1, 1, 2, 2, torch.device("cpu")))
+        assert events[: len(expected)] == expected
+        events.clear()

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moa_train.cli.evaluate import evaluate
+from moa_train.cli.evaluate import evaluate, overlay
 from moa_train.runtime.errors import UserError
-from moa_train.schema import EvalConfig
+from moa_train.schema import EvalConfig, RunConfig
 
 COUNTS = ("top1_count", "top5_count", "total", "loss")
 
@@ -166,3 +166,9 @@ def test_the_command_prints_json_alone(copy):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["total"] == 359
     assert "top-1 on 359 images, averaged weights of the best checkpoint" in done.stderr
+
+
+def test_nothing_is_fetched_for_weights_of_somebody():
+    config = RunConfig()
+    config.data.download = True
+    assert not overlay(config, EvalConfig()).data.download

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from moa_train.cli.resume import changes, overlaid, resolve_resume
+from moa_train.cli.train import run_folder
 from moa_train.engine.checkpoint import CheckpointStore
+from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.schema import RunConfig, knobs
 
@@ -121,3 +123,12 @@ def test_overrides_are_laid_over_with_their_types():
     assert (config.data.mean, config.optim.lr, config.model.moa.overlap) == ([0.0, 0.5, 1.0], 1.0, 2)
     assert config.model.moa.reduction == RunConfig().model.moa.reduction
     assert config.run_dir is None  # places are not the configuration's
+
+
+def test_a_run_that_ended_while_another_was_starting_there_is_not_taken_over(run_dir):
+    with (
+        Distributed.start("cpu") as alone,
+        pytest.raises(UserError, match=r"holds a run already \(step 12\)"),
+        run_folder(RunConfig(run_dir=str(run_dir)), alone),
+    ):
+        pass

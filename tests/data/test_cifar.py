@@ -1,8 +1,11 @@
 import hashlib
 import io
 import tarfile
+from contextlib import nullcontext
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -74,3 +77,33 @@ def test_nothing_is_fetched_unless_asked_for(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(cifar, "fetch", lambda *arguments: pytest.fail("fetched"))
     with pytest.raises(UserError, match=r"Add data\.download=true"):
         open_source("cifar10", split="train", image_size=(32, 32), root=tmp_path)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_only_a_whole_archive_gets_its_name(tmp_path: Path, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection of the other breaks half-way; what is left of it would be taken for a damaged archive."""
+    remote = tmp_path / "remote"
+    remote.mkdir()
+    archive = write_archive(remote, "cifar10")
+    content = (remote / archive.filename).read_bytes()
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content if whole else content[: len(content) // 2])
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    root = tmp_path / "data"
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/{archive.filename}"
+        monkeypatch.setitem(cifar.ARCHIVES, "cifar10", replace(archive, url=address))
+        with nullcontext() if whole else pytest.raises(UserError, match="could not be downloaded"):
+            open_source("cifar10", split="train", image_size=(32, 32), root=root, download=True)
+        server.shutdown()
+    archives = [path.name for path in root.iterdir() if "pack" not in path.name]
+    assert archives == ([archive.filename] if whole else [])

@@ -179,21 +179,6 @@ def test_nothing_foreign_is_ever_removed(store):
     assert [found.step for found in [store.newest()] if found] == [7]
 
 
-def test_later_checkpoints_can_be_dropped_for_another_history(store):
-    store.keep_last = 9
-    for step in (1, 2, 3, 4):
-        save(store, step, float(step))
-    with pytest.raises(CheckpointError, match=r"has no checkpoint of step 7; it has: 1, 2, 3, 4"):
-        store.drop_after(7)
-    store.drop_after(2)
-    assert steps(store) == [1, 2]
-    assert pointed(store) == {"last": 2, "best": 2}
-    (store.directory / "step-00000001/state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="damaged"):
-        store.drop_after(1)
-    assert steps(store) == [1, 2]
-
-
 def test_saving_a_step_again_replaces_it(store):
     save(store, 5)
     before = store.at(5).digest

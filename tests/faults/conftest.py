@@ -78,7 +78,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def _finished(folder: Path, ranks: int, more: str = "") -> Path:
     run, record = folder / "run", folder / "samples"
-    launch.Job(f"{launch.TINY} run_dir={run} {more}", folder, ranks=ranks, record=record).ended(0)
+    said = launch.Job(f"{launch.TINY} run_dir={run} {more}", folder, ranks=ranks, record=record).ended(0)
+    assert "Warning" not in said, said
     return run
 
 

@@ -65,6 +65,7 @@ class Job:
         faults: str = "",
         module: str = TRAIN,
         own: Sequence[str] = (),
+        places: Sequence[Path] = (),
         limit: int | None = None,
         obedient: bool = False,
         record: Path | None = None,
@@ -78,6 +79,7 @@ class Job:
             faults: for MOA_TRAIN_FAULTS.
             module: whose ``main`` to call.
             own: further arguments of each rank.
+            places: folder to run in of each rank, as on machines of their own.
             limit: largest size of a file that the processes may write, in bytes: a full disk.
             obedient: permissions hold for the processes, though they may be root's.
             record: file, in the folder, to which ranks append which samples they computed with.
@@ -95,7 +97,11 @@ class Job:
             environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}
             words = arguments(command) + (arguments(own[rank]) if own else [])
             process = _context.Process(
-                target=_run, args=(module, words, environ, str(folder), str(self.logs[rank]), limit, obedient, record)
+                target=_run,
+                args=(
+                    *(module, words, environ, str(places[rank] if places else folder), str(self.logs[rank])),
+                    *(limit, obedient, record),
+                ),
             )
             process.start()
             self.processes.append(process)

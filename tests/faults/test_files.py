@@ -234,6 +234,15 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tmp_path, w
 
 
 @pytest.mark.fault(12)
+def test_a_disk_that_is_full_from_the_start_is_named(tmp_path, inject):
+    job = Job(f"{TINY} run_dir={tmp_path / 'run'}", tmp_path, limit=2_000)
+    inject()
+    said = job.ended(2)
+    assert f"{tmp_path / 'run' / 'config.json'} cannot be written: File too large" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("where", ["run", "run/checkpoints", "new"])
 def test_a_folder_that_may_not_be_written_is_named(tmp_path, tmp_path_factory, whole, where, inject):
     shutil.copytree(whole, tmp_path / "run", symlinks=True)

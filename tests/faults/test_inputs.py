@@ -155,6 +155,24 @@ def test_unreadable_images_fail_with_their_path_or_are_replaced(tmp_path, data, 
     assert "Traceback" not in said
 
 
+@pytest.mark.fault(12)
+@pytest.mark.parametrize("what", ["image", "class", "root"])
+def test_data_that_may_not_be_read_are_named(tmp_path, data, what, draw, inject):
+    image = draw.choice(sorted((data / "train").rglob("*.jpg")))
+    victim = {"image": image, "class": image.parent, "root": data}[what]
+    victim.chmod(0)
+    try:
+        job = Job(f"{FOLDER} data.root={data} run_dir={tmp_path / 'run'}", tmp_path, obedient=True)
+        inject()
+        said = job.ended(2)
+    finally:
+        victim.chmod(0o755)
+    assert str(victim) in said
+    assert "Permission denied" in said
+    assert "Traceback" not in said
+    assert len(said.strip().splitlines()) <= 20
+
+
 @pytest.mark.fault(13)
 def test_odd_but_sound_images_are_read(tmp_path, data, inject):
     victims = sorted((data / "train").rglob("*.jpg"))[:4]
@@ -304,6 +322,18 @@ def test_ranks_with_other_configurations_name_the_difference(tmp_path, own, inje
     assert "on rank 0" in said
     assert "on rank 1" in said
     assert not list((tmp_path / "run").rglob("step-*"))
+
+
+@pytest.mark.fault(16)
+def test_ranks_that_find_other_checkpoints_name_them(tmp_path, whole, whole_pair, inject):
+    """On machines without a common folder, where each has a checkpoint of that step, but of another run."""
+    for place, run in (("a", whole), ("b", whole_pair)):
+        shutil.copytree(run, tmp_path / place / "run", symlinks=True)
+    places = [tmp_path / "a", tmp_path / "b"]
+    job = Job(f"{TINY} run_dir=run resume=auto", tmp_path, ranks=2, places=places)
+    inject()
+    said = job.ended(2)
+    assert "The ranks differ in the files of run/checkpoints/step-00000018" in said
 
 
 @pytest.mark.fault(17)

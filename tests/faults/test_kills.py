@@ -93,6 +93,39 @@ def test_asked_to_stop_anywhere(tmp_path, whole_pair, draw, inject):
 
 
 @pytest.mark.fault(6)
+def test_a_stop_between_micro_batches_gives_the_step_up(tmp_path, whole, inject):
+    """Where a step takes long: nothing of it has happened, and the resume repeats it."""
+    run = tmp_path / "run"
+    for step in (0, 4, 4):  # in the first of its two micro-batches; at 4 again without a step done in between
+        began = CheckpointStore(run).newest()
+        number = 2 * (step - (began.step if began else 0)) + 1
+        job = Job(f"{TINY} run_dir={run} resume=auto", tmp_path, faults=f"step.loss=term@{number}")
+        inject()
+        said = job.ended(Exit.STOPPED)
+        assert f"Stopped at step {step}; saved" in said
+        assert "SIGTERM: saving and stopping after the pass under way" in said
+        assert CheckpointStore(run).newest().step == step
+    Job(f"{TINY} run_dir={run} resume=auto", tmp_path).ended(0)
+    assert result(run) == result(whole)
+
+
+@pytest.mark.fault(6)
+def test_all_ranks_give_the_same_step_up(tmp_path, draw, inject):
+    """Also where it was the best so far that would have been saved again: its score stays."""
+    command = f"{TINY} engine.micro_batch_size=2 engine.eval_every='1 step' resume=auto"
+    Job(f"{command} run_dir={tmp_path / 'whole'}", tmp_path, ranks=2).ended(0)
+    run = tmp_path / "run"
+    for _ in range(2):
+        stop = f"step.loss={draw.choice(['term', 'int', 'usr1'])}@{draw.randint(1, 24)}/{draw.randint(0, 1)}"
+        job = Job(f"{command} run_dir={run}", tmp_path, ranks=2, faults=stop)
+        inject()
+        assert job.codes() == [Exit.STOPPED] * 2, job.output
+    Job(f"{command} run_dir={run}", tmp_path, ranks=2).ended(0)
+    assert result(run) == result(tmp_path / "whole")
+    assert CheckpointStore(run).best().step == CheckpointStore(tmp_path / "whole").best().step
+
+
+@pytest.mark.fault(6)
 def test_a_second_interrupt_leaves_at_once(tmp_path, inject):
     run = tmp_path / "run"
     job = Job(f"{TINY} run_dir={run}", tmp_path, faults="step.loss=sleep@5")  # two micro-batches a step

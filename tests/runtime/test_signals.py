@@ -12,6 +12,7 @@ LOOP = """
 import sys, time
 from moa_train.runtime.signals import Exit, StopSignals
 with StopSignals() as stop:
+    stop.watched = "early" not in sys.argv
     print("ready", flush=True)
     while not (stop.requested and "stubborn" not in sys.argv):
         time.sleep(0.01)
@@ -37,6 +38,24 @@ def test_each_signal_lets_the_loop_end_by_itself(number):
     assert (process.returncode, output.strip()) == (75, number.name)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_before_anybody_looks_at_the_flag_each_signal_leaves_at_once(number):
+    process = started("early", "stubborn")
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=10)
+    assert (process.returncode, output, errors) == (75, "", "")
+
+
+def test_the_first_ctrl_c_is_answered_at_once():
+    process = started("stubborn")
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "\n"
+    assert "SIGINT: saving and stopping" in process.stderr.readline()
+    process.kill()
+    process.communicate(timeout=10)
+
+
 def test_a_second_ctrl_c_leaves_at_once():
     process = started("stubborn")
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
@@ -52,6 +71,7 @@ def test_a_second_ctrl_c_leaves_at_once():
 def test_handlers_come_back():
     before = [signal.getsignal(number) for number in StopSignals.HANDLED]
     with StopSignals() as stop:
+        stop.watched = True
         assert not stop.requested
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.requested

@@ -41,9 +41,11 @@ def build_source(config: DataConfig, split: str) -> Source:
     return source
 
 
-def open_splits(config: RunConfig) -> tuple[dict[str, Source], str]:
+def open_splits(config: RunConfig, distributed: Distributed) -> tuple[dict[str, Source], str]:
     """Open the splits that there are, and name the one that chooses the best checkpoint (or "none")."""
     data, choice = config.data, config.engine.eval_split
+    if data.download:  # once, not by all ranks at the same time
+        distributed.on_main(lambda: len(build_source(data, "train")))
     known = [split for split in ("train", "val", "test") if has_split(data.name, split, data.root, data.val_fraction)]
     sources = {split: build_source(data, split) for split in {"train": None, **dict.fromkeys(known)}}
     if "val" in sources and not len(sources["val"]):  # so few images a class that the fraction holds out none

@@ -59,7 +59,7 @@ def build_run(
     check_config(config)
     precision = Precision.resolve(config.runtime.precision, distributed.device)
 
-    sources, choice = open_splits(config)
+    sources, choice = open_splits(config, distributed)
     train = sources["train"]
     check_model(config.model.name, **model_fields(config.model, config.data, len(train.classes)))
     loader = build_train_loader(config, train, distributed)
@@ -113,6 +113,7 @@ def _resume(
     state: TrainState, checkpoint: Checkpoint, record: dict[str, Any], distributed: Distributed
 ) -> list[dict[str, Any]]:
     """Take over what a checkpoint holds, if it is of these data; return the starts that led to it."""
+    distributed.check_same(f"the files of {checkpoint.path}", checkpoint.digest)
     check_same_data(checkpoint.state, record)
     state.restore(checkpoint, distributed.rank)
     starts: list[dict[str, Any]] = checkpoint.state.get("origin", [])

@@ -34,16 +34,14 @@ def resolve_resume(config: RunConfig, overrides: list[str]) -> tuple[RunConfig, 
     folder = config.run_dir if config.resume in (None, "auto") else config.resume
     if folder is None:
         return config, []
+    if config.resume is None:
+        refuse_other_run(Path(folder))
+        return config, []
     newest = CheckpointStore(Path(folder)).newest()
     if newest is None:
-        if config.resume not in (None, "auto"):
+        if config.resume != "auto":
             raise UserError(f"resume={folder}: there is no checkpoint in {folder}/checkpoints to go on from.")
         return config, []
-    if config.resume is None:
-        raise UserError(
-            f"run_dir={folder} holds a run already (step {newest.step}). To go on with it: resume={folder}. "
-            "To start another: choose another run_dir."
-        )
     before: RunConfig = from_dict(newest.state["config"])
     before.resume = before.engine.stop_after = None  # were meant for the session that they began or ended
     now = config if config.resume == "auto" else overlaid(before, overrides)
@@ -51,6 +49,17 @@ def resolve_resume(config: RunConfig, overrides: list[str]) -> tuple[RunConfig, 
     if now.engine.micro_batch_size is None:
         now.engine.micro_batch_size = before.engine.micro_batch_size
     return now, changes(before, now)
+
+
+def refuse_other_run(folder: Path) -> None:
+    """Raise UserError if ``folder`` holds a run, for one that is to start there."""
+    from moa_train.engine.checkpoint import CheckpointStore
+
+    if (newest := CheckpointStore(folder).newest()) is not None:
+        raise UserError(
+            f"run_dir={folder} holds a run already (step {newest.step}). To go on with it: resume={folder}. "
+            "To start another: choose another run_dir."
+        )
 
 
 def overlaid(config: RunConfig, overrides: list[str]) -> RunConfig:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moa_train.cli import app
-from moa_train.cli.resume import resolve_resume
+from moa_train.cli.resume import refuse_other_run, resolve_resume
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.signals import Exit, StopSignals
 from moa_train.schema import RunConfig, to_dict
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ EXAMPLES = """moa-train: train a MOA-Transformer, or a model to compare it with.
 
 def train(config: RunConfig, overrides: list[str]) -> int:
     """Run a training to its end, or until it is asked to stop; return the exit code."""
+    with StopSignals() as stop:
+        return session(config, overrides, stop)
+
+
+def session(config: RunConfig, overrides: list[str], stop: StopSignals) -> int:
+    """Build the run, again after each roll-back, and train."""
     # torch takes seconds to import: only now that the configuration is known to be sound.
     import torch
 
@@ -43,12 +50,10 @@ def train(config: RunConfig, overrides: list[str]) -> int:
     from moa_train.build.runtime import build_runtime
     from moa_train.engine.nonfinite import RollBack
     from moa_train.runtime.distributed import Distributed
-    from moa_train.runtime.signals import StopSignals
     from moa_train.tracking import provenance
 
     config, changed = resolve_resume(config, overrides)
     with (
-        StopSignals() as stop,
         Distributed.start(config.runtime.device, config.runtime.timeout) as distributed,
         run_folder(config, distributed) as run_dir,
     ):
@@ -83,8 +88,6 @@ def train(config: RunConfig, overrides: list[str]) -> int:
 
 def conduct(run: "Run", distributed: "Distributed") -> int:
     """Train to the end or until a stop, say what came of it, and return the exit code."""
-    from moa_train.runtime.signals import Exit
-
     outcome = report(run, distributed) if run.trainer.fit() else None
     if distributed.is_main:
         print(outcome or stopped(run))
@@ -111,6 +114,8 @@ def run_folder(config: RunConfig, distributed: "Distributed") -> Iterator[Path]:
         def take() -> str:
             path = choose_run_dir(config)
             held.enter_context(RunLock(path))
+            if config.resume is None:
+                refuse_other_run(path)  # which may have ended only now
             return str(path)
 
         config.run_dir = distributed.on_main(take)
@@ -137,8 +142,9 @@ def choose_run_dir(config: RunConfig) -> Path:
 def write_record(run: "Run", run_dir: Path, origin: dict[str, Any]) -> None:
     """Write the resolved configuration and where the run comes from, for people; checkpoints carry what they need."""
     from moa_train.tracking import provenance
+    from moa_train.tracking.writers import write_whole
 
-    (run_dir / "config.json").write_text(json.dumps(to_dict(run.config), indent=2) + "\n")
+    write_whole(run_dir / "config.json", json.dumps(to_dict(run.config), indent=2) + "\n")
     data = {split: source.describe() for split, source in run.sources.items()}
     provenance.write(run_dir, {**origin, "data": data, "first_step": run.trainer.state.step})
 
@@ -176,6 +182,7 @@ def report(run: "Run", distributed: "Distributed") -> str | None:
     """
     from moa_train.build.evaluation import build_evaluation
     from moa_train.tracking.console import block
+    from moa_train.tracking.writers import write_whole
 
     trainer, state, run_dir = run.trainer, run.trainer.state, Path(run.config.run_dir or "")
     checkpoint = trainer.store.at(state.best["step"] if state.best else state.step)
@@ -199,19 +206,21 @@ def report(run: "Run", distributed: "Distributed") -> str | None:
         accuracy = f"{result.top1:.2f} % top-1 ({result.top1_count:,} of {result.total:,} {run.final_split} images)"
         rows = {"accuracy": f"{accuracy}, {result.top5:.2f} % top-5", **rows, "next": f"moa-eval ckpt={run_dir}"}
     if distributed.is_main:
-        (run_dir / "result.json").write_text(json.dumps(outcome, indent=2) + "\n")
+        write_whole(run_dir / "result.json", json.dumps(outcome, indent=2) + "\n")
     return block("done", rows)
 
 
 def quarantined(run: "Run", distributed: "Distributed") -> int:
     """Add the unreadable files that all ranks met to the run folder's list, and return how many it holds."""
+    from moa_train.tracking.writers import write_whole
+
     met = [message for ranks in distributed.gather_objects(run.loader.quarantined) for message in ranks]
     path = Path(run.config.run_dir or "") / UNREADABLE
 
     def merge() -> int:
         messages = sorted({*met, *(path.read_text().splitlines() if path.exists() else ())})
         if met:
-            path.write_text("".join(f"{message}\n" for message in messages))
+            write_whole(path, "".join(f"{message}\n" for message in messages))
         return len(messages)
 
     return int(distributed.on_main(merge))

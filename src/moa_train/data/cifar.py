@@ -5,6 +5,7 @@ are read in place, and only if they have the MD5 published on https://www.cs.tor
 """
 
 import hashlib
+import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +71,17 @@ def fetch(archive: Archive, root: Path) -> Path:
     """
     from torchvision.datasets.utils import download_url
 
+    partial = root / f".{archive.filename}.{os.getpid()}"
     try:
-        download_url(archive.url, str(root), archive.filename, archive.md5)
+        download_url(archive.url, str(root), partial.name, archive.md5)
+        partial.replace(root / archive.filename)  # only what is whole gets the name
     except (OSError, RuntimeError) as error:  # no network, or another MD5
         raise UserError(
             f"{archive.url} could not be downloaded ({error}). Fetch it elsewhere (MD5 {archive.md5}) and put it "
             f"there: {root / archive.filename}. The next start will use it."
         ) from error
+    finally:
+        partial.unlink(missing_ok=True)
     return root / archive.filename
 
 

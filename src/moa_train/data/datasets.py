@@ -1,6 +1,8 @@
 """The data sets by name, their splits kept apart."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,16 @@ SPLITS = ("train", "val", "test")
 _log = logging.getLogger(__name__)
 
 
+@contextmanager
+def _permitted() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or "The data set"
+        raise UserError(f"{place} cannot be read: {error.strerror}. Mend it, or set data.root.") from error
+
+
+@_permitted()
 def open_source(
     name: str,
     *,
@@ -80,6 +92,7 @@ def open_source(
     return train
 
 
+@_permitted()
 def has_split(name: str, split: str, root: str | Path | None = None, val_fraction: float = 0.0) -> bool:
     """Say whether a data set has a split, without opening it (or fetching it)."""
     folder = Path(root) if root is not None else Path("data") / name

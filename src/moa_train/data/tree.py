@@ -79,12 +79,16 @@ def _class_folders(root: Path) -> list[str]:
 
 def _images(folder: Path) -> tuple[list[str], int]:
     found, ignored = [], 0
-    for directory, folders, names in os.walk(folder):
+    for directory, folders, names in os.walk(folder, onerror=_refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         images = sorted(name for name in names if _is_image(name))
         found += [os.path.join(directory, name) for name in images]  # noqa: PTH118  # a million of them
         ignored += len(names) - len(images)
     return found, ignored
+
+
+def _refuse(error: OSError) -> None:
+    raise error  # by itself, os.walk passes over folders that it may not read
 
 
 def _is_image(name: str) -> bool:

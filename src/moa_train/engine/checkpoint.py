@@ -292,15 +292,6 @@ class CheckpointStore:
                 remove_folder(path)
         self._point_links()
 
-    def drop_after(self, step: int) -> None:
-        """Remove the checkpoints later than ``step``, which must be valid: what follows it will be another history."""
-        self.wait()
-        self.at(step)
-        for path in self._folders():
-            if (folder_step(path) or 0) > step:
-                remove_folder(path)
-        self._point_links()
-
     def _point_links(self) -> None:
         newest, best = next(self._openable(), None), self.best()
         for name, target in (("last", newest), ("best", best)):

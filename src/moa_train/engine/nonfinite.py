@@ -16,6 +16,7 @@ from moa_train.optim.optimizers import Optimizers
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.precision import Precision
+from moa_train.tracking.writers import write_whole
 
 
 class RollBack(Exception):  # noqa: N818 an order, not an error
@@ -102,7 +103,7 @@ class NonFinitePolicy:
         replay = f"moa-train resume={self.run_dir} replay={step}"
         report = {"step": step, "count": count, "policy": self.name, "ranks": ranks, "replay": replay}
         path = self.run_dir / f"nonfinite-step-{step:08d}.json"
-        self.distributed.on_main(lambda: path.write_text(json.dumps(report, indent=1) + "\n"))
+        self.distributed.on_main(lambda: write_whole(path, json.dumps(report, indent=1) + "\n"))
         culprits = [(rank, micro) for rank, micros in enumerate(ranks) for micro in micros if micro["origin"]]
         first = "not seen again when the step was repeated; suspect the hardware"
         if culprits:

@@ -61,8 +61,13 @@ class TrainStep:
         self.distributed = distributed
         self.on_inputs: Callable[[Tensor], None] | None = None
 
-    def __call__(self, batches: Iterator[Any], step: int) -> dict[str, Tensor]:
+    def __call__(
+        self, batches: Iterator[Any], step: int, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, Tensor] | None:
         """Run update number ``step`` (from 0) on this rank's next micro-batches.
+
+        ``stop``, the same on all ranks, is asked between micro-batches: where it says so nothing has happened, and the
+        result is None. (Where one is a whole step, nobody is asked.)
 
         Returns:
             Scalars that are still on the device: ``loss``, in nats, whose mean over the ranks is that of the global
@@ -71,6 +76,9 @@ class TrainStep:
         statistics = [(buffer, buffer.clone()) for buffer in self.statistics]
         total = torch.zeros((), device=self.distributed.device)
         for number in range(self.micro_batches):
+            if number and stop():
+                self._forget(statistics)
+                return None
             batch = next(batches)
             assert batch.step == step, f"the loader delivered step {batch.step} at step {step}"
             last = number == self.micro_batches - 1
@@ -79,6 +87,11 @@ class TrainStep:
                 self.precision.scaler.scale(loss).backward()
             total += loss.detach()
         return {"loss": total, "grad_norm": self._update(step, statistics)}
+
+    def _forget(self, statistics: list[tuple[Tensor, Tensor]]) -> None:
+        self.optimizer.zero_grad()
+        for buffer, before in statistics:
+            buffer.copy_(before)
 
     def _loss(self, model: nn.Module, batch: Any, step: int) -> tuple[Tensor, Tensor]:
         """Return a micro-batch's share of the global batch's loss, and its logits."""

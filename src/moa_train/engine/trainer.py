@@ -46,6 +46,7 @@ class Trainer:
     metadata: dict[str, str]
     speed: Speed = field(default_factory=Speed)
     stopping: bool = False
+    saved_step: int = 0
 
     def fit(self) -> bool:
         """Train to the end of the plan, or until a stop is asked for; tell which: True is the end.
@@ -54,12 +55,17 @@ class Trainer:
             RollBack: the run is to be built anew from its last checkpoint.
         """
         state, plan = self.state, self.plan
+        self.stop.watched, self.saved_step = True, state.step
         with self.store:
             self._make_up_for_evaluation()
             batches = self.train_batches(state.step)
             while state.step < plan.stop_step and not self.stopping:
                 rate = self._set_rate(state.step)
-                state.meters.add(self.train_step(batches, state.step))
+                values = self.train_step(batches, state.step, self._asked_to_stop)
+                if values is None:
+                    self._stop_in_front_of_step()
+                    break
+                state.meters.add(values)
                 state.step += 1
                 self._answer_nonfinite()
                 self.tracker.advance(state.step)
@@ -67,7 +73,7 @@ class Trainer:
                 if plan.log.due(state.step) or state.step == plan.total_steps:
                     self._log(rate)  # here the host waits for the device, and nowhere else
                 self.store.poll()  # a background save that failed ends the run here
-                self.stopping = self.distributed.agree_any(self.stop.requested)
+                self.stopping = self._asked_to_stop()
                 is_best = self._evaluate_if_due()
                 if self.stopping or is_best or plan.saves(state.step):
                     self._save(is_best)
@@ -85,6 +91,16 @@ class Trainer:
             self.train_step(batches, self.state.step)
             self.state.step += 1
         return self.distributed.gather_objects(self.train_step.trace(batches, step))
+
+    def _asked_to_stop(self) -> bool:
+        return self.distributed.agree_any(self.stop.requested)
+
+    def _stop_in_front_of_step(self) -> None:
+        """Save the state before a step that was given up half-way, unless the last step has done so."""
+        self.stopping = True
+        self._set_rate(self.state.step - 1)
+        if self.saved_step != self.state.step or self.state.step == 0:
+            self._save(is_best=False)
 
     def _set_rate(self, step: int) -> float:
         rate = self.schedule.rate(step) * self.state.rate_factor
@@ -134,6 +150,7 @@ class Trainer:
 
     def _save(self, is_best: bool) -> None:
         self._answer_nonfinite(wait=True)  # what is saved says how many there were
+        self.saved_step = self.state.step
         meters = self.distributed.gather_objects(self.state.meters.state_dict())
         if self.distributed.is_main:
             state = {**self.record, "train": {**self.state.scalars(), "meters": meters}}

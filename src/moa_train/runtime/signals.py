@@ -1,6 +1,7 @@
 """Asking a run to stop: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM's warning before pre-emption) only raise a flag.
 
-The loop looks at the flag once per step, saves, and leaves with ``Exit.STOPPED``: the same command continues the run.
+The loop looks at the flag once per micro-batch, saves, and leaves with ``Exit.STOPPED``: the same command continues the
+run. Before the loop there is nothing to save, and the process leaves with that code at once.
 """
 
 import os
@@ -27,6 +28,8 @@ class Exit(IntEnum):
 class StopSignals:
     """While it is entered, the first SIGTERM, SIGINT or SIGUSR1 sets ``requested`` and a second SIGINT leaves at once.
 
+    That holds once somebody looks at the flag, which ``watched`` says; before, the first one raises SystemExit.
+
     Only the main thread may enter it (a rule of Python's). Forked children, such as loader workers, ignore Ctrl-C and
     SIGUSR1, which reach them too: their parent decides when they end.
     """
@@ -34,6 +37,7 @@ class StopSignals:
     HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
+        self.watched = False
         self.received: signal.Signals | None = None
         self._interrupts = 0
         self._pid = os.getpid()
@@ -50,7 +54,13 @@ class StopSignals:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        self.received = self.received or signal.Signals(number)
+        first, self.received = self.received is None, self.received or signal.Signals(number)
+        if not self.watched:
+            raise SystemExit(Exit.STOPPED)
+        if first and os.environ.get("RANK", "0") == "0":
+            hint = " Ctrl-C again leaves at once, without saving." if number == signal.SIGINT else ""
+            # Not print(), which may be what was interrupted.
+            os.write(2, f"\n{self.received.name}: saving and stopping after the pass under way.{hint}\n".encode())
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from moa_train.tracking.writers import write_whole
+
 FILE = "provenance.json"
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "einops", "hydra-core", "omegaconf")
 DIFF_LIMIT = 10 * 2**20
@@ -123,12 +125,12 @@ def write(run_dir: Path, record: Mapping[str, Any]) -> Path:
     diff = record["code"].pop("diff", None)
     if diff:
         name = _diff_name(diff)
-        _replace(run_dir / name, diff)
+        write_whole(run_dir / name, diff)
         record["code"]["diff_file"] = name
     path = run_dir / FILE
     if path.exists() and not read(run_dir):
         path.replace(path.with_name(f"{FILE}.damaged"))
-    _replace(path, json.dumps([*read(run_dir), record], indent=1) + "\n")
+    write_whole(path, json.dumps([*read(run_dir), record], indent=1) + "\n")
     return path
 
 
@@ -174,12 +176,3 @@ def reproduce(starts: Sequence[Mapping[str, Any]]) -> str:
 
 def _diff_name(diff: str) -> str:
     return f"code-{hashlib.sha256(diff.encode()).hexdigest()[:12]}.diff"
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -1,5 +1,6 @@
 """What every writer of metrics offers. Steps count the updates that were done."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,24 @@ class Writer:
 
     def close(self, final: Metrics | None = None) -> None:
         """Write what is left. ``final`` holds the final metrics of a training that came to its end."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one motion: whoever looks, after a kill too, finds all of it, or what was there before.
+
+    Raises:
+        UserError: where it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

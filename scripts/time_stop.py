@@ -1,0 +1,66 @@
+"""Measure how long a run takes to save and leave when it is told to: seconds from signal to end of all processes.
+
+    python scripts/time_stop.py --times 6 --ranks 2 experiment=cifar100_cpu data.root=CIFAR100
+    python scripts/time_stop.py --times 6 engine.eval_every='1 step'     # mostly evaluating
+
+SIGTERM, SIGINT and SIGUSR1 take turns, at a random moment of the first seconds of the loop. With several ranks,
+torchrun gets them.
+"""
+
+import argparse
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+RUN = ("-m", "moa_train.cli.train", "tracking.log_every=1", "tracking.progress=plain")
+
+
+def stop_once(number: signal.Signals, delay: float, ranks: int, overrides: list[str]) -> float:
+    """Start a run, stop it ``delay`` seconds after its first step, and return the seconds that it took to end."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, log = Path(folder) / "run", Path(folder) / "log.txt"
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
+        command = [sys.executable, *(launcher if ranks > 1 else ()), *RUN, *overrides, f"run_dir={run}"]
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file)
+        rows = run / "metrics.jsonl"
+        while process.poll() is None and not (rows.exists() and rows.read_bytes()):
+            time.sleep(0.01)
+        time.sleep(delay)
+        start = time.monotonic()
+        process.send_signal(number)
+        process.wait()
+        seconds = time.monotonic() - start
+        said = log.read_text()
+        if "; saved. To go on" not in said:
+            raise SystemExit(f"The run was not stopped:\n{said[-3000:]}")
+        return seconds
+
+
+def main() -> None:
+    """Print one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=6, help="stops; the three signals take turns")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--within", type=float, default=3.0, help="latest moment of the signal, seconds into the loop")
+    options, overrides = parser.parse_known_args()
+    draw = random.Random(0)
+    seconds = [
+        stop_once(SIGNALS[turn % 3], draw.uniform(0, options.within), options.ranks, overrides)
+        for turn in range(options.times)
+    ]
+    print(
+        f"{' '.join(overrides) or 'defaults'}, {options.ranks} rank(s): median {statistics.median(seconds):.1f} s, "
+        f"{min(seconds):.1f} to {max(seconds):.1f} s, n = {len(seconds)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
