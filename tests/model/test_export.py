@@ -7,10 +7,11 @@ def images_for(variant: str) -> torch.Tensor:
     return torch.randn(2, 3, *((18, 21) if variant == "paper, padded" else (16, 16)))
 
 
-def test_export(small, variant):
+def test_export_for_any_batch(small, variant):
     model, images = small(variant).eval(), images_for(variant)
-    program = torch.export.export(model, (images,))
-    torch.testing.assert_close(program.module()(images), model(images))
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)).module()
+    for batch in (images, images[:1], torch.cat([images, images, images[:1]])):
+        torch.testing.assert_close(program(batch), model(batch))
 
 
 def test_compile_of_the_full_graph(small, variant):

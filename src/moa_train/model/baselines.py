@@ -115,7 +115,7 @@ class ViT(VisionTransformer):
     def tokens(self, images_BCHW: Tensor) -> Tensor:
         """Return the encoder's tokens (B, 1 + H W, C), the class token first."""
         patches_BLC = self.conv_proj(images_BCHW).flatten(2).transpose(1, 2)
-        x_BLC = torch.cat([self.class_token.expand(len(patches_BLC), -1, -1), patches_BLC], dim=1)
+        x_BLC = torch.cat([self.class_token.expand(patches_BLC.shape[0], -1, -1), patches_BLC], dim=1)
         x_BLC = self.encoder.dropout(x_BLC + self.encoder.pos_embedding)
         for block in self.encoder.layers:
             x_BLC = run_block(block, x_BLC, recompute=self.checkpointing and self.training)
