@@ -82,3 +82,21 @@ def test_rates_and_decay_follow_the_configuration(tmp_path):
     other.optimizer.set_rate(0.025)
     other.restore(save(one, tmp_path).at(1))
     assert {group["lr"] for group in other.optimizer.param_groups} == {0.025}
+
+
+def test_weights_of_another_model_are_refused_with_the_differences(tmp_path):
+    one = state()
+    train(one, 1)
+    with pytest.raises(UserError, match=r"not of this run's model:\n.*size mismatch for 0\.weight"):
+        state(width=5).restore(save(one, tmp_path).at(1))
+
+
+@pytest.mark.parametrize("value", [None, "evil", {}])
+@pytest.mark.parametrize("key", ["optimizer", "meters"])
+def test_a_state_of_another_form_is_refused(tmp_path, key, value):
+    one = state()
+    train(one, 1)
+    store = save(one, tmp_path)
+    store.save(1, one.tensors(), {"train": {**store.at(1).state["train"], key: value}})
+    with pytest.raises(UserError, match=r"state\.json lacks|does not fit this run"):
+        state().restore(store.at(1))

@@ -60,8 +60,13 @@ class TrainState:
         """
         try:
             self._restore(checkpoint, checkpoint.state["train"], rank)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{checkpoint.path}/state.json lacks something that this run needs: {error}.") from error
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise UserError(
+                f"{checkpoint.path}/state.json lacks something that this run needs, or has it in another form "
+                f"({type(error).__name__}: {error}). It was written by another version, or changed by hand."
+            ) from error
 
     def _restore(self, checkpoint: Checkpoint, scalars: dict[str, Any], rank: int) -> None:
         if (self.ema is None) != (scalars["ema_updates"] is None):
@@ -70,7 +75,14 @@ class TrainState:
                 f"{checkpoint.path} was saved {have} averaged weights and this run goes on {want} them. "
                 "Keep engine.ema_decay as it was, or start a new run with init=."
             )
-        self.model.load_state_dict(checkpoint.tensors("model"), strict=True)
+        try:
+            self.model.load_state_dict(checkpoint.tensors("model"), strict=True)
+        except RuntimeError as error:
+            differences = "\n".join(str(error).splitlines()[1:6])
+            raise UserError(
+                f"The weights in {checkpoint.path} are not of this run's model:\n{differences}\n"
+                "They were written by another version of the code. Go on with that, or start a new run with init=."
+            ) from error
         unpack_optimizers(
             self.optimizer.parts,
             self.model.named_parameters(),
