@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
@@ -41,6 +43,24 @@ def test_evaluation_is_pillows_to_two_levels(photographs: list[Image.Image], siz
         difference = (result.int() - tensor(peer(pillow(image))).int()).abs()
         assert difference.max() <= 2
         assert (difference > 1).float().mean() < 0.01
+
+
+def test_a_trained_model_is_as_good_on_pillows_pixels() -> None:
+    """Logistic regression on JPEG files of the digits, trained on our pixels and judged on both."""
+    digits = load_digits()
+    peer = Compose([Resize(36, InterpolationMode.BICUBIC), CenterCrop(32)])
+    ours, theirs = [], []
+    for scan in digits.images:
+        image = jpeg(Image.fromarray((scan * 255 / 16).astype(np.uint8)), (50, 44))
+        ours.append(CentreCrop((32, 32), 0.875)(image, NOTHING)[0].flatten().numpy() / 255)
+        theirs.append(tensor(peer(pillow(image)))[0].flatten().numpy() / 255)
+    assert not np.array_equal(ours, theirs)
+    model = LogisticRegression(max_iter=200).fit(ours[:1000], digits.target[:1000])
+    mine, its = (model.predict(pixels[1000:]) for pixels in (ours, theirs))
+    correct = (mine == digits.target[1000:]).sum()
+    assert correct > 700  # of 797
+    assert abs(correct - (its == digits.target[1000:]).sum()) <= 1
+    assert (mine != its).sum() <= 2
 
 
 @pytest.mark.parametrize(("shape", "size"), [((96, 160), (640, 427)), ((160, 96), (640, 427)), ((64, 64), (20, 400))])

@@ -90,7 +90,6 @@ class RandAugment:
             raise UserError(f"randaugment_std={std}: must be at least 0. Usual: 0.5.")
         self.ops, self.magnitude, self.std, self.fill = ops, magnitude, std, fill
 
-    @torch.inference_mode()  # hundreds of small operations, each a little cheaper like that
     def __call__(self, images: Tensor, keys: Hashes) -> Tensor:
         """Augment uint8 images B 3 H W, whose samples have these keys."""
         layers = self.draw(keys)
