@@ -1,4 +1,5 @@
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from moa_train.runtime.distributed import Distributed, unwrap
-from moa_train.runtime.errors import UserError
+from moa_train.runtime.errors import LostRankError, UserError
 
 SCRIPT = str(Path(__file__).with_name("two_ranks.py"))
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -136,4 +137,17 @@ def test_an_environment_that_is_not_torchruns_is_named(monkeypatch):
         pass
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UserError, match="WORLD_SIZE='two'"), Distributed.start("cpu"):
+        pass
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_others_that_never_come_are_missed_in_bounded_time(monkeypatch, rank):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    for name, value in {**place, "MASTER_ADDR": "127.0.0.1", "USE_LIBUV": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    start = f"Rank {rank} of 2 has not met the others at 127.0.0.1:{port}"
+    with pytest.raises(LostRankError, match=start), Distributed.start("cpu", timeout=1.0):
         pass

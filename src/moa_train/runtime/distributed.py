@@ -66,9 +66,17 @@ class Distributed:
             return
         limit = timedelta(seconds=timeout)
         cuda = chosen.type == "cuda"
-        place = _fresh_store(rank, world_size, limit)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=limit, device_id=chosen if cuda else None, **place)
-        self._control = dist.new_group(backend="gloo", timeout=limit)
+        try:
+            store = _fresh_store(rank, world_size, limit)
+            backend, bound = ("nccl", chosen) if cuda else ("gloo", None)
+            dist.init_process_group(backend, timeout=limit, device_id=bound, **store)
+            self._control = dist.new_group(backend="gloo", timeout=limit)
+        except RuntimeError as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+            raise LostRankError(
+                f"Rank {rank} of {world_size} has not met the others at {place} ({str(error).splitlines()[0]}). "
+                "Start all of them, with torchrun; all machines must reach that address."
+            ) from error
         try:
             yield self
             self.barrier()
