@@ -96,6 +96,7 @@ def test_a_mistake_in_the_data_is_no_traceback(tmp_path):
     assert done.stderr.startswith("error: ")
     assert f"{tmp_path}/no" in done.stderr
     assert len(done.stderr.splitlines()) <= 10
+    assert not list((tmp_path / "outputs").iterdir())  # no empty run folder stays
 
 
 SHORT = {"schedule__duration": "2 steps", "schedule__warmup": "0", "engine__eval_every": "2 steps"}
@@ -169,6 +170,17 @@ def test_steps_are_traced_where_it_is_asked_for(train, tmp_path):
     steps = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep#")}
     assert steps == {"ProfilerStep#3", "ProfilerStep#4"}  # counted from 0: three of warm-up before
     assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_a_session_that_ends_early_says_how_to_go_on(train, tmp_path, capsys):
+    assert train(tmp_path / "run", **SHORT, engine__stop_after="1 step") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "step 1 of 2: ends here as asked for" in lines
+    assert f"  go on     moa-train resume={tmp_path}/run" in lines
+    assert train(tmp_path / "run", resume=True) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "done" in lines
+    assert not any("go on" in line for line in lines)
 
 
 def test_a_run_that_fails_frees_its_folder(train, tmp_path):

@@ -1,6 +1,7 @@
 """moa-train: train, resume, fine-tune."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -109,6 +110,7 @@ def run_folder(config: RunConfig, distributed: "Distributed") -> Iterator[Path]:
     """Yield the run folder, the same on every rank, and keep other runs out of it meanwhile."""
     from moa_train.runtime.lock import RunLock
 
+    named = config.run_dir is not None
     with ExitStack() as held:
 
         def take() -> str:
@@ -119,7 +121,12 @@ def run_folder(config: RunConfig, distributed: "Distributed") -> Iterator[Path]:
             return str(path)
 
         config.run_dir = distributed.on_main(take)
-        yield Path(config.run_dir)
+        path = Path(config.run_dir)
+        try:
+            yield path
+        finally:
+            if distributed.is_main and not named and {entry.name for entry in path.iterdir()} == {".lock"}:
+                shutil.rmtree(path, ignore_errors=True)  # a mistake was found before anything was written
 
 
 def choose_run_dir(config: RunConfig) -> Path:
@@ -205,9 +212,15 @@ def report(run: "Run", distributed: "Distributed") -> str | None:
         trainer.tracker.close({f"{run.final_split}_{key}": value for key, value in result.as_dict().items()})
         accuracy = f"{result.top1:.2f} % top-1 ({result.top1_count:,} of {result.total:,} {run.final_split} images)"
         rows = {"accuracy": f"{accuracy}, {result.top5:.2f} % top-5", **rows, "next": f"moa-eval ckpt={run_dir}"}
+    title, total = "done", trainer.plan.total_steps
+    if state.step < total:
+        title, rows["go on"] = (
+            f"step {state.step:,} of {total:,}: ends here as asked for",
+            f"moa-train resume={run_dir}",
+        )
     if distributed.is_main:
         write_whole(run_dir / "result.json", json.dumps(outcome, indent=2) + "\n")
-    return block("done", rows)
+    return block(title, rows)
 
 
 def quarantined(run: "Run", distributed: "Distributed") -> int:
