@@ -214,10 +214,8 @@ def report(run: "Run", distributed: "Distributed") -> str | None:
         rows = {"accuracy": f"{accuracy}, {result.top5:.2f} % top-5", **rows, "next": f"moa-eval ckpt={run_dir}"}
     title, total = "done", trainer.plan.total_steps
     if state.step < total:
-        title, rows["go on"] = (
-            f"step {state.step:,} of {total:,}: ends here as asked for",
-            f"moa-train resume={run_dir}",
-        )
+        title = f"step {state.step:,} of {total:,}: ends here as asked for"
+        rows["go on"] = f"moa-train resume={run_dir}"
     if distributed.is_main:
         write_whole(run_dir / "result.json", json.dumps(outcome, indent=2) + "\n")
     return block(title, rows)
