@@ -101,11 +101,10 @@ def grey(images: Tensor) -> Tensor:
 
 def histogram(images: Tensor) -> Tensor:
     """Count the values of each channel: int64, B C 256."""
-    batch, channels = images.shape[:2]
-    first = torch.arange(0, batch * channels * 256, 256, device=images.device).view(batch, channels, 1)
-    slots = (images.flatten(2) + first).flatten()
-    counts = torch.zeros(batch * channels * 256, dtype=torch.int64, device=images.device)
-    return counts.scatter_add_(0, slots, torch.ones_like(slots)).view(batch, channels, 256)
+    values = images.flatten(2).long()
+    one = torch.ones((), dtype=torch.int64, device=images.device)  # expanded, as ones in memory cost most
+    counts = torch.zeros(*images.shape[:2], 256, dtype=torch.int64, device=images.device)
+    return counts.scatter_add_(2, values, one.expand_as(values))
 
 
 def blend(start: Tensor, end: Tensor, factor: Tensor) -> Tensor:
