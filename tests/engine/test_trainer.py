@@ -40,6 +40,7 @@ def test_a_run_writes_its_rows_and_checkpoints(straight, outcome):
     result = json.loads((straight / "result.json").read_text())
     (last,) = [row for row in found["rows"] if row.get("split") == "test"]
     assert {key: last[key] for key in result["test"]} == result["test"]
+    assert last["epoch"] == pytest.approx(12 * 32 / 100)
     assert result["test"]["total"] == 359
     assert result["val"] == found["state"]["best"]
 

@@ -65,6 +65,19 @@ def test_picture(tmp_path: Path) -> None:
     assert 0.02 < np.mean(picture.min(axis=1) < 200) < 0.3  # mostly white, not all white
 
 
+def test_a_single_evaluation_is_seen(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "run").mkdir()
+    writer = JsonLines(tmp_path / "run" / "metrics.jsonl")
+    writer.log_eval(8, {"epoch": 1.0, "loss": 2.0, "top1": 50.0}, "test")
+    writer.close()
+    draw([Curves.read(tmp_path / "run")], tmp_path / "curves.png")
+    picture = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(int)
+    height, width, _ = picture.shape
+    top_right = picture[: height // 2, width // 2 :]  # the legend, of the same colour, is below
+    assert (np.abs(top_right - (0, 0x72, 0xB2)).max(axis=-1) < 10).sum() > 20
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(make_run(tmp_path / "run"))]) == 0
     assert capsys.readouterr().out.startswith("run\n\n| epoch |")

@@ -208,7 +208,8 @@ def report(run: "Run", distributed: "Distributed") -> str | None:
             return None
         outcome[run.final_split] = result.as_dict()
         if distributed.is_main and not logged(run_dir, state.step, run.final_split):
-            trainer.tracker.log_eval(state.step, result.as_dict(), run.final_split)
+            epoch = float(state.step / trainer.plan.steps_per_epoch)
+            trainer.tracker.log_eval(state.step, {"epoch": epoch, **result.as_dict()}, run.final_split)
         trainer.tracker.close({f"{run.final_split}_{key}": value for key, value in result.as_dict().items()})
         accuracy = f"{result.top1:.2f} % top-1 ({result.top1_count:,} of {result.total:,} {run.final_split} images)"
         rows = {"accuracy": f"{accuracy}, {result.top5:.2f} % top-5", **rows, "next": f"moa-eval ckpt={run_dir}"}

@@ -73,9 +73,10 @@ def draw(runs: Sequence[Curves], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for run, colour in zip(runs, _COLOURS * len(runs), strict=False):
+        dot = "o" if len(run.evaluations) == 1 else None  # a line of one point is not seen
         loss.plot(*_points(run.train, "loss"), color=colour, linewidth=1, alpha=0.45)
-        loss.plot(*_points(run.evaluations, "loss"), color=colour, linewidth=1.8)
-        accuracy.plot(*_points(run.evaluations, "top1"), color=colour, linewidth=1.8, label=_label(run))
+        loss.plot(*_points(run.evaluations, "loss"), color=colour, linewidth=1.8, marker=dot)
+        accuracy.plot(*_points(run.evaluations, "top1"), color=colour, linewidth=1.8, marker=dot, label=_label(run))
     loss.plot([], [], color="0.4", linewidth=1, alpha=0.45, label="train (augmented)")
     splits = sorted({run.split for run in runs})
     loss.plot([], [], color="0.4", linewidth=1.8, label=" or ".join(splits))
