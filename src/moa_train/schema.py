@@ -375,6 +375,8 @@ def from_dict(values: dict[str, Any], kind: type = RunConfig, prefix: str = "") 
     Raises:
         UserError: at keys that this version does not know. Missing keys take their default.
     """
+    if not isinstance(values, dict):
+        raise UserError(f"The configuration{f' at {prefix[:-1]}' if prefix else ''} is {values!r:.80}, not a section.")
     known = {item.name: item for item in fields(kind)}
     hints = get_type_hints(kind)
     arguments = {}

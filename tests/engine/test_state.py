@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from moa_train.engine.checkpoint import CheckpointStore
-from moa_train.engine.state import TrainState
+from moa_train.engine.state import TrainState, check_form
 from moa_train.optim import AveragedWeights, create_optimizer
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.precision import Precision
@@ -100,3 +100,32 @@ def test_a_state_of_another_form_is_refused(tmp_path, key, value):
     store.save(1, one.tensors(), {"train": {**store.at(1).state["train"], key: value}})
     with pytest.raises(UserError, match=r"state\.json lacks|does not fit this run"):
         state().restore(store.at(1))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("config", []),
+        ("classes", {}),
+        ("fingerprint", None),
+        ("origin", "x"),
+        ("train", []),
+        ("train.step", 7),
+        ("train.step", True),
+        ("train.best", None),
+        ("train.meters", {}),
+        ("train.rate_factor", "1"),
+    ],
+)
+def test_what_is_missing_or_of_another_form_is_named(tmp_path, key, value):
+    one = state()
+    train(one, 1)
+    store = save(one, tmp_path)
+    whole = {"config": {}, "classes": [], "fingerprint": "", "origin": [], **store.at(1).state}
+    store.save(1, one.tensors(), whole)
+    assert check_form(store.at(1)) == whole
+    section, _, name = key.partition(".")
+    whole[section] = {**whole[section], name: value} if name else value
+    store.save(1, one.tensors(), whole)
+    with pytest.raises(UserError, match=rf"state\.json is not of this version: {key}"):
+        check_form(store.at(1))

@@ -141,6 +141,9 @@ def hostile_weights(folder: Path, mark: Path) -> Iterator[Path]:
             {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}},
             {"a": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}},
             {"__metadata__": {"config": '{"_target_": "os.system"}', "classes": "[]"}},
+            {"__metadata__": {"config": "[" * 9, "classes": "[]"}},
+            {"__metadata__": {"config": '{"model": "os.system"}', "classes": "[]"}},
+            {"__metadata__": {"config": "{}", "classes": "{}"}},
         )
     ):
         text = json.dumps(header).encode()

@@ -18,7 +18,7 @@ from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.manifest import Checkpoint
 from moa_train.engine.nonfinite import NonFinitePolicy
 from moa_train.engine.plan import Plan
-from moa_train.engine.state import TrainState
+from moa_train.engine.state import TrainState, check_form
 from moa_train.engine.step import TrainStep
 from moa_train.engine.trainer import Trainer
 from moa_train.model import check_model
@@ -114,9 +114,10 @@ def _resume(
 ) -> list[dict[str, Any]]:
     """Take over what a checkpoint holds, if it is of these data; return the starts that led to it."""
     distributed.check_same(f"the files of {checkpoint.path}", checkpoint.digest)
-    check_same_data(checkpoint.state, record)
+    before = check_form(checkpoint)
+    check_same_data(before, record)
     state.restore(checkpoint, distributed.rank)
-    starts: list[dict[str, Any]] = checkpoint.state.get("origin", [])
+    starts: list[dict[str, Any]] = before["origin"]
     return starts
 
 

@@ -84,7 +84,13 @@ def described(metadata: dict[str, str], path: Path) -> RunConfig:
             f"{path} does not say what model it belongs to (no configuration in its header): it was not written by "
             "moa-train. Convert published MOA weights with moa-model convert."
         )
-    config: RunConfig = from_dict(json.loads(metadata["config"]))
+    try:
+        values, classes = json.loads(metadata["config"]), json.loads(metadata["classes"])
+    except ValueError as error:
+        raise UserError(f"{path}: its header is not what moa-train writes ({error}).") from error
+    if not isinstance(classes, list):
+        raise UserError(f"{path}: the classes in its header are no list.")
+    config: RunConfig = from_dict(values)
     return config
 
 

@@ -30,6 +30,7 @@ def resolve_resume(config: RunConfig, overrides: list[str]) -> tuple[RunConfig, 
         UserError: nothing to resume, a folder in use by another run, or a change that would make it another run.
     """
     from moa_train.engine.checkpoint import CheckpointStore
+    from moa_train.engine.state import check_form
 
     folder = config.run_dir if config.resume in (None, "auto") else config.resume
     if folder is None:
@@ -42,7 +43,7 @@ def resolve_resume(config: RunConfig, overrides: list[str]) -> tuple[RunConfig, 
         if config.resume != "auto":
             raise UserError(f"resume={folder}: there is no checkpoint in {folder}/checkpoints to go on from.")
         return config, []
-    before: RunConfig = from_dict(newest.state["config"])
+    before: RunConfig = from_dict(check_form(newest)["config"])
     before.resume = before.engine.stop_after = None  # were meant for the session that they began or ended
     now = config if config.resume == "auto" else overlaid(before, overrides)
     now.run_dir, now.resume, now.replay = folder, config.resume, config.replay

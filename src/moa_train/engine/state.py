@@ -17,6 +17,39 @@ HYPERPARAMETERS = ("lr", "weight_decay", "betas", "eps", "momentum")
 """Follow the configuration, also on a resume: there the user was told of every change."""
 
 
+FORM = {"config": dict, "classes": list, "fingerprint": str, "origin": list, "train": dict}
+SCALARS = {
+    "step": int,
+    "evaluated_step": int,
+    "nonfinite": int,
+    "rate_factor": float,
+    "best": dict,
+    "optimizer": list,
+    "meters": list,
+}
+"""What state.json holds, with the scalars in ``train``."""
+
+
+def check_form(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return a checkpoint's state, in which all is there and of its type.
+
+    Raises:
+        UserError: it is not; what is missing is no default.
+    """
+    state = checkpoint.state
+    wrong = [key for key, kind in FORM.items() if not isinstance(state.get(key), kind)]
+    train = {} if "train" in wrong else state["train"]
+    wrong += [f"train.{key}" for key, kind in SCALARS.items() if type(train.get(key)) is not kind]
+    if not wrong and train["step"] != checkpoint.step:
+        wrong = ["train.step"]
+    if wrong:
+        raise UserError(
+            f"{checkpoint.path}/state.json is not of this version: {', '.join(wrong)} missing, or of another form. "
+            "It was written by another version, or changed by hand; to start anew from its weights: init=."
+        )
+    return state
+
+
 @dataclass
 class TrainState:
     """What changes while training. Order, augmentation and schedule are functions of ``step`` and need no state."""
@@ -98,4 +131,4 @@ class TrainState:
         self.meters.load_state_dict(meters[rank % len(meters)])  # of more ranks than before some share one's sums
         self.step, self.evaluated_step = scalars["step"], scalars["evaluated_step"]
         self.best = scalars["best"]
-        self.nonfinite, self.rate_factor = scalars.get("nonfinite", 0), scalars.get("rate_factor", 1.0)
+        self.nonfinite, self.rate_factor = scalars["nonfinite"], scalars["rate_factor"]
