@@ -24,6 +24,9 @@ from moa_train.schema import RunConfig, image_shape
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
+PASSES = 100
+"""Over the images, one after the other, that count as one: at the end of a pass prefetching pauses."""
+
 
 class PillowImages(Dataset):
     """The images of a source as Pillow images, as torchvision's data sets hold them.
@@ -41,9 +44,10 @@ class PillowImages(Dataset):
             self.pixels = np.ascontiguousarray(pixels_NHWC.numpy())
 
     def __len__(self) -> int:
-        return len(self.source)
+        return PASSES * len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        index %= len(self.source)
         return self.transform(self.open(index)), self.labels[index]
 
     def open(self, index: int) -> Image.Image:
