@@ -99,6 +99,20 @@ def test_a_mistake_in_the_data_is_no_traceback(tmp_path):
     assert not list((tmp_path / "outputs").iterdir())  # no empty run folder stays
 
 
+def test_what_takes_long_at_the_start_is_told(make_classes, tmp_path):
+    root = make_classes(3)
+    arguments = ["data=cifar10", f"data.root={root}", "data.image_size=8", "model.patch_size=1", "debug=one_step"]
+    done = subprocess.run(
+        command(*arguments, "engine.batch_size=8", "data.limit=16"),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Packing the 39 images of {root}/train into {root} (once)" in done.stderr.splitlines()
+
+
 SHORT = {"schedule__duration": "2 steps", "schedule__warmup": "0", "engine__eval_every": "2 steps"}
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 import os
 import signal
 import sys
@@ -58,6 +59,8 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
         sys.exit(Exit.FINISHED)
     if {"--help", "-h", "--cfg", "-c"} & set(arguments) and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into `head`, or a pager that is left early: no traceback
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("moa_train").setLevel(logging.INFO)  # not the root logger: libraries have much to say
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions arrive as they are: whose they are is told apart here
 
     def compose() -> None:
