@@ -1,6 +1,7 @@
 """moa-model as typed: the summary, and published weights there and back."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -90,6 +91,17 @@ def test_summary_of_the_configured_model(monkeypatch, capsys):
     assert "moa_micro at 32 x 32, 10 classes" in text
     assert "MOA" in text
     assert "a training step of 2 images" in text
+
+
+def test_averaged_weights_take_memory_too(monkeypatch, capsys):
+    found = []
+    for decay in ("0", "0.99"):
+        run(monkeypatch, "summary", "model.embed_dim=1024", "engine.batch_size=1", f"engine.ema_decay={decay}")
+        text = capsys.readouterr().out
+        weights = int(re.search(r"total +([\d,]+)", text)[1].replace(",", "")) * 4 / 2**30
+        found.append(float(re.search(r"about ([\d.]+) GiB", text)[1]))
+    assert found[1] - found[0] == pytest.approx(weights, abs=0.011)
+    assert weights > 0.5
 
 
 def test_unknown_command(monkeypatch, capsys):

@@ -44,7 +44,7 @@ def summary(config: RunConfig, overrides: list[str]) -> None:
         config.model.name,
         batch_size=images,
         dtype=precision.dtype,
-        states=1 if config.optim.name in ("sgd", "muon") else 2,
+        states=(1 if config.optim.name in ("sgd", "muon") else 2) + (config.engine.ema_decay > 0),
         device=precision.device.type if torch.cuda.is_available() else "cpu",
         **fields,
     )

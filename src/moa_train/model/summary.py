@@ -157,7 +157,7 @@ def training_memory(
         name: as in `create_model`, with its ``fields``.
         batch_size: images of one forward pass.
         dtype: of the products, under autocast; weights stay in fp32.
-        states: numbers that the optimizer keeps for every weight: AdamW 2, SGD and Muon 1.
+        states: numbers that are kept beside every weight: by AdamW 2, by SGD and Muon 1, and 1 for its average.
         device: "cpu", or "cuda" on a machine that has it.
     """
     with torch.device("meta"):
