@@ -52,6 +52,18 @@ def test_what_cannot_be_measured_is_said_before_anything_is(monkeypatch, capsys,
     assert not shown.out
 
 
+def test_recipes_of_ones_own_are_measured(monkeypatch, capsys, tmp_path: Path):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    recipe = "# @package _global_\nmodel: {variant: mine, embed_dim: 32, depths: [1, 1], heads: [1, 2]}\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(recipe)
+    file, own = tmp_path / "result.json", ("--config-dir", str(tmp_path / "conf"), "experiment=mine")
+    assert run(monkeypatch, "checkpoint", "--rounds", "1", *own, "--json", str(file), *SMALL[3:]) == 0
+    told = json.loads(file.read_text())
+    assert told["config"]["model"]["embed_dim"] == 32
+    assert "mine, muon" in told["tables"][0]["title"]
+    assert "mine, muon" in capsys.readouterr().out
+
+
 def test_a_peer_that_is_not_installed_is_named_with_its_remedy(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run(monkeypatch, "step", "--against", "timm/resnet18") == 2
@@ -66,4 +78,5 @@ def test_options_are_told_from_settings():
     assert options.against == ["timm/x:img_size=32,window=4"]
     assert overrides == ["data.root=.", "model=moa_t", "data=imagenet"]  # no image of it is looked at
     assert command.read(["loop", "data=imagenet"])[1] == ["data=imagenet"]
+    assert command.read(["--config-dir", "mine"])[0].config_dir == ["--config-dir=mine"]
     assert command.read([])[0].parts == list(command.PARTS)

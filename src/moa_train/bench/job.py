@@ -15,7 +15,7 @@ class Job:
 
     Attributes:
         config: what is measured: model, data, optimizer, precision, ... as `moa-train` would run it.
-        overrides: the ``key=value`` arguments it was composed from.
+        overrides: the arguments it was composed from, as `moa-train` takes them.
         compose: composes another configuration from such arguments.
         num_classes: of the configured data.
         device: from ``config.runtime.device``.

@@ -101,7 +101,7 @@ def header(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
 
 def describe(header: Mapping[str, Any]) -> str:
     """Write a header for reading."""
-    shown = ("torch", "cuda", *PEERS)
+    shown = ("torch", *(["cuda"] if torch.cuda.is_available() else []), *PEERS)
     versions = ", ".join(f"{name} {header['versions'][name]}" for name in shown if name in header["versions"])
     where = f"{header['device']}, {header['threads']} of {header['cores']} cores' threads"
     return f"moa-bench {header['versions']['moa-train']}, {header['date']}\n{where}; {versions}"

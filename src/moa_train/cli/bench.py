@@ -16,7 +16,7 @@ from moa_train.cli import app
 from moa_train.cli.model import CLASSES
 from moa_train.runtime.errors import UserError, choose
 from moa_train.runtime.signals import Exit
-from moa_train.schema import RunConfig
+from moa_train.schema import RunConfig, to_dict
 
 if TYPE_CHECKING:
     from moa_train.bench.report import Table
@@ -60,7 +60,7 @@ def bench(options: argparse.Namespace, config: RunConfig, overrides: list[str]) 
     build_runtime(config.runtime, Distributed(0, 0, 1, 1, device))
     job = Job(
         config,
-        overrides,
+        [*options.config_dir, *overrides],
         compose,
         CLASSES.get(config.data.name) or len(build_source(config.data, "train").classes),
         device,
@@ -75,11 +75,13 @@ def bench(options: argparse.Namespace, config: RunConfig, overrides: list[str]) 
         against=options.against,
         ranks=options.ranks,
     )
-    measures = [import_module(f"moa_train.bench.{part}").prepare(job) for part in options.parts]
-    header = report.header(device, sys.orig_argv)
+    measures = {part: import_module(f"moa_train.bench.{part}").prepare(job) for part in options.parts}
+    header = {**report.header(device, sys.orig_argv), "config": to_dict(config)}
     print(report.describe(header))
     tables: list[Table] = []
-    for measure in measures:
+    for part, measure in measures.items():
+        if sys.stderr.isatty():
+            print(f"measuring: {part}", end="\r", file=sys.stderr)
         try:
             for table in measure():
                 print(f"\n{table.text()}", flush=True)
@@ -119,14 +121,15 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--compile", **switch, help="step: torch.compile (default: off)")
     result.add_argument("--checkpointing", **switch, help="step: recompute activations in training (default: off)")
     result.add_argument("--ranks", type=_count, default=2, help="ranks: processes (default: 2)")
+    result.add_argument("--config-dir", metavar="DIR", help="recipes of your own, as in moa-train")
     result.add_argument("--json", type=Path, metavar="FILE", help="result (default: outputs/bench-TIME.json)")
     return result
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:
-    """Return the configuration that such arguments lead to."""
+    """Return the configuration that such arguments lead to; options among them are Hydra's already."""
     app.check_overrides(list(overrides), RunConfig)
-    config: RunConfig = app.typed(hydra.compose("train", list(overrides)))
+    config: RunConfig = app.typed(hydra.compose("train", [text for text in overrides if not text.startswith("-")]))
     return config
 
 
@@ -148,6 +151,7 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             raise UserError(
                 f"--against {peer} is for {part}, which is not among the parts: {', '.join(options.parts)}."
             )
+    options.config_dir = [f"--config-dir={options.config_dir}"] if options.config_dir else []
     options.json = options.json or Path("outputs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}.json"
     if "data=imagenet" in overrides and IMAGELESS.issuperset(options.parts):
         overrides.insert(0, "data.root=.")  # its classes are known
@@ -157,10 +161,11 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main() -> None:
     """Entry point."""
     try:
-        options, sys.argv[1:] = read(sys.argv[1:])
+        options, overrides = read(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(Exit.USER_ERROR)
+    sys.argv[1:] = [*options.config_dir, *overrides]
     app.run(partial(bench, options), RunConfig, "train", EXAMPLES)
 
 
