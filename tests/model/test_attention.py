@@ -46,8 +46,9 @@ def test_masked_keys_are_not_attended(monkeypatch):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_bf16_errs_no_more_than_the_straightforward_bf16_version(training):
-    exact = inputs(torch.float64)
+@pytest.mark.parametrize("tokens", [4, 16, TOKENS])
+def test_bf16_errs_no_more_than_the_straightforward_bf16_version(training, tokens):
+    exact = inputs(torch.float64, tokens)
     q, k, v, bias = (value.bfloat16().requires_grad_(training) for value in exact)
     expected = textbook(*(value.detach().double() for value in (q, k, v, bias)))
     with torch.autocast("cpu", dtype=torch.bfloat16):

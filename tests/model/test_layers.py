@@ -2,7 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from moa_train.model.layers import DropPath, LocalBlock, PatchEmbedding, PatchMerging, WindowAttention, padding_mask
+from moa_train.model.layers import (
+    DropPath,
+    LocalBlock,
+    PatchEmbedding,
+    PatchMerging,
+    WindowAttention,
+    padding_mask,
+    project_patches,
+)
 
 
 def test_patches_are_projected_as_by_a_strided_convolution_on_the_padded_image():
@@ -47,14 +55,52 @@ def test_padded_windows_attend_as_windows_of_the_cut():
     torch.testing.assert_close(out[:, 4:, 4:], attention.proj(expected.permute(0, 2, 1, 3).reshape(2, 1, 3, 8)))
 
 
+def test_patches_projected_at_once_are_a_convolution():
+    for size, stride, padding in ((4, 4, 0), (6, 4, 1), (3, 1, 1), (5, 3, 2)):
+        conv = nn.Conv2d(3, 5, size, stride, padding).double()
+        x_BHWC = torch.randn(2, 12, 15, 3, dtype=torch.float64, requires_grad=True)
+        out, expected = project_patches(x_BHWC, conv), conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        leaves = [x_BHWC, conv.weight, conv.bias]
+        for own, other in zip(
+            torch.autograd.grad(out.square().sum(), leaves),
+            torch.autograd.grad(expected.square().sum(), leaves),
+            strict=True,
+        ):
+            torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-10)
+
+
 def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
-    drop = DropPath(0.25).train()
-    out = drop(torch.ones(4000, 2, 3))
-    assert ((out == 0).all((1, 2)) | (out == 1 / 0.75).all((1, 2))).all()
-    assert out.mean().item() == pytest.approx(1.0, abs=0.05)
-    x = torch.ones(3)
-    assert drop.eval()(x) is x
-    assert DropPath(0.0).train()(x) is x
+    drop, given = DropPath(0.25).train(), []
+    x = torch.arange(1.0, 4001.0)[:, None, None].expand(-1, 2, 3)
+    out = drop(lambda x: given.append(x) or 2 * x, x)
+    ratio = out / (2 * x)
+    assert ((ratio == 0).all((1, 2)) | torch.isclose(ratio, torch.tensor(1 / 0.75)).all((1, 2))).all()
+    assert ratio.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert torch.equal(given[0], x[(out != 0).all((1, 2))])  # the others are not even computed
+    assert drop.eval()(lambda x: x, x) is x
+    assert DropPath(0.0).train()(lambda x: x, x) is x
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.99])
+def test_what_is_not_computed_changes_no_value_and_no_gradient(rate):
+    """Against a mask over the whole branch, in float64; at 0.99 a batch of 3 often loses all of its samples."""
+    drop, branch = DropPath(rate).train(), nn.Linear(4, 4).double()
+    for seed in range(20):
+        x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+        torch.manual_seed(seed)
+        mask = torch.rand(3).lt(1 - rate).double()[:, None] / (1 - rate)
+        torch.manual_seed(seed)
+        out, expected = drop(branch, x), branch(x) * mask
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        leaves = [x, branch.weight, branch.bias]
+        weights = torch.randn_like(out)
+        for own, other in zip(
+            torch.autograd.grad((out * weights).sum(), leaves),  # every parameter has a gradient
+            torch.autograd.grad((expected * weights).sum(), leaves),
+            strict=True,
+        ):
+            torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
 
 
 def test_stochastic_depth_follows_the_seed():
@@ -62,7 +108,7 @@ def test_stochastic_depth_follows_the_seed():
     outs = []
     for _ in range(2):
         torch.manual_seed(7)
-        outs.append(drop(x))
+        outs.append(drop(nn.Identity(), x))
     assert torch.equal(*outs)
 
 

@@ -13,6 +13,13 @@ def stage_output(model: nn.Module, images: Tensor) -> Tensor:
     return model.forward_features(images)[0].permute(0, 2, 3, 1)
 
 
+def watch_attention(block: MOABlock) -> list[tuple[Tensor, ...]]:
+    """The queries, keys and values (B, h, w, C) of every forward pass to come."""
+    seen, attention = [], block.attention
+    block.attention = lambda *tokens: seen.append(tokens) or attention(*tokens)
+    return seen
+
+
 def windows(x_HW: Tensor, side: int) -> Tensor:
     """Whether anything is true within each window."""
     return x_HW.unflatten(1, (-1, side)).unflatten(0, (-1, side)).any(1).any(-1)
@@ -43,13 +50,12 @@ def test_a_change_in_one_window_reaches_all_others_through_moa_and_none_without(
 def test_a_query_is_made_of_its_own_window_and_lands_there(small):
     model = small().double().eval()
     block = model.layers[0].moa
-    queries, tokens = [], torch.zeros(1, 2, 2, 16, dtype=torch.float64)
-    block.q.register_forward_hook(lambda _module, _inputs, output: queries.append(output))
+    seen, tokens = watch_attention(block), torch.zeros(1, 2, 2, 16, dtype=torch.float64)
     images = torch.randn(1, 3, 16, 16, dtype=torch.float64)
     stage_output(model, images)
     images[:, :, :8, 8:] += 1.0  # the window at the top right
     stage_output(model, images)
-    assert ((queries[0] - queries[1]).abs().sum(1)[0] > 0).tolist() == [[False, True], [False, False]]
+    assert ((seen[0][0] - seen[1][0]).abs().sum(-1)[0] > 0).tolist() == [[False, True], [False, False]]
 
     outputs = []
     block.expand.register_forward_hook(lambda *_: tokens)
@@ -65,14 +71,12 @@ def test_keys_reach_into_the_neighbouring_windows_by_the_overlap(small):
     for overlap in (0, 1, 3):
         block = small(image_size=(24, 24), moa_overlap=overlap).double().layers[0].moa
         x_BHWC = torch.randn(1, 12, 12, 16, dtype=torch.float64, requires_grad=True)
-        keys = []
-        hook = block.kv.register_forward_hook(lambda _module, _inputs, output, keys=keys: keys.append(output))
+        seen = watch_attention(block)
         block(x_BHWC)
-        hook.remove()
-        (gradient,) = torch.autograd.grad(keys[0][0, :, 1, 1].sum(), x_BHWC)  # of the window in the middle
-        seen = (gradient.abs().sum(-1)[0] > 0).nonzero()
-        assert seen.min(0).values.tolist() == [4 - overlap] * 2
-        assert seen.max(0).values.tolist() == [7 + overlap] * 2
+        (gradient,) = torch.autograd.grad(seen[0][1][0, 1, 1].sum(), x_BHWC)  # of the window in the middle
+        reached = (gradient.abs().sum(-1)[0] > 0).nonzero()
+        assert reached.min(0).values.tolist() == [4 - overlap] * 2
+        assert reached.max(0).values.tolist() == [7 + overlap] * 2
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 10)])

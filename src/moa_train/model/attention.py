@@ -58,7 +58,17 @@ def attend(q_GNLD: Tensor, k_GNLD: Tensor, v_GNLD: Tensor, bias: Tensor) -> Tens
     # Autocast would promote the softmax, and with it the scores, the largest tensor of the model, to fp32.
     with torch.autocast(q_GNLD.device.type, enabled=False):
         scores_GNLL = (q_GNLD * q_GNLD.shape[-1] ** -0.5) @ k_GNLD.transpose(-2, -1)
-        return scores_GNLL.add_(bias).softmax(-1) @ v_GNLD
+        weights_GNLL = scores_GNLL.add_(bias).softmax(-1, dtype=softmax_dtype(scores_GNLL))
+        return weights_GNLL.to(v_GNLD.dtype) @ v_GNLD
+
+
+def softmax_dtype(scores_GNLL: Tensor) -> torch.dtype:
+    """Return what the softmax is computed in: on the CPU, short rows of bf16 take three times as long as fp32's.
+
+    There torch handles 32 numbers of bf16 at once and what is left over one by one.
+    """
+    slow = scores_GNLL.device.type == "cpu" and scores_GNLL.shape[-1] < 64
+    return torch.float32 if slow and scores_GNLL.dtype == torch.bfloat16 else scores_GNLL.dtype
 
 
 def fused_pays(q_GNLD: Tensor, bias: Tensor) -> bool:

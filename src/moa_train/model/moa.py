@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moa_train.model.attention import BiasedAttention, attend
 from moa_train.model.geometry import Stage
-from moa_train.model.layers import MLP, DropPath, LocalStage, PatchMerging, pad_to_multiple
+from moa_train.model.layers import MLP, DropPath, LocalStage, PatchMerging, pad_to_multiple, project_patches
 
 
 class MOABlock(BiasedAttention):
@@ -40,16 +40,14 @@ class MOABlock(BiasedAttention):
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """Add to every window what its token learned from all windows; (B, H, W, C) in and out."""
-        tokens_BhwC = self.tokens(x_BHWC)
-        update_BhwC = self.drop_path(self.expand(tokens_BhwC))
+        update_BhwC = self.drop_path(lambda x_BHWC: self.expand(self.tokens(x_BHWC)), x_BHWC)
         return add_to_windows(x_BHWC, update_BhwC, self.window)
 
     def tokens(self, x_BHWC: Tensor) -> Tensor:
         """Return one token for every window, (B, h, w, C), after attention among all of them and the MLP."""
         thin_BHWc = pad_to_multiple(self.reduce(self.norm1(x_BHWC)), self.window)
-        thin_BcHW = thin_BHWc.permute(0, 3, 1, 2)
-        q_BhwC = self.q(thin_BcHW).permute(0, 2, 3, 1)
-        k_BhwC, v_BhwC = self.kv(thin_BcHW).permute(0, 2, 3, 1).chunk(2, dim=-1)
+        q_BhwC = project_patches(thin_BHWc, self.q)
+        k_BhwC, v_BhwC = project_patches(thin_BHWc, self.kv).chunk(2, dim=-1)
         x_BhwC = q_BhwC + self.dropout(self.proj(self.attention(q_BhwC, k_BhwC, v_BhwC)))
         return x_BhwC + self.mlp(self.norm2(x_BhwC))
 

@@ -68,11 +68,17 @@ class ReleasedStage(LocalStage):
 
     def global_attention(self, x_BHWC: Tensor) -> Tensor:
         """Apply the published block, (B, H, W, C) in and out."""
+        shape_BCHW = (-1, x_BHWC.shape[3], *x_BHWC.shape[1:3])
+        x_BCHW = x_BHWC.reshape(shape_BCHW)
+        x_BCHW = x_BCHW + self.drop_path(self.tokens_in_windows, x_BHWC).reshape(shape_BCHW)
+        z_BHWC = self.norm2(x_BCHW.reshape(x_BHWC.shape))
+        z_BCHW = z_BHWC.reshape(shape_BCHW)
+        return z_BHWC + self.drop_path(self.post_conv, z_BCHW).reshape(x_BHWC.shape)
+
+    def tokens_in_windows(self, x_BHWC: Tensor) -> Tensor:
+        """Add to each "window" of the normalised map its token: (B, H, W, C) -> (B, L, P, P, C)."""
         B, H, W, C = x_BHWC.shape
         P = self.glb_attn.window
         y_BHWC = self.norm1(x_BHWC)
         g_BLC = self.glb_attn(y_BHWC.reshape(B, C, H, W))
-        sum_BLPPC = y_BHWC.reshape(B, -1, P, P, C) + g_BLC[:, :, None, None, :]
-        x_BCHW = x_BHWC.reshape(B, C, H, W) + self.drop_path(sum_BLPPC.reshape(B, C, H, W))
-        z_BHWC = self.norm2(x_BCHW.reshape(B, H, W, C))
-        return z_BHWC + self.drop_path(self.post_conv(z_BHWC.reshape(B, C, H, W))).reshape(B, H, W, C)
+        return y_BHWC.reshape(B, -1, P, P, C) + g_BLC[:, :, None, None, :]
