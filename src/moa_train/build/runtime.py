@@ -1,5 +1,6 @@
 """What is global to a process."""
 
+from moa_train.runtime.cpu import keep_freed_memory
 from moa_train.runtime.device import set_threads
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import set_fp32_products
@@ -8,8 +9,10 @@ from moa_train.schema import RuntimeConfig
 
 
 def build_runtime(config: RuntimeConfig, distributed: Distributed) -> None:
-    """Set threads, number formats, determinism and seeds."""
+    """Set threads, memory, number formats, determinism and seeds."""
     set_threads(config.threads, distributed.local_world_size)
+    if distributed.device.type == "cpu":
+        keep_freed_memory()
     set_fp32_products(config.matmul)
     set_deterministic(config.deterministic)
     seed_everything(config.seed)

@@ -1,0 +1,56 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from moa_train.runtime.cpu import let_idle_threads_sleep
+
+
+def test_the_users_choice_stays(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    let_idle_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    let_idle_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_it_is_said_before_torch_is_there():
+    """OpenMP reads it when it is loaded, which torch does."""
+    script = (
+        "import sys, moa_train.cli.app as app; app.let_idle_threads_sleep = lambda: print('torch' in sys.modules);"
+        "from moa_train.cli.train import main; sys.argv = ['moa-train', '--version']; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["False", "moa-train", *result.stdout.split()[2:]], result.stderr
+
+
+PAGES = """
+import resource, sys
+from moa_train.runtime.cpu import keep_freed_memory
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+import torch
+torch.set_num_threads(1)
+for turn in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step = [torch.ones(size << 18) for size in (30, 20, 25) for _ in range(4)]  # MiB
+    del step
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux and glibc")
+def test_freed_memory_is_kept():
+    """Counted in pages that the kernel had to provide for 300 MiB of tensors that had all been there before."""
+    faults = {
+        name: int(
+            subprocess.run(
+                [sys.executable, "-c", PAGES, name], capture_output=True, text=True, timeout=120, check=True
+            ).stdout
+        )
+        for name in ("kept", "default")
+    }
+    assert faults["kept"] < 100
+    assert faults["default"] > 1000
