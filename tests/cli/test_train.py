@@ -208,6 +208,7 @@ def test_the_examples_are_valid():
     from moa_train.cli.train import EXAMPLES
 
     lines = [line.split("  ")[1].split() for line in EXAMPLES.splitlines() if line.startswith("  ")]
+    lines = [line for line in lines if "--config-dir" not in line]  # a folder of the user's: test_app.py has one
     assert len(lines) >= 6
     for line in lines:
         check_overrides([word for word in line if "=" in word or word == "-m"], RunConfig)
