@@ -4,22 +4,27 @@ import sys
 
 import pytest
 
-from moa_train.runtime.cpu import let_idle_threads_sleep
+from moa_train.runtime.cpu import wait_briefly
 
 
 def test_the_users_choice_stays(monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    let_idle_threads_sleep()
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    wait_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == "3000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    wait_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    let_idle_threads_sleep()
-    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    wait_briefly()
+    assert "GOMP_SPINCOUNT" not in os.environ
 
 
 def test_it_is_said_before_torch_is_there():
     """OpenMP reads it when it is loaded, which torch does."""
     script = (
-        "import sys, moa_train.cli.app as app; app.let_idle_threads_sleep = lambda: print('torch' in sys.modules);"
+        "import sys, moa_train.cli.app as app; app.wait_briefly = lambda: print('torch' in sys.modules);"
         "from moa_train.cli.train import main; sys.argv = ['moa-train', '--version']; main()"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import moa_train.conf
 from moa_train import __version__
-from moa_train.runtime.cpu import let_idle_threads_sleep
+from moa_train.runtime.cpu import wait_briefly
 from moa_train.runtime.errors import LostRankError, UserError, choose
 from moa_train.runtime.signals import Exit
 from moa_train.schema import knobs, validate
@@ -54,7 +54,7 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
         if code:
             sys.exit(code)
 
-    let_idle_threads_sleep()
+    wait_briefly()
     arguments = sys.argv[1:]
     if "--version" in arguments:
         print(f"moa-train {__version__}")

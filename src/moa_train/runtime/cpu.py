@@ -11,13 +11,15 @@ _MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2  # malloc.h
 _MOST = 32 << 20  # bytes; the largest threshold that glibc takes
 
 
-def let_idle_threads_sleep() -> None:
-    """Ask OpenMP's threads to sleep while they wait for each other, unless the user has chosen; before torch comes.
+def wait_briefly() -> None:
+    """Let OpenMP's threads sleep when they have waited a moment for each other; call it before torch is imported.
 
-    Otherwise they spin. On a core that somebody else needs, too, that is time which the others lack: a training on
-    two cores beside another process became three times as fast by this (docs/PERFORMANCE.md).
+    By default (libgomp) they spin for milliseconds, on a core that somebody else may need, too. Beside another process
+    a small model on two cores trained 1.3 times as fast like this, and 3 % slower on a machine of its own
+    (docs/PERFORMANCE.md). What the user has chosen stays.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def keep_freed_memory() -> bool:
