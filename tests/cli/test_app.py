@@ -4,6 +4,7 @@ All arguments are tried one after the other in one process of their own, to see 
 """
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -233,3 +234,17 @@ def test_commands_are_installed_where_python_is():
     if "moa-train" not in names:
         pytest.skip("moa-train runs from its source here: nothing is installed")
     assert {"moa-train", "moa-eval", "moa-data"} <= names
+
+
+def test_ctrl_c_leaves_without_a_traceback(monkeypatch, capsys):
+    """A real SIGINT, where no training answers it."""
+    from moa_train.cli import app, data
+
+    def interrupted(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(data, "run_check", interrupted)
+    with pytest.raises(SystemExit) as left:
+        data.main(["check", "somewhere"])
+    assert left.value.code == app._guarded(interrupted) == 130
+    assert not any(capsys.readouterr())

@@ -202,6 +202,8 @@ def _guarded(action: Callable[[], int | None]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         lines = str(error).split("\n\n")[0].splitlines()  # what follows explains Hydra, not the mistake
         print("error: " + "\n".join(line for line in lines if not line.startswith(" ")), file=sys.stderr)
+    except KeyboardInterrupt:  # where no training is under way, which answers it with a save
+        return Exit.INTERRUPTED
     return Exit.USER_ERROR
 
 

@@ -28,6 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         print(f"moa-data: {error}", file=sys.stderr)
         sys.exit(Exit.USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(Exit.INTERRUPTED)
 
 
 def parser() -> argparse.ArgumentParser:

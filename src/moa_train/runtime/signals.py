@@ -22,7 +22,7 @@ class Exit(IntEnum):
     STOPPED = 75
     """Stopped by a signal with everything saved (EX_TEMPFAIL of sysexits.h: try again to continue)."""
     INTERRUPTED = 130
-    """A second Ctrl-C: left at once (128 + SIGINT, as shells have it); the last checkpoint is what there is."""
+    """Ctrl-C, in training the second one: left at once (128 + SIGINT, as shells have it), without saving."""
 
 
 class StopSignals:
