@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moa_train.runtime.device import to_device
+
 _VALUES_AT_ONCE = 1 << 21
 
 
@@ -66,9 +68,5 @@ def images_at_once(images: Tensor) -> int:
 
 
 def send(numbers: NDArray[Any], like: Tensor) -> Tensor:
-    """Return numbers of the host as a tensor on the device of ``like``.
-
-    A GPU takes them from page-locked memory: a copy from elsewhere may have the host wait for the work before it.
-    """
-    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
-    return (tensor.pin_memory() if like.is_cuda else tensor).to(like.device, non_blocking=True)
+    """Return numbers of the host as a tensor on the device of ``like``; the host does not wait for it."""
+    return to_device(torch.from_numpy(np.ascontiguousarray(numbers)), like.device)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moa_train.model.attention import BiasedAttention, attend
+from moa_train.runtime.device import to_device
 
 
 class PatchEmbedding(nn.Module):
@@ -136,7 +137,7 @@ class DropPath(nn.Module):
             kept, scale = torch.zeros(1, dtype=torch.int64), 0.0
         if len(kept) == B:
             return branch(x) * scale
-        kept = kept.to(x.device, non_blocking=True)
+        kept = to_device(kept, x.device)
         update = branch(x.index_select(0, kept))
         return update.new_zeros(B, *update.shape[1:]).index_add(0, kept, update, alpha=scale)
 

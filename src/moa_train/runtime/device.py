@@ -74,6 +74,14 @@ def set_threads(threads: int = 0, local_world_size: int = 1) -> int:
     return threads
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the host to ``device``, and do not wait for it.
+
+    A GPU takes it from page-locked memory: a copy from elsewhere may have the host wait for the work before it.
+    """
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the most memory used so far, in bytes: tensors on a GPU, or the resident size of this process on a CPU."""
     if device.type == "cuda":
