@@ -14,6 +14,7 @@ from moa_train.bench import input_peers
 from moa_train.build.data import build_source, statistics
 from moa_train.data import Normalize
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.seed import seed_everything
 
 CPU = torch.device("cpu")
 FULL = {
@@ -91,6 +92,7 @@ def test_in_training_a_peer_makes_batches_like_ours(job, photographs, name, crop
     size, count = (4, 6) if files else (64, 4)
     config.engine.batch_size = config.engine.micro_batch_size = size
     config.data.workers = 0
+    seed_everything(0)  # the peers draw from the global generators
     made = {
         "ours": islice(input_part._ours(work, config, source, "train"), count),
         name: islice(PEERS[name](config, source, "train", size, CPU), count),
