@@ -17,7 +17,7 @@ READY := $(VENV)/ready
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-train: $(READY) ## set up, train a small MOA on handwritten digits (3 minutes on 2 cores), say what to type next
+train: $(READY) ## set up, train a small MOA on handwritten digits (a minute on 2 cores), say what to type next
 	@$(BIN)/moa-train $(ARGS)
 	@printf '%s\n' '  first    source $(BIN)/activate' \
 		'  then     moa-train model=moa_t data=cifar100 data.download=true, moa-train --help, README.md'

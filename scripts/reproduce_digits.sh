@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first run of the README: a small MOA on scikit-learn's handwritten digits, offline, three minutes on two cores.
+# The first run of the README: a small MOA on scikit-learn's handwritten digits, offline, about a minute on two cores.
 #
 #   scripts/reproduce_digits.sh [key=value ...]
 set -euo pipefail

@@ -208,7 +208,8 @@ def test_the_examples_are_valid():
     from moa_train.cli.train import EXAMPLES
 
     lines = [line.split("  ")[1].split() for line in EXAMPLES.splitlines() if line.startswith("  ")]
-    lines = [line for line in lines if "--config-dir" not in line]  # a folder of the user's: test_app.py has one
+    # Recipes of one's own need a folder, completion needs a shell: test_app.py has both.
+    lines = [line for line in lines if line[0] != "eval" and "--config-dir" not in line]
     assert len(lines) >= 6
     for line in lines:
         check_overrides([word for word in line if "=" in word or word == "-m"], RunConfig)

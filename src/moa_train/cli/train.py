@@ -25,7 +25,7 @@ UNREADABLE = "unreadable.txt"
 
 EXAMPLES = """moa-train: train a MOA-Transformer, or a model to compare it with.
 
-  moa-train                                              digits, offline, under three minutes on two cores
+  moa-train                                              digits, offline, about a minute on two cores
   moa-train model=moa_b data=cifar100 data.download=true
   moa-train model=moa_t data=imagenet data.root=/data/imagenet
   torchrun --nproc-per-node 8 -m moa_train.cli.train model=moa_t data=imagenet data.root=/data/imagenet
