@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CIFAR-100 from scratch on two CPU cores in about an hour. Its curve and figures: docs/RESULTS.md.
+# CIFAR-100 from scratch on two CPU cores in half an hour. Its curve and figures: docs/RESULTS.md.
 #
 #   scripts/reproduce_cifar100_cpu.sh data/cifar100 data.download=true
 #
