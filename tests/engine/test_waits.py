@@ -1,0 +1,194 @@
+"""When the host waits for the device, in a whole run on a device that only notes it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moa_train.build.run import build_run
+from moa_train.data import Batch
+from moa_train.engine.step import TrainStep
+from moa_train.model import create_model
+from moa_train.optim import clip_gradients, create_optimizer
+from moa_train.runtime.distributed import Distributed
+from moa_train.runtime.precision import Precision
+from moa_train.runtime.signals import StopSignals
+
+aten = torch.ops.aten
+
+
+class Waits(TorchDispatchMode):
+    """Takes ``meta`` for a GPU, which the host reads zeros from; ``at`` counts, by ``now``, how often it waits.
+
+    It waits where a number is read (``item``, ``bool``, ``float``), where its own numbers or indices go into a tensor
+    there, and in copies either way that are not asked to go on by themselves. What needs more of a tensor, such as
+    the length of what a mask leaves, is an error on ``meta``.
+    """
+
+    def __init__(self, now: Callable[[], int]) -> None:
+        super().__init__()
+        self.now = now
+        self.at: Counter[int] = Counter()
+        self.copies = 0
+        self.from_numbers = FromNumbers(self.note)
+
+    def __enter__(self) -> Self:
+        self.from_numbers.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.from_numbers.__exit__(*error)
+
+    def note(self) -> None:
+        self.at[self.now()] += 1
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if operation is aten._local_scalar_dense.default and args[0].is_meta:
+            self.note()
+            return torch.zeros((), dtype=args[0].dtype).item()
+        if operation in (aten._to_copy.default, aten.copy_.default):
+            return self.copy(operation, args, kwargs)
+        if operation in (aten.index.Tensor, aten.index_put_.default) and args[0].is_meta:
+            for index in args[1]:
+                if index is not None and not index.is_meta:
+                    self.note()
+        return operation(*args, **kwargs)
+
+    def copy(self, operation: Any, args: Any, kwargs: Any) -> Tensor:
+        names = [argument.name for argument in operation._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if operation is aten.copy_.default:
+            source, device = given["src"], given["self"].device
+        else:
+            source, device = given["self"], torch.device(given.get("device") or given["self"].device)
+        if source.device.type == device.type:
+            return operation(*args, **kwargs)
+        self.copies += 1
+        if not given.get("non_blocking", False):
+            self.note()
+        if device.type == "meta":
+            return operation(*args, **kwargs)
+        if operation is aten.copy_.default:
+            return given["self"].zero_()
+        return torch.zeros(source.shape, dtype=given.get("dtype") or source.dtype)
+
+
+class FromNumbers(TorchFunctionMode):
+    """Notes tensors on ``meta`` that are made of numbers of the host, which no dispatch mode is told of."""
+
+    MAKERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+
+    def __init__(self, note: Callable[[], None]) -> None:
+        super().__init__()
+        self.note = note
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in self.MAKERS and result.is_meta and not any(isinstance(part, Tensor) for part in args[-1:]):
+            self.note()
+        return result
+
+
+def forget_found_inf(part: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    vars(part).pop("found_inf", None)
+
+
+EVERYTHING = {
+    "augment.crop": "pad", "augment.flip": 0.5, "augment.randaugment_ops": 2, "augment.randaugment_magnitude": 9,
+    "augment.erasing": 0.25, "augment.cutmix": 1.0, "augment.label_smoothing": 0.1, "model.drop_path": 0.5,
+    "model.moa.drop_path": 0.5, "engine.micro_batch_size": 16, "tracking.images": 4, "tracking.tensorboard": "true",
+    "schedule.duration": "7 steps", "engine.eval_every": "3 steps", "engine.save_every": "3 steps",
+    "tracking.log_every": 4,
+}  # fmt: skip
+
+
+def test_every_way_to_wait_is_noted():
+    here, there, index = torch.ones(3), torch.ones(3, device="meta"), torch.tensor([0, 1])
+    ways = [
+        lambda: there[0].item(), lambda: bool(there[0] > 0), lambda: float(there[0]), there.tolist, there.cpu,
+        lambda: there.to("cpu"), lambda: here.copy_(there), lambda: here.to("meta"), lambda: there.copy_(here),
+        lambda: torch.tensor(1.0, device="meta"), lambda: there.new_tensor([1.0]), lambda: there[index],
+    ]  # fmt: skip
+    for number, way in enumerate(ways):
+        with Waits(lambda: 0) as waits:
+            way()
+        assert waits.at == {0: 1}, number
+    for way in (there.nonzero, there.numpy, lambda: there[there > 0], lambda: torch.equal(there, there)):
+        with Waits(lambda: 0), pytest.raises((RuntimeError, NotImplementedError, TypeError)):
+            way()
+    with Waits(lambda: 0) as waits:
+        here.to("meta", non_blocking=True).to("cpu", non_blocking=True)
+        there.copy_(here, non_blocking=True).add_(1.0)[1:].sum()
+        torch.full((2,), 1.0, device="meta").lerp_(torch.zeros(2, device="meta"), 0.5)
+    assert not waits.at
+    assert waits.copies == 3
+
+
+@pytest.mark.parametrize(("optimizer", "clip"), [("adamw", "norm"), ("muon", "value"), ("sgd", "none")])
+def test_the_host_waits_where_it_needs_numbers_and_nowhere_else(
+    tiny: Callable[..., Any], tmp_path: Path, optimizer: str, clip: str
+) -> None:
+    config = tiny({**EVERYTHING, "optim.name": optimizer, "optim.clip": clip})
+    alone = Distributed(0, 0, 1, 1, torch.device("meta"))
+    run = build_run(config, run_dir=tmp_path, distributed=alone, stop=StopSignals())
+    run.trainer.train_step.guard.delay = 2  # as on a GPU, whose fused kernels skip an update by themselves:
+    for part in run.trainer.state.optimizer.parts:
+        if not getattr(part, "_step_supports_amp_scaling", False):  # ``meta`` has none of those
+            part.register_step_pre_hook(forget_found_inf)
+    with Waits(lambda: run.trainer.state.step) as waits:
+        run.trainer.fit()
+    run.trainer.tracker.close()
+    assert waits.copies > 100
+    assert +waits.at == {
+        0: 2,  # the images that are shown, and the first gradient's norm: later ones are looked at two steps behind
+        3: 3,  # evaluation, its counts and its loss; a save in between log rows, the sums so far
+        4: 1,  # a log row
+        6: 3,  # evaluation and save
+        7: 3,  # the last row, and evaluation
+    }
+
+
+def a_step(device: torch.device) -> tuple[TrainStep, Iterator[Batch]]:
+    """A step of a MOA-Transformer with all that is random in it, and its batches, which are there already."""
+    fields = {"patch_size": 4, "embed_dim": 32, "depths": (2, 2), "heads": (1, 2), "window": 4}
+    model = create_model("moa", image_size=(32, 32), num_classes=10, drop_path=0.5, dropout=0.1, **fields).to(device)
+    numbers = torch.arange(8)
+    batches = (
+        Batch(torch.zeros(8, 3, 32, 32), numbers, numbers, numbers, numbers, step, 0).to(device) for step in count()
+    )
+    step = TrainStep(
+        model,
+        create_optimizer("adamw", model, lr=1e-3),
+        transform=lambda batch, step: (batch.images, batch.images.new_full((8, 10), 0.1)),
+        clip=partial(clip_gradients, mode="norm", limit=1.0),
+        precision=Precision("fp32", device, torch.amp.GradScaler(device.type, enabled=False)),
+        ema=None,
+        micro_batches=1,
+        batch_size=8,
+        seed=0,
+        distributed=Distributed(0, 0, 1, 1, device),
+    )
+    return step, batches
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_host_waits_for_nothing_in_a_step_on_a_gpu():
+    step, batches = a_step(torch.device("cuda", torch.cuda.current_device()))
+    for number in range(10):
+        # The first update is read, and kernels are loaded; later ones are looked at two steps behind.
+        torch.cuda.set_sync_debug_mode("error" if number > 3 else "default")
+        try:
+            assert step(batches, number)["loss"].is_cuda
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
