@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
+import torch._dynamo
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -175,7 +176,7 @@ def eval_(folder: Path) -> None:
 
 
 def start(folder: Path, scenario: Callable[[], None], ranks: int) -> None:
-    """Fork the ranks (torch is imported once for all) and wait for them."""
+    """Fork the ranks (torch, and what its optimizers import, is there once for all) and wait for them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
