@@ -243,7 +243,7 @@ from moa_train.data.loader import TrainLoader
 from moa_train.data.order import Order
 from moa_train.data.tree import scan
 
-for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"):
     signal.signal(getattr(signal, name), lambda number, frame: print("signal", number, flush=True))
 source = FileSource("x", scan(Path(sys.argv[1])), (24, 24))
 batches = TrainLoader(source, order=Order(len(source), 4, 0), micro_batch_size=4, workers=2).batches()
@@ -276,7 +276,7 @@ def trainer(files: FileSource) -> Iterator["subprocess.Popen[str]"]:
 
 def test_signals_to_all_processes_reach_the_trainer_only(trainer: "subprocess.Popen[str]") -> None:
     assert trainer.stdout is not None
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         os.killpg(trainer.pid, number)
         assert trainer.stdout.readline() == f"signal {int(number)}\n"
     output, _ = trainer.communicate("go on\n", timeout=20)  # and leaving with an open loader does not hang

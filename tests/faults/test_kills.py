@@ -116,7 +116,7 @@ def test_all_ranks_give_the_same_step_up(tmp_path, draw, inject):
     Job(f"{command} run_dir={tmp_path / 'whole'}", tmp_path, ranks=2).ended(0)
     run = tmp_path / "run"
     for _ in range(2):
-        stop = f"step.loss={draw.choice(['term', 'int', 'usr1'])}@{draw.randint(1, 24)}/{draw.randint(0, 1)}"
+        stop = f"step.loss={draw.choice(['term', 'int', 'usr1', 'hup'])}@{draw.randint(1, 24)}/{draw.randint(0, 1)}"
         job = Job(f"{command} run_dir={run}", tmp_path, ranks=2, faults=stop)
         inject()
         assert job.codes() == [Exit.STOPPED] * 2, job.output

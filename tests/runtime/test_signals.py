@@ -1,4 +1,6 @@
 import os
+import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +32,7 @@ def started(*arguments: str) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", StopSignals.HANDLED)
 def test_each_signal_lets_the_loop_end_by_itself(number):
     process = started()
     process.send_signal(number)
@@ -38,7 +40,7 @@ def test_each_signal_lets_the_loop_end_by_itself(number):
     assert (process.returncode, output.strip()) == (75, number.name)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", StopSignals.HANDLED)
 def test_before_anybody_looks_at_the_flag_each_signal_leaves_at_once(number):
     process = started("early", "stubborn")
     process.send_signal(number)
@@ -80,7 +82,8 @@ def test_handlers_come_back():
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize(
-    ("number", "end"), [(signal.SIGINT, "exit 0"), (signal.SIGUSR1, "exit 0"), (signal.SIGTERM, "signal 15")]
+    ("number", "end"),
+    [(signal.SIGINT, "exit 0"), (signal.SIGUSR1, "exit 0"), (signal.SIGHUP, "exit 0"), (signal.SIGTERM, "signal 15")],
 )
 def test_forked_children_leave_ctrl_c_to_their_parent_and_can_be_terminated(number, end):
     with StopSignals() as stop:
@@ -93,3 +96,40 @@ def test_forked_children_leave_ctrl_c_to_their_parent_and_can_be_terminated(numb
         assert not stop.requested
     ended = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
     assert ended == end
+
+
+@pytest.mark.parametrize("early", [(), ("early", "stubborn")])
+def test_a_closed_terminal_is_a_stop_like_any_other(early):
+    """Nothing can be printed there any more, which must not end the process before it has saved."""
+    ours, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOOP, *early], stdout=terminal, stderr=terminal, start_new_session=True
+    )
+    os.close(terminal)
+    assert os.read(ours, 100) == b"ready\r\n"
+    os.close(ours)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=10) == Exit.STOPPED
+
+
+def test_a_pipe_into_what_the_terminal_has_ended_is_no_error():
+    process = started()
+    process.stdout.close()  # as when tee is gone
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=10) == Exit.STOPPED
+    assert "SIGHUP: saving and stopping" in process.stderr.read()
+    process.stderr.close()
+
+
+@pytest.mark.skipif(shutil.which("nohup") is None, reason="needs nohup")
+def test_under_nohup_a_closed_terminal_is_ignored():
+    process = subprocess.Popen(["nohup", sys.executable, "-c", LOOP], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.1)
+    assert process.poll() is None
+    process.terminate()
+    output, _ = process.communicate(timeout=10)
+    assert (process.returncode, output) == (Exit.STOPPED, "SIGTERM\n")

@@ -301,5 +301,5 @@ def _unwrap(result: Batch | UserError) -> Batch:
 
 def _leave_signals_to_trainer(worker: int) -> None:
     """Ignore the signals that a terminal or a scheduler sends to all processes: the trainer ends its workers."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)

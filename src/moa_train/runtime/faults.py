@@ -42,6 +42,7 @@ _ACTIONS: dict[str, Callable[[str], None]] = {
     "term": _signal(signal.SIGTERM),
     "int": _signal(signal.SIGINT),
     "usr1": _signal(signal.SIGUSR1),
+    "hup": _signal(signal.SIGHUP),
     "raise": _raise,
     "full": _disk_full,
     "sleep": lambda point: time.sleep(1.0),

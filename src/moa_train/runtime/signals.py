@@ -1,10 +1,13 @@
-"""Asking a run to stop: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM's warning before pre-emption) only raise a flag.
+"""Asking a run to stop: SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (SLURM's warning) and SIGHUP only raise a flag.
 
-The loop looks at the flag once per micro-batch, saves, and leaves with ``Exit.STOPPED``: the same command continues the
-run. Before the loop there is nothing to save, and the process leaves with that code at once.
+SIGHUP says that the terminal is gone; under nohup it is ignored, as before. The loop looks at the flag once per
+micro-batch, saves, and leaves with ``Exit.STOPPED``: the same command continues the run. Before the loop there is
+nothing to save, and the process leaves with that code at once.
 """
 
+import contextlib
 import os
+import select
 import signal
 from enum import IntEnum
 from types import FrameType, TracebackType
@@ -26,15 +29,15 @@ class Exit(IntEnum):
 
 
 class StopSignals:
-    """While it is entered, the first SIGTERM, SIGINT or SIGUSR1 sets ``requested`` and a second SIGINT leaves at once.
+    """While it is entered, the first signal of ``HANDLED`` sets ``requested`` and a second SIGINT leaves at once.
 
     That holds once somebody looks at the flag, which ``watched`` says; before, the first one raises SystemExit.
 
-    Only the main thread may enter it (a rule of Python's). Forked children, such as loader workers, ignore Ctrl-C and
-    SIGUSR1, which reach them too: their parent decides when they end.
+    Only the main thread may enter it (a rule of Python's). Of these signals forked children, such as loader workers,
+    obey SIGTERM alone. The others reach them too, but their parent decides when they end.
     """
 
-    HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.watched = False
@@ -54,22 +57,25 @@ class StopSignals:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
+        if number == signal.SIGHUP:
+            _print_where_somebody_reads()
         first, self.received = self.received is None, self.received or signal.Signals(number)
         if not self.watched:
             raise SystemExit(Exit.STOPPED)
         if first and os.environ.get("RANK", "0") == "0":
             hint = " Ctrl-C again leaves at once, without saving." if number == signal.SIGINT else ""
-            # Not print(), which may be what was interrupted.
-            os.write(2, f"\n{self.received.name}: saving and stopping after the pass under way.{hint}\n".encode())
+            _say(f"{self.received.name}: saving and stopping after the pass under way.{hint}")
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
-                os.write(2, b"\nSecond Ctrl-C: leaving at once, without saving.\n")
+                _say("Second Ctrl-C: leaving at once, without saving.")
                 os._exit(Exit.INTERRUPTED)
 
     def __enter__(self) -> Self:
         self._pid = os.getpid()
         for number in self.HANDLED:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -80,3 +86,20 @@ class StopSignals:
             # None: a handler that was not installed from Python and cannot be put back from Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
         self._previous.clear()
+
+
+def _say(text: str) -> None:
+    """Print a line on standard error, but not by print(), which may be what a signal has interrupted."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
+
+
+def _print_where_somebody_reads() -> None:
+    """Let go of a terminal that is closed, and of pipes into what closed with it: printing there would be an error."""
+    for descriptor in (1, 2):
+        stream = select.poll()
+        stream.register(descriptor, 0)  # is told of errors and hang-ups in any case
+        if stream.poll(0):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
