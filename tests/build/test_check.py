@@ -1,5 +1,8 @@
 """What is checked early, before data is opened."""
 
+import contextlib
+import re
+
 import pytest
 import torch
 
@@ -50,3 +53,20 @@ def test_a_batch_that_ranks_cannot_share_names_the_nearest(tiny):
     with pytest.raises(UserError, match=r"engine\.batch_size=32 cannot be shared by 3 ranks\. Nearest: 33"):
         resolve(tiny(), three)
     assert resolve(tiny({"engine.batch_size": 33}), three).engine.micro_batch_size == 11
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "repeats", "fits"),
+    [(100, 100, 1, True), (100, 101, 1, False), (34, 102, 3, True), (33, 100, 3, False), (1, 2, 1, False)],
+)
+def test_an_update_is_no_longer_than_an_epoch(tiny, tmp_path, images, batch_size, repeats, fits):
+    changes = {"data.limit": images, "engine.batch_size": batch_size, "augment.repeats": repeats}
+    config = tiny(changes)
+    error = contextlib.nullcontext() if fits else pytest.raises(UserError)
+    with error as raised, Distributed.start("cpu") as alone:
+        build_run(config, run_dir=tmp_path, distributed=alone, stop=StopSignals()).trainer.tracker.close()
+    if not fits:
+        said = str(raised.value)
+        most, good = map(int, re.findall(r"engine\.batch_size=(\d+); .* epoch: (\d+)\.", said)[0])
+        assert 1 <= good <= most == images * repeats < batch_size
+        assert f"engine.batch_size={batch_size}, but there are only {images} training images" in said

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +196,34 @@ def test_a_session_that_ends_early_says_how_to_go_on(train, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "done" in lines
     assert not any("go on" in line for line in lines)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_a_best_checkpoint_that_is_not_whole_at_the_end_is_named_with_those_that_are(train, tmp_path, damage):
+    run_dir = tmp_path / "run"
+    still = {"optim__lr": 1e-12, "schedule__warmup_lr": 0, "schedule__min_lr": 0}  # of equals the first is the best
+    lasting = {"schedule__duration": "5 steps", "schedule__warmup": 0, "engine__eval_every": "2 steps"}
+    assert train(run_dir, **still, **lasting, engine__save_every="1 step", engine__keep_every="1 step") == 0
+    store = CheckpointStore(run_dir)
+    best = store.best()
+    assert best is not None
+    assert best.step == 2
+    weights = best.path / "model.safetensors"
+    if damage == "flipped":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    else:
+        shutil.rmtree(best.path)
+    with pytest.raises(UserError) as error:
+        train(run_dir, resume=True)
+    said = str(error.value)
+    assert f"the best with {best.score:.2f} % top-1 on val" in said
+    assert (str(weights) if damage == "flipped" else "no checkpoint of step 2; it has: 1, 3, 4, 5") in said
+    assert f"moa-eval ckpt={run_dir}/checkpoints/step-00000005" in said
+    newest = store.newest()
+    assert newest is not None
+    assert newest.step == 5
 
 
 def test_a_run_that_fails_frees_its_folder(train, tmp_path):

@@ -47,6 +47,24 @@ def check_config(config: RunConfig) -> None:
     check_model(config.model.name, **model_fields(config.model, config.data, num_classes=2))
 
 
+def check_batch_size(config: RunConfig, images: int) -> None:
+    """Check that an update has no more samples than an epoch.
+
+    `Order` would fill it from the epochs that follow, but whoever wants so few updates does not ask for them that way.
+
+    Raises:
+        UserError: with a size that fits.
+    """
+    batch_size, repeats = config.engine.batch_size, config.augment.repeats
+    if batch_size > images * repeats:
+        drawn = f", each drawn {repeats} times an epoch" if repeats > 1 else ""
+        raise UserError(
+            f"engine.batch_size={batch_size}, but there are only {images} training images{drawn}: an update would be "
+            f"longer than an epoch. Nearest: engine.batch_size={images * repeats}; with several updates an epoch: "
+            f"{2 ** max(0, (images * repeats // 4).bit_length() - 1)}."
+        )
+
+
 def check_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Check what a checkpoint recorded of its training data against what is there now.
 

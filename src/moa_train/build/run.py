@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from moa_train.build.check import check_config, check_same_data, resolve
+from moa_train.build.check import check_batch_size, check_config, check_same_data, resolve
 from moa_train.build.data import build_normalize, build_train_loader, open_splits
 from moa_train.build.evaluation import build_validation
 from moa_train.build.model import model_fields
@@ -63,6 +63,7 @@ def build_run(
     train = sources["train"]
     check_model(config.model.name, **model_fields(config.model, config.data, len(train.classes)))
     loader = build_train_loader(config, train, distributed)
+    check_batch_size(config, len(train))
 
     length = len(train) * config.augment.repeats
     schedule, distance = build_schedule(config, length)

@@ -18,6 +18,8 @@ from moa_train.schema import RunConfig, to_dict
 
 if TYPE_CHECKING:
     from moa_train.build.run import Run
+    from moa_train.engine.manifest import Checkpoint
+    from moa_train.engine.trainer import Trainer
     from moa_train.runtime.distributed import Distributed
 
 UNREADABLE = "unreadable.txt"
@@ -192,7 +194,7 @@ def report(run: "Run", distributed: "Distributed") -> str | None:
     from moa_train.tracking.writers import write_whole
 
     trainer, state, run_dir = run.trainer, run.trainer.state, Path(run.config.run_dir or "")
-    checkpoint = trainer.store.at(state.best["step"] if state.best else state.step)
+    checkpoint = to_report(trainer)
     outcome: dict[str, Any] = {"step": checkpoint.step, "weights": str(checkpoint.path)}
     if state.best:
         outcome[trainer.eval_split] = state.best
@@ -220,6 +222,27 @@ def report(run: "Run", distributed: "Distributed") -> str | None:
     if distributed.is_main:
         write_whole(run_dir / "result.json", json.dumps(outcome, indent=2) + "\n")
     return block(title, rows)
+
+
+def to_report(trainer: "Trainer") -> "Checkpoint":
+    """Return the checkpoint that the run yields: the best or, if none was chosen, the last.
+
+    Raises:
+        UserError: it is damaged or gone; with those that are whole.
+    """
+    from moa_train.engine.tensorfile import CheckpointError
+
+    state, store = trainer.state, trainer.store
+    try:
+        return store.at(state.best["step"] if state.best else state.step)
+    except CheckpointError as error:
+        whole = {found.step: found.path for found in (store.best(), store.newest()) if found is not None}
+        remedies = [f"\n  moa-eval ckpt={path}" for _, path in sorted(whole.items())]
+        score = f", the best with {state.best['top1']:.2f} % top-1 on {trainer.eval_split}," if state.best else ""
+        raise UserError(
+            f"Training has ended and its last state is saved, but the checkpoint to report{score} is not whole: "
+            f"{error}\nRestore it from a copy and resume the run, or evaluate one that is whole:{''.join(remedies)}"
+        ) from error
 
 
 def quarantined(run: "Run", distributed: "Distributed") -> int:
