@@ -9,6 +9,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from moa_train.data import photometric
+from moa_train.data.randaugment import PHOTOMETRIC
 
 Peer = Callable[[Image.Image, float], Image.Image]
 
@@ -25,22 +26,28 @@ def solarize_add(image: Image.Image, amount: float) -> Image.Image:
     return image.point([min(255, value + int(amount)) if value < 128 else value for value in range(256)] * 3)
 
 
-HOST_TABLES: dict[str, tuple[Peer, list[float]]] = {
+OPERATIONS: dict[str, tuple[Peer, list[float]]] = {
     "invert": (lambda image, level: ImageOps.invert(image), [0]),
     "posterize": (lambda image, level: ImageOps.posterize(image, int(level)), [1, 2, 3, 4, 8]),
     "solarize": (lambda image, level: ImageOps.solarize(image, int(level)), [0, 1, 26, 128, 255, 256]),
-    "solarize_add": (solarize_add, [0, 1, 50, 110]),
+    "solarize_add": (solarize_add, [0, 1, 50, 110, 128]),
     "brightness": (lambda image, level: ImageEnhance.Brightness(image).enhance(level), [0, 0.1, 0.55, 1, 1.3, 1.9]),
-}
-TABLES: dict[str, tuple[Peer, list[float]]] = {
-    "contrast": (lambda image, level: ImageEnhance.Contrast(image).enhance(level), [0, 0.1, 0.55, 1, 1.3, 1.9]),
     "autocontrast": (lambda image, level: ImageOps.autocontrast(image), [0]),
     "equalize": (lambda image, level: ImageOps.equalize(image), [0]),
-}
-IMAGES: dict[str, tuple[Peer, list[float]]] = {
+    "contrast": (lambda image, level: ImageEnhance.Contrast(image).enhance(level), [0, 0.1, 0.55, 1, 1.3, 1.9]),
     "colour": (lambda image, level: ImageEnhance.Color(image).enhance(level), [0, 0.1, 0.55, 1, 1.3, 1.9]),
     "sharpness": (lambda image, level: ImageEnhance.Sharpness(image).enhance(level), [0, 0.1, 0.55, 1, 1.3, 1.9]),
 }
+
+
+def apply(name: str, images: Tensor, levels: list[float]) -> Tensor:
+    return getattr(photometric, name)(images, torch.tensor(levels).view(-1, 1, 1, 1))
+
+
+def by_pillow(name: str, images: Tensor, levels: list[float]) -> Tensor:
+    peer = OPERATIONS[name][0]
+    pairs = zip(images, levels, strict=True)
+    return torch.stack([from_pillow(peer(to_pillow(image), level)) for image, level in pairs])
 
 
 @pytest.fixture(scope="module")
@@ -55,58 +62,42 @@ def images(tiles: Tensor) -> Tensor:
     return torch.cat((tiles[:24], hard))
 
 
-@pytest.mark.parametrize("name", HOST_TABLES)
-def test_tables_of_the_level_alone_are_pillows_to_the_bit(name: str, images: Tensor) -> None:
-    peer, levels = HOST_TABLES[name]
-    tables = torch.from_numpy(np.array(getattr(photometric, name)(np.array(levels)[:, None])))
-    assert tables.shape == (len(levels), 256)
-    for level, table in zip(levels, tables, strict=True):
-        result = photometric.look_up(images, table[None, None])
+def test_there_is_a_peer_for_each_operation() -> None:
+    assert list(OPERATIONS) == list(PHOTOMETRIC)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_are_pillows_to_the_bit(name: str, images: Tensor) -> None:
+    before = images.clone()
+    for level in OPERATIONS[name][1]:
+        levels = [level] * len(images)
+        result = apply(name, images, levels)
         assert result.dtype == torch.uint8
-        assert torch.equal(result, torch.stack([from_pillow(peer(to_pillow(image), level)) for image in images]))
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_tables_are_pillows_to_the_bit(name: str, images: Tensor) -> None:
-    peer, levels = TABLES[name]
-    for level in levels:
-        table = getattr(photometric, name)(images, torch.full((len(images), 1, 1), level))
-        result = photometric.look_up(images, table)
-        assert result.dtype == torch.uint8
-        assert torch.equal(result, torch.stack([from_pillow(peer(to_pillow(image), level)) for image in images]))
-
-
-@pytest.mark.parametrize("name", IMAGES)
-def test_images_are_pillows_to_the_bit(name: str, images: Tensor) -> None:
-    peer, levels = IMAGES[name]
-    for level in levels:
-        result = getattr(photometric, name)(images, torch.full((len(images), 1, 1, 1), level))
-        assert torch.equal(result, torch.stack([from_pillow(peer(to_pillow(image), level)) for image in images]))
+        assert torch.equal(result, by_pillow(name, images, levels))
+        assert torch.equal(images, before)
 
 
 def test_photographs_of_ordinary_size(photographs: list[Image.Image]) -> None:
     images = torch.stack([from_pillow(photograph.resize((224, 160))) for photograph in photographs])
-    for name, (peer, levels) in TABLES.items():
-        table = getattr(photometric, name)(images, torch.full((2, 1, 1), levels[-1]))
-        expected = torch.stack([from_pillow(peer(to_pillow(image), levels[-1])) for image in images])
-        assert torch.equal(photometric.look_up(images, table), expected), name
+    for name, (_, levels) in OPERATIONS.items():
+        assert torch.equal(apply(name, images, levels[-1:] * 2), by_pillow(name, images, levels[-1:] * 2)), name
 
 
-def test_each_image_has_its_own_level(images: Tensor) -> None:
-    levels = torch.linspace(0.1, 1.9, len(images))
-    result = photometric.look_up(images, photometric.contrast(images, levels.view(-1, 1, 1)))
-    peer = TABLES["contrast"][0]
-    expected = [from_pillow(peer(to_pillow(i), v)) for i, v in zip(images, levels.tolist(), strict=True)]
-    assert torch.equal(result, torch.stack(expected))
+@pytest.mark.parametrize(
+    "name", ["posterize", "solarize", "solarize_add", "brightness", "contrast", "colour", "sharpness"]
+)
+def test_each_image_has_its_own_level(name: str, images: Tensor) -> None:
+    levels = [OPERATIONS[name][1][place % len(OPERATIONS[name][1])] for place in range(len(images))]
+    assert torch.equal(apply(name, images, levels), by_pillow(name, images, levels))
 
 
 def test_grey_is_pillows(images: Tensor) -> None:
     expected = torch.stack([torch.from_numpy(np.array(to_pillow(image).convert("L"))) for image in images])
-    assert torch.equal(photometric.grey(images).squeeze(1), expected)
+    assert torch.equal(photometric.grey(images.float()).squeeze(1), expected.float())
 
 
 def test_histogram_counts(images: Tensor) -> None:
-    counts = photometric.histogram(images)
+    counts = photometric.histogram(images.flatten(2).long())
     assert counts.shape == (len(images), 3, 256)
     assert counts[7, 2].tolist() == np.bincount(images[7, 2].flatten(), minlength=256).tolist()
 

@@ -160,7 +160,7 @@ class BatchAugment:
 
     def _jitter(self, images: Tensor, keys: Hashes) -> Tensor:
         factors = 1 + self.color_jitter * (2 * uniform(keys[:, None], Purpose.JITTER, np.arange(3)) - 1)
-        bright, strong, vivid = factors.T.astype(np.float32)
-        images = photometric.look_up(images, send(photometric.brightness(bright[:, None]), images)[:, None])
-        images = photometric.look_up(images, photometric.contrast(images, send(strong, images).view(-1, 1, 1)))
-        return photometric.colour(images, send(vivid, images).view(-1, 1, 1, 1))
+        bright, strong, vivid = send(factors.T.astype(np.float32), images).view(3, -1, 1, 1, 1)
+        images = photometric.brightness(images, bright)
+        images = photometric.contrast(images, strong)
+        return photometric.colour(images, vivid)

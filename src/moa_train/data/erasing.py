@@ -1,5 +1,7 @@
 """Random erasing (Zhong et al. 2017) with a normal random number for each pixel and channel."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,12 +35,13 @@ class RandomErasing:
         whether, where = uniform(keys, Purpose.ERASING, np.arange(2)[:, None])
         rows = np.flatnonzero(whether < self.probability)
         channels, height, width = images.shape[1:]
-        noise, numbers = self._table(images), box_numbers(keys[rows], Purpose.ERASING_BOX)
+        numbers = box_numbers(keys[rows], Purpose.ERASING_BOX)
+        pixels, noise = _to_slice(images), _to_slice(self._table(images))
         for place, row in enumerate(rows.tolist()):
             box = random_box((height, width), AREA, RATIO, numbers[place])
             start = int(where[row] * _STARTS)
-            piece = noise[start : start + channels * box.height * box.width].view(channels, box.height, box.width)
-            images[row, :, box.top : box.top + box.height, box.left : box.left + box.width] = piece
+            piece = noise[start : start + channels * box.height * box.width].reshape(channels, box.height, box.width)
+            pixels[row, :, box.top : box.top + box.height, box.left : box.left + box.width] = piece
         return images
 
     def _table(self, like: Tensor) -> Tensor:
@@ -47,3 +50,8 @@ class RandomErasing:
             self._noise = torch.from_numpy(normal(Purpose.ERASING, np.arange(length)))
         self._noise = self._noise.to(like, non_blocking=True)
         return self._noise
+
+
+def _to_slice(tensor: Tensor) -> Any:
+    """Return the same memory in what is sliced fastest: on a CPU, slices of arrays cost a fifth of those of tensors."""
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor

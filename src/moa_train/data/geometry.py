@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moa_train.data.batch import to_uint8
+
 PADDING_MODES = {"zero": "constant", "reflect": "reflect"}
 
 
@@ -46,16 +48,16 @@ def warp(images: Tensor, maps: Tensor, fill: Tensor | None = None, interpolation
     # grid_sample wants places between -1 and 1
     to_unit = torch.stack((maps[:, 0] * (2 / width), maps[:, 1] * (2 / height)), 1)
     along_x, along_y, shift = to_unit[..., None, None].unbind(2)
-    x = torch.arange(width, device=images.device) + 0.5
-    y = torch.arange(height, device=images.device)[:, None] + 0.5
+    x = torch.arange(0.5, width, device=images.device)
+    y = torch.arange(0.5, height, device=images.device)[:, None]
     places_B2HW = along_x * x + (along_y * y + (shift - 1))
     # Zeros stand for the fill: it is taken off before, and added after together with the half that rounds.
     fill_C11 = torch.zeros(1, 1, 1, device=images.device) if fill is None else fill.view(-1, 1, 1)
     result = F.grid_sample(
-        images - fill_C11,
+        images.float().sub_(fill_C11),
         places_B2HW.permute(0, 2, 3, 1),
         mode=interpolation,
         padding_mode="border" if fill is None else "zeros",
         align_corners=False,
     ).add_(fill_C11 + 0.5)
-    return (result.clamp_(0, 255) if interpolation == "bicubic" else result).to(torch.uint8)
+    return to_uint8(result.clamp_(0, 255) if interpolation == "bicubic" else result)

@@ -1,14 +1,14 @@
 """RandAugment (Cubuk et al. 2019) for whole batches, with the increasing severities that recipes write as ``inc1``.
 
 Each of ``ops`` layers picks one of 15 operations for every image and applies it with probability 1/2, at a strength
-drawn around ``magnitude`` (0 to 10). The images of a layer are sorted by operation: values replaced by a table (one
-pass for all tables), colour, sharpness, affine maps (one pass).
+drawn around ``magnitude`` (0 to 10). The images of a layer are sorted by operation, so that each works on a slice of
+them; affine maps are carried out together.
 """
 
 import math
+from itertools import pairwise
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from moa_train.data import photometric
@@ -20,11 +20,12 @@ from moa_train.runtime.errors import UserError
 MAX_MAGNITUDE = 10.0
 PROBABILITY = 0.5
 
-HOST_TABLES = ("invert", "posterize", "solarize", "solarize_add", "brightness")
-TABLES = ("autocontrast", "equalize", "contrast")
-IMAGES = ("colour", "sharpness")
+PHOTOMETRIC = (
+    "invert", "posterize", "solarize", "solarize_add", "brightness", "autocontrast", "equalize", "contrast", "colour",
+    "sharpness",
+)  # fmt: skip
 MAPS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
-OPERATIONS = HOST_TABLES + TABLES + IMAGES + MAPS
+OPERATIONS = PHOTOMETRIC + MAPS
 
 
 def level_of(operation: str, strength: Floats, sign: Floats) -> Floats:
@@ -115,35 +116,16 @@ class RandAugment:
 
     def _apply(self, images: Tensor, chosen: Whole, strength: Floats, sign: Floats) -> None:
         """Carry out one layer in place; ``chosen`` ascends."""
-        bounds = np.searchsorted(chosen, np.arange(len(OPERATIONS) + 1)).tolist()
-        parts = {name: slice(*bounds[place : place + 2]) for place, name in enumerate(OPERATIONS)}
-        parts = {name: part for name, part in parts.items() if part.start < part.stop}
-        levels = np.zeros(len(chosen))
-        for name, part in parts.items():
-            levels[part] = level_of(name, strength[part], sign[part])
-        level_B = send(levels.astype(np.float32), images)
-
-        def group(names: tuple[str, ...]) -> slice:
-            first = OPERATIONS.index(names[0])
-            return slice(bounds[first], bounds[first + len(names)])
-
-        host = np.empty((len(chosen), 1, 256), np.uint8)
-        for name, part in parts.items():
-            if name in HOST_TABLES:
-                host[part, 0] = getattr(photometric, name)(levels[part, None])
-        tables = torch.empty(*images.shape[:2], 256, dtype=torch.uint8, device=images.device)
-        tables[group(HOST_TABLES)] = send(host[group(HOST_TABLES)], images)
-        for name, part in parts.items():
-            if name in TABLES:
-                tables[part] = getattr(photometric, name)(images[part], level_B[part].view(-1, 1, 1))
-            elif name in IMAGES:
-                images[part] = getattr(photometric, name)(images[part], level_B[part].view(-1, 1, 1, 1))
-        replaced = group(HOST_TABLES + TABLES)
-        images[replaced] = photometric.look_up(images[replaced], tables[replaced])
-
-        moved, size = group(MAPS), images.shape[-2:]
-        names = [name for name in MAPS if name in parts]
-        maps = [affine_map(name, level, *size) for name in names for level in levels[parts[name]].tolist()]
+        names = ("none", *OPERATIONS)
+        sizes = np.bincount(chosen + 1, minlength=len(names)).tolist()
+        parts = zip(names, pairwise((0, *np.cumsum(sizes).tolist())), strict=True)
+        levels = {name: level_of(name, strength[a:b], sign[a:b]) for name, (a, b) in parts}
+        level_B111 = send(np.concatenate(list(levels.values())).astype(np.float32), images).view(-1, 1, 1, 1)
+        for name, part, level in zip(names, images.split(sizes), level_B111.split(sizes), strict=True):
+            if name in PHOTOMETRIC and len(part):
+                part.copy_(getattr(photometric, name)(part, level))
+        maps = [affine_map(name, level, *images.shape[-2:]) for name in MAPS for level in levels[name].tolist()]
         if maps:
             self.fill = self.fill.to(images.device, non_blocking=True)
-            images[moved] = warp(images[moved], send(np.array(maps, np.float32), images), self.fill)
+            moved = images[-len(maps) :]  # they come last
+            moved.copy_(warp(moved, send(np.array(maps, np.float32), images), self.fill))
