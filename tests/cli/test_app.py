@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from moa_train.cli import app
 from moa_train.schema import EvalConfig, RunConfig, knobs
 
 CHILD = """
@@ -88,6 +89,7 @@ MISTAKES = {
     "optim.name=adam": ["optim.name=adam", "'adamw'"],
     "data=imagenet": ["data=imagenet", "data.root=FOLDER"],
     "engine.batch_size=64 engine.micro_batch_size=48": ["engine.batch_size=64", "48 or 96"],
+    "--config-dir=false experiment=off": ["'experiment/off'", "off and no for false", '"off": 10%'],
     "resume=x init=y": ["resume", "init", "one of the two"],
 }
 EVAL_MISTAKES = {
@@ -117,6 +119,11 @@ schedule: {duration: 7 epochs}
 """
 
 
+OFF = """# @package _global_
+augment: {off: 10%}
+"""
+
+
 def split(text: str) -> list[str]:
     return [text] if " = " in text else text.split()
 
@@ -128,6 +135,8 @@ def tried(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("tried")
     (folder / "own" / "experiment").mkdir(parents=True)
     (folder / "own" / "experiment" / "mine.yaml").write_text(MINE)
+    (folder / "false" / "experiment").mkdir(parents=True)
+    (folder / "false" / "experiment" / "off.yaml").write_text(OFF)
     done = subprocess.run(
         [sys.executable, "-c", CHILD],
         input=json.dumps(list(cases.values())),
@@ -153,6 +162,15 @@ def test_mistakes_are_named_with_what_is_right(tried, text):
 
 def test_none_of_them_needed_torch(tried):
     assert not any(found["torch"] for found in tried.values())
+
+
+def test_the_arguments_of_one_run_of_a_sweep(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["moa-train", "--multirun", "--config-dir", "own", "optim.lr=1e-3,2e-3", "hydra.x=1"]
+    )
+    assert app.arguments_of_one_run(["optim.lr=1e-3"]) == ["--config-dir", "own", "optim.lr=1e-3"]
+    monkeypatch.setattr(sys, "argv", ["moa-train", "--config-dir", "own", "optim.lr=1e-3"])
+    assert app.arguments_of_one_run(["optim.lr=1e-3"]) is None
 
 
 def test_help_shows_examples_groups_and_every_knob(tried):

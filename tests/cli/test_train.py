@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -82,6 +83,14 @@ def test_two_runs_of_a_sweep_get_a_folder_each_and_can_learn(tmp_path):
         losses = [row["loss"] for row in read_rows(run / "metrics.jsonl") if row["kind"] == "train"]
         assert losses[0] > 2
         assert losses[-1] < 0.1
+        (start,) = json.loads((run / "provenance.json").read_text())
+        words = shlex.split(start["command"])
+        assert words[:3] == [sys.executable, "-m", "moa_train.cli.train"]
+        assert "-m" not in words[3:]
+        rate = json.loads((run / "config.json").read_text())["optim"]["lr"]
+        (typed,) = [word for word in words if word.startswith("optim.lr=")]
+        assert float(typed.partition("=")[2]) == rate
+        assert {"debug=overfit_batch", "data.limit=32", r"schedule.duration=60\ steps"} < set(words)
         assert f"moa-eval ckpt=outputs/{run.name}" in done.stdout
 
 

@@ -75,6 +75,15 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
     sys.exit(_guarded(compose))
 
 
+def arguments_of_one_run(overrides: Sequence[str]) -> list[str] | None:
+    """Return what repeats the run of these ``overrides`` alone, if the command line is that of a sweep; else None."""
+    multirun = {"-m", "--multirun"}
+    if not multirun & set(sys.argv[1:]):
+        return None
+    options = [text for text in sys.argv[1:] if text not in multirun and (text.startswith("-") or "=" not in text)]
+    return [*options, *overrides]
+
+
 def typed(config: DictConfig) -> Any:
     """Return the composed configuration as its dataclass, validated."""
     result = OmegaConf.to_object(config)
@@ -202,6 +211,10 @@ def _guarded(action: Callable[[], int | None]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         lines = str(error).split("\n\n")[0].splitlines()  # what follows explains Hydra, not the mistake
         print("error: " + "\n".join(line for line in lines if not line.startswith(" ")), file=sys.stderr)
+        if "Key 'False'" in str(error):
+            print(
+                'YAML takes the words off and no for false. As a key, write it in quotes: "off": 10%', file=sys.stderr
+            )
     except KeyboardInterrupt:  # where no training is under way, which answers it with a save
         return Exit.INTERRUPTED
     return Exit.USER_ERROR

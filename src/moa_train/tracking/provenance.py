@@ -25,11 +25,14 @@ DIFF_LIMIT = 10 * 2**20
 _SOURCE = Path(__file__).resolve().parents[1]
 
 
-def collect() -> dict[str, Any]:
-    """Describe this start of the program, JSON-able. Never fails: what cannot be found out is null."""
+def collect(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Describe this start of the program, JSON-able. Never fails: what cannot be found out is null.
+
+    ``arguments`` as in `command`.
+    """
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": command(),
+        "command": command(arguments),
         "directory": os.getcwd(),  # noqa: PTH109 Path.cwd() is the same call
         "host": socket.gethostname(),
         "code": {"sha256": source_digest(), **git_state(_SOURCE)},
@@ -38,9 +41,14 @@ def collect() -> dict[str, Any]:
     }
 
 
-def command() -> str:
-    """Return the command line that started this process, with torchrun in front if that did."""
+def command(arguments: Sequence[str] | None = None) -> str:
+    """Return the command line that started this process, with torchrun in front if that did.
+
+    ``arguments`` take the place of the program's own, where these start more than one run.
+    """
     words = list(sys.orig_argv)
+    if arguments is not None:
+        words = [*words[: len(words) - len(sys.argv[1:])], *arguments]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         world, local = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         nodes = max(1, int(world) // max(1, int(local)))
