@@ -4,14 +4,17 @@ import json
 import logging
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from moa_train.engine import checkpoint
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.manifest import FILES, Checkpoint
+from moa_train.engine.snapshot import Snapshot
 from moa_train.engine.tensorfile import CheckpointError
 from moa_train.runtime import faults
 
@@ -394,6 +397,25 @@ def test_a_full_disk_leaves_no_trace_and_the_next_save_works(store, point, backg
     save(store, 2, background=background)
     store.close()
     assert [found.step for found in [store.newest()] if found] == [2]
+
+
+def test_waiting_for_storage_that_does_not_answer_is_said(store, monkeypatch, caplog):
+    answer = threading.Event()
+    write = Snapshot.write
+
+    def write_late(self: Snapshot, folder: Path) -> None:
+        answer.wait(20)
+        write(self, folder)
+
+    monkeypatch.setattr(Snapshot, "write", write_late)
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.05)
+    caplog.set_level(logging.WARNING)
+    save(store, 1, background=True)
+    threading.Timer(0.3, answer.set).start()
+    store.wait()
+    assert store.newest().step == 1
+    assert 1 <= len(caplog.messages) <= 7
+    assert f"Waiting for a save in {store.directory}" in caplog.messages[0]
 
 
 def test_the_error_of_a_background_save_comes_at_the_next_call(store):

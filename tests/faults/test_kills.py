@@ -138,6 +138,25 @@ def test_a_second_interrupt_leaves_at_once(tmp_path, inject):
     assert "Second Ctrl-C" in job.output
 
 
+@pytest.mark.fault(6)
+def test_two_interrupts_leave_a_save_that_hangs(tmp_path, inject):
+    """On storage that does not answer: the stop waits for the save, but not against somebody's will."""
+    run = tmp_path / "run"
+    job = Job(f"{TINY} run_dir={run}", tmp_path, faults="checkpoint.before_manifest=hang@2")
+    wait_for_step(run, 6)
+    inject(3)
+    job.signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert job.processes[0].is_alive()
+    for _ in range(2):
+        job.signal(signal.SIGINT)
+        time.sleep(0.1)
+    assert job.codes() == [Exit.INTERRUPTED], job.output
+    before = CheckpointStore(run).newest()
+    assert before is not None
+    Job(f"{TINY} run_dir={run} resume=auto", tmp_path).ended(0)
+
+
 def torchrun(tmp_path, command: str, *options: str, faults: str = "") -> subprocess.Popen:
     environ = {**os.environ, "MOA_TRAIN_FAULTS": faults, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *options]

@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,9 @@ from moa_train.engine.tensorfile import CheckpointError
 from moa_train.runtime import faults
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 60.0
+"""Seconds after which whoever waits for a save is told so: storage that is gone may never answer."""
 
 _SAVING = ".saving-"
 _REPLACED = ".replaced"
@@ -178,8 +182,15 @@ class CheckpointStore:
     def wait(self) -> None:
         """Wait until the save in flight is done; raises its error."""
         saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+        if saving is None:
+            return
+        while not wait_for([saving], PATIENCE).done:
+            log.warning(
+                "Waiting for a save in %s: its storage is slow, or does not answer. Ctrl-C, twice, leaves without it; "
+                "older checkpoints are untouched.",
+                self.directory,
+            )
+        saving.result()
 
     def close(self) -> None:
         """Finish the save in flight; raises its error."""

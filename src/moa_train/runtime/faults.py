@@ -46,6 +46,7 @@ _ACTIONS: dict[str, Callable[[str], None]] = {
     "raise": _raise,
     "full": _disk_full,
     "sleep": lambda point: time.sleep(1.0),
+    "hang": lambda point: time.sleep(3600.0),
     "true": lambda point: None,
 }
 
