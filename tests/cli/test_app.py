@@ -4,14 +4,17 @@ All arguments are tried one after the other in one process of their own, to see 
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from moa_train.cli import app
+from moa_train.runtime.errors import UserError
 from moa_train.schema import EvalConfig, RunConfig, knobs
 
 CHILD = """
@@ -171,6 +174,23 @@ def test_the_arguments_of_one_run_of_a_sweep(monkeypatch):
     assert app.arguments_of_one_run(["optim.lr=1e-3"]) == ["--config-dir", "own", "optim.lr=1e-3"]
     monkeypatch.setattr(sys, "argv", ["moa-train", "--config-dir", "own", "optim.lr=1e-3"])
     assert app.arguments_of_one_run(["optim.lr=1e-3"]) is None
+
+
+def test_torchrun_is_told_and_keeps_the_time_of_what_it_was_told_before(monkeypatch, tmp_path, capsys):
+    def mistake() -> int:
+        raise UserError("three is too many. Nearest: 2.")
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    assert app._guarded(mistake) == 2
+    assert abs(int(json.loads(file.read_text())["timestamp"]) - time.time()) < 60
+    os.utime(file, (1000, 1000))
+    assert app._guarded(mistake) == 2
+    told = {"message": "error: three is too many. Nearest: 2.", "timestamp": "1000"}
+    assert json.loads(file.read_text()) == told
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "nowhere" / "error.json"))
+    assert app._guarded(mistake) == 2
+    assert capsys.readouterr().err.count("error: three is too many. Nearest: 2.\n") == 3
 
 
 def test_help_shows_examples_groups_and_every_knob(tried):

@@ -201,6 +201,17 @@ def test_torchrun_shows_the_root_cause(tmp_path, inject):
     assert "InjectedFaultError" in root
 
 
+@pytest.mark.fault(15)
+def test_torchrun_ends_with_what_the_user_can_mend(tmp_path, inject):
+    process = torchrun(tmp_path, f"{TINY} run_dir={tmp_path / 'run'} data=folder data.root=nowhere")
+    inject()
+    assert process.wait(PATIENCE) == 1
+    said = (tmp_path / "torchrun.txt").read_text()
+    root = said[said.index("Root Cause") :]
+    assert "nowhere/train: there is no such folder. Set data.root to" in root
+    assert "Traceback" not in root
+
+
 @pytest.mark.fault(7)
 @pytest.mark.parametrize(
     "fault",

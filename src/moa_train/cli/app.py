@@ -1,11 +1,14 @@
 """The frame of the commands that Hydra composes: typed configuration, help, and errors for users."""
 
 import argparse
+import contextlib
 import difflib
+import json
 import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -204,20 +207,31 @@ def _guarded(action: Callable[[], int | None]) -> int:
     try:
         return action() or Exit.FINISHED
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _explain(f"error: {error}")
     except LostRankError as error:
         print(f"error: {error}", file=sys.stderr)
         return Exit.FAILED
     except (HydraException, OmegaConfBaseException) as error:
         lines = str(error).split("\n\n")[0].splitlines()  # what follows explains Hydra, not the mistake
-        print("error: " + "\n".join(line for line in lines if not line.startswith(" ")), file=sys.stderr)
+        lines = [line for line in lines if not line.startswith(" ")]
         if "Key 'False'" in str(error):
-            print(
-                'YAML takes the words off and no for false. As a key, write it in quotes: "off": 10%', file=sys.stderr
-            )
+            lines.append('YAML takes the words off and no for false. As a key, write it in quotes: "off": 10%')
+        _explain("\n".join(["error: " + lines[0], *lines[1:]]))
     except KeyboardInterrupt:  # where no training is under way, which answers it with a save
         return Exit.INTERRUPTED
     return Exit.USER_ERROR
+
+
+def _explain(text: str) -> None:
+    """Print an error for users; under torchrun also at the end of what that prints, where it shows the root cause."""
+    print(text, file=sys.stderr)
+    if name := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        path = Path(name)
+        with contextlib.suppress(OSError):
+            # Where the exception is recorded with its traceback already, its time decides whose was the first.
+            when = path.stat().st_mtime if path.exists() else time.time()
+            # The format is torch's, which would take two seconds to import.
+            path.write_text(json.dumps({"message": text, "timestamp": str(int(when))}))
 
 
 def _help(schema: type, examples: str) -> dict[str, str]:
