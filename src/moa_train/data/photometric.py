@@ -41,9 +41,9 @@ def autocontrast(images: Tensor, level: Tensor) -> Tensor:
     """Stretch each channel to the full range."""
     pixels = images.flatten(2)
     low, high = pixels.amin(2, keepdim=True).double(), pixels.amax(2, keepdim=True).double()
-    same = torch.arange(256, device=images.device)
+    same = torch.arange(256, dtype=torch.float64, device=images.device)
     scale = _FULL / (high - low).clamp_(min=1)
-    stretched = (same * scale).sub_(low * scale).clamp_(0, 255).long()
+    stretched = (same * scale).sub_(low * scale).clamp_(0, 255)
     return look_up(pixels.long(), torch.where(high > low, stretched, same)).view_as(images)
 
 
