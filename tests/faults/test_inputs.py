@@ -219,15 +219,22 @@ def test_broken_data_sets_are_refused_before_the_model_is_built(tmp_path, data, 
 
 
 @pytest.mark.fault(14)
-def test_stray_files_are_left_out_and_small_sets_fill_a_batch(tmp_path, data, inject):
-    """Fewer samples than a batch: the stream of epochs goes on within it."""
+def test_stray_files_are_left_out(tmp_path, data, inject):
     (data / "train" / "notes.txt").write_text("x")
     (data / "train" / "digit1" / ".hidden.jpg").write_text("x")
     for path in sorted((data / "train").rglob("*.jpg"))[::3]:
         path.unlink()
-    inject(2)
-    said = Job(f"{FOLDER} data.root={data} run_dir={tmp_path / 'run'} engine.batch_size=64", tmp_path).ended(0)
-    assert "26 train" in said
+    inject()
+    assert "26 train" in Job(f"{FOLDER} data.root={data} run_dir={tmp_path / 'run'}", tmp_path).ended(0)
+
+
+@pytest.mark.fault(14)
+def test_fewer_samples_than_a_batch_are_refused_with_sizes_that_fit(tmp_path, data, inject):
+    inject()
+    said = Job(f"{FOLDER} data.root={data} run_dir={tmp_path / 'run'} engine.batch_size=64", tmp_path).ended(2)
+    images = len(list((data / "train").rglob("*.jpg")))
+    assert f"engine.batch_size=64, but there are only {images} training images" in said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 MISTAKES = {
