@@ -54,3 +54,12 @@ def test_probability_0_and_1() -> None:
     images = torch.full((50, 3, 20, 28), 100.0)
     assert (areas(RandomErasing(0.0)(images.clone(), KEYS[:50])) == 0).all()
     assert (areas(RandomErasing(1.0)(images.clone(), KEYS[:50])) > 0).all()
+
+
+def test_slices_of_tensors_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU arrays are sliced in place of tensors, elsewhere the tensors themselves."""
+    images = torch.zeros(200, 3, 20, 30)
+    expected = RandomErasing(0.5)(images.clone(), sample_keys(0, 0, np.arange(200), 0))
+    monkeypatch.setattr("moa_train.data.erasing._to_slice", lambda tensor: tensor)
+    assert torch.equal(RandomErasing(0.5)(images, sample_keys(0, 0, np.arange(200), 0)), expected)
+    assert expected.any()

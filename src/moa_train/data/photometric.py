@@ -86,9 +86,9 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
 
 def grey(x_B3HW: Tensor) -> Tensor:
     """Return luma as Pillow computes it (ITU-R 601-2, 16 bits after the point): whole floats, B 1 H W."""
-    red, green, blue = x_B3HW.split(1, 1)  # what follows is exact in float32
+    red, green, blue = x_B3HW.unbind(1)  # what follows is exact in float32
     luma = (red * (19595 / 65536)).add_(green, alpha=38470 / 65536).add_(blue, alpha=7471 / 65536)
-    return luma.add_(0.5).floor_()
+    return luma.add_(0.5).floor_().unsqueeze(1)
 
 
 def blend(start: Tensor, end: Tensor, factor: Tensor) -> Tensor:

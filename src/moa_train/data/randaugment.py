@@ -121,8 +121,8 @@ class RandAugment:
         parts = zip(names, pairwise((0, *np.cumsum(sizes).tolist())), strict=True)
         levels = {name: level_of(name, strength[a:b], sign[a:b]) for name, (a, b) in parts}
         level_B111 = send(np.concatenate(list(levels.values())).astype(np.float32), images).view(-1, 1, 1, 1)
-        for name, part, level in zip(names, images.split(sizes), level_B111.split(sizes), strict=True):
-            if name in PHOTOMETRIC and len(part):
+        for name, size, part, level in zip(names, sizes, images.split(sizes), level_B111.split(sizes), strict=True):
+            if size and name in PHOTOMETRIC:
                 part.copy_(getattr(photometric, name)(part, level))
         maps = [affine_map(name, level, *images.shape[-2:]) for name in MAPS for level in levels[name].tolist()]
         if maps:
