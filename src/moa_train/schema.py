@@ -176,7 +176,9 @@ class EngineConfig:
         options=("auto", "val", "test", "none"),
     )
     eval_every: str = knob("1 epoch", "distance of evaluations")
-    eval_batch_size: int = knob(256, "examples of one forward pass in evaluation", least=1)
+    eval_batch_size: int | None = knob(
+        None, "examples of one forward pass in evaluation (default: 256; 64 on a CPU, where more is no faster)", least=1
+    )
     save_every: str = knob("1 epoch", "distance of checkpoints")
     keep_last: int = knob(2, "newest checkpoints kept", least=1)
     keep_every: str | None = knob(None, "also keep one checkpoint in each of these distances for ever")

@@ -84,7 +84,7 @@ def build_eval_loader(config: RunConfig, source: Source, distributed: Distribute
     """Return this rank's batches of an evaluation."""
     return EvalLoader(
         source,
-        batch_size=config.engine.eval_batch_size,
+        batch_size=config.engine.eval_batch_size or (64 if distributed.device.type == "cpu" else 256),
         rank=distributed.rank,
         world_size=distributed.world_size,
         workers=workers(config.data, distributed),

@@ -57,7 +57,8 @@ def attend(q_GNLD: Tensor, k_GNLD: Tensor, v_GNLD: Tensor, bias: Tensor) -> Tens
         return F.scaled_dot_product_attention(q_GNLD, k_GNLD, v_GNLD, aligned(bias if bias.dim() == 4 else bias[None]))
     # Autocast would promote the softmax, and with it the scores, the largest tensor of the model, to fp32.
     with torch.autocast(q_GNLD.device.type, enabled=False):
-        scores_GNLL = (q_GNLD * q_GNLD.shape[-1] ** -0.5) @ k_GNLD.transpose(-2, -1)
+        # The product wants contiguous heads, and would copy a scaled view after the scaling.
+        scores_GNLL = (q_GNLD.contiguous() * q_GNLD.shape[-1] ** -0.5) @ k_GNLD.transpose(-2, -1)
         weights_GNLL = scores_GNLL.add_(bias).softmax(-1, dtype=softmax_dtype(scores_GNLL))
         return weights_GNLL.to(v_GNLD.dtype) @ v_GNLD
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moa_train.model.attention import BiasedAttention, attend
+from moa_train.model.geometry import Stage
 from moa_train.runtime.device import to_device
 
 
@@ -68,7 +69,6 @@ class WindowAttention(BiasedAttention):
         published_layout: bool = False,
     ) -> None:
         super().__init__(heads, (window, window), published_layout=published_layout)
-        self.map_size = map_size
         self.window = window
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -83,7 +83,7 @@ class WindowAttention(BiasedAttention):
         if self.padding_mask is not None:
             bias_WNLL = bias + self.padding_mask.to(bias.dtype)[:, None, None, :]
             bias = bias_WNLL.repeat(x_BHWC.shape[0], 1, 1, 1)
-        return self.dropout(self.proj(self.to_map(attend(q_GNLD, k_GNLD, v_GNLD, bias))))
+        return self.dropout(self.proj(self.to_map(attend(q_GNLD, k_GNLD, v_GNLD, bias), x_BHWC.shape[1:3])))
 
     def to_windows(self, qkv_BHWC: Tensor) -> tuple[Tensor, ...]:
         """Split (B, H, W, 3C) into q, k and v of (G, N, L, D): G windows of all images, L = w x w positions."""
@@ -91,9 +91,9 @@ class WindowAttention(BiasedAttention):
         pattern = "b (h y) (w x) (three n d) -> three (b h w) n (y x) d"
         return rearrange(qkv_BHWC, pattern, three=3, n=self.heads, y=self.window, x=self.window).unbind(0)
 
-    def to_map(self, x_GNLD: Tensor) -> Tensor:
+    def to_map(self, x_GNLD: Tensor, map_size: Sequence[int]) -> Tensor:
         """Put windows (G, N, L, D) back into the map (B, H, W, C), without its padding."""
-        height, width = self.map_size
+        height, width = map_size
         pattern = "(b h w) n (y x) d -> b (h y) (w x) (n d)"
         rows, columns = -(-height // self.window), -(-width // self.window)
         x_BHWC = rearrange(x_GNLD, pattern, h=rows, w=columns, y=self.window, x=self.window)
@@ -177,14 +177,40 @@ class LocalBlock(nn.Module):
 class LocalStage(nn.Module):
     """Local blocks, and the way down to the next stage (the last one has none)."""
 
-    def __init__(self, blocks: Sequence[nn.Module], downsample: PatchMerging | None) -> None:
+    def __init__(
+        self, stage: Stage, blocks: Sequence[nn.Module], downsample: PatchMerging | None, *, checkpointing: bool
+    ) -> None:
         super().__init__()
+        self.map_size = stage.map_size
+        self.window = stage.window
+        self.checkpointing = checkpointing
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """Apply all blocks, but not the way down: (B, H, W, C) in and out.
+
+        Windows stay where they are, unlike Swin's. So they are stacked once for all local blocks: in a map that is one
+        window wide, every window is contiguous and nothing has to be copied to cut it out. What pads its last windows
+        stays as it is: stacked, the padding would be computed in every layer.
+        """
+        stacked = all(side % self.window == 0 for side in self.map_size)
+        if stacked:
+            x_BHWC = rearrange(x_BHWC, "b (h y) (w x) c -> b (h w y) x c", y=self.window, x=self.window)
+        for block in self.blocks:
+            x_BHWC = self.run(block, x_BHWC)
+        if stacked:
+            pattern = "b (h w y) x c -> b (h y) (w x) c"
+            x_BHWC = rearrange(x_BHWC, pattern, h=self.map_size[0] // self.window, y=self.window)
+        return self.run(self.global_attention, x_BHWC)
 
     def global_attention(self, x_BHWC: Tensor) -> Tensor:
         """Relate windows to each other, (B, H, W, C) in and out: not here, but in the stages of both MOA forms."""
         return x_BHWC
+
+    def run(self, block: Callable[[Tensor], Tensor], x_BHWC: Tensor) -> Tensor:
+        """Apply a block of this stage, with ``checkpointing`` so that its inner activations are recomputed."""
+        return run_block(block, x_BHWC, recompute=self.checkpointing and self.training)
 
 
 def run_block(block: Callable[[Tensor], Tensor], x: Tensor, *, recompute: bool) -> Tensor:

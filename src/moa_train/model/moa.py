@@ -73,8 +73,16 @@ def add_to_windows(x_BHWC: Tensor, update_BhwC: Tensor, window: int) -> Tensor:
 class MOAStage(LocalStage):
     """A stage that ends in a MOA block."""
 
-    def __init__(self, blocks: Sequence[nn.Module], moa: MOABlock, downsample: PatchMerging) -> None:
-        super().__init__(blocks, downsample)
+    def __init__(
+        self,
+        stage: Stage,
+        blocks: Sequence[nn.Module],
+        moa: MOABlock,
+        downsample: PatchMerging,
+        *,
+        checkpointing: bool,
+    ) -> None:
+        super().__init__(stage, blocks, downsample, checkpointing=checkpointing)
         self.moa = moa
 
     def global_attention(self, x_BHWC: Tensor) -> Tensor:

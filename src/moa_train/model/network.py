@@ -1,11 +1,11 @@
 """The whole MOA-Transformer, and how settings become one: the stages are planned, then built in either form."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
 from moa_train.model.geometry import Stage, plan_stages
-from moa_train.model.layers import LocalBlock, LocalStage, PatchEmbedding, PatchMerging, run_block
+from moa_train.model.layers import LocalBlock, LocalStage, PatchEmbedding, PatchMerging
 from moa_train.model.moa import MOABlock, MOAStage
 from moa_train.model.released import ReleasedStage
 
@@ -25,12 +25,10 @@ class MOATransformer(nn.Module):
         patch_size: int,
         num_classes: int,
         dropout: float,
-        checkpointing: bool,
     ) -> None:
         super().__init__()
         self.image_size = image_size
         self.stages = tuple(stages)
-        self.checkpointing = checkpointing
         self.patch_embed = PatchEmbedding(patch_size, in_channels, stages[0].dim)
         self.pos_drop = nn.Dropout(dropout)
         self.layers = nn.ModuleList(layers)
@@ -40,21 +38,24 @@ class MOATransformer(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Map images (B, in_channels, H, W), of the size the model was built for, to logits (B, num_classes)."""
-        return self.head(self.forward_features(images_BCHW)[-1].mean((2, 3)))
+        for x_BHWC in self.stage_outputs(images_BCHW):
+            last_BHWC = x_BHWC  # the others are not kept
+        return self.head(last_BHWC.mean((1, 2)))
 
     def forward_features(self, images_BCHW: Tensor) -> list[Tensor]:
         """Return every stage's map (B, C, H, W), as it goes into patch merging; the last one after the LayerNorm."""
+        return [x_BHWC.permute(0, 3, 1, 2) for x_BHWC in self.stage_outputs(images_BCHW)]
+
+    def stage_outputs(self, images_BCHW: Tensor) -> Iterator[Tensor]:
+        """Yield what `forward_features` returns, as (B, H, W, C)."""
         assert images_BCHW.shape[2:] == self.image_size, f"built for {self.image_size}, got {images_BCHW.shape}"
-        maps: list[Tensor] = []
         x_BHWC = self.pos_drop(self.patch_embed(images_BCHW))
         for layer in self.layers:
             assert isinstance(layer, LocalStage)
-            for block in (*layer.blocks, layer.global_attention):
-                x_BHWC = run_block(block, x_BHWC, recompute=self.checkpointing and self.training)
-            maps.append((self.norm(x_BHWC) if layer.downsample is None else x_BHWC).permute(0, 3, 1, 2))
+            x_BHWC = layer(x_BHWC)
+            yield self.norm(x_BHWC) if layer.downsample is None else x_BHWC
             if layer.downsample is not None:
                 x_BHWC = layer.downsample(x_BHWC)
-        return maps
 
 
 def init_weights(module: nn.Module) -> None:
@@ -117,13 +118,15 @@ def build_moa(
         ]
         thin = {"overlap": moa_overlap, "reduction": moa_reduction}
         if stage.moa and moa_form == "released":
-            return ReleasedStage(stage, blocks, **thin, dropout=dropout, drop_path=next(moa_rates))
+            return ReleasedStage(
+                stage, blocks, **thin, dropout=dropout, drop_path=next(moa_rates), checkpointing=checkpointing
+            )
         downsample = None if stage is stages[-1] else PatchMerging(stage.dim)
         if not stage.moa:
-            return LocalStage(blocks, downsample)
+            return LocalStage(stage, blocks, downsample, checkpointing=checkpointing)
         moa = MOABlock(stage, **thin, mlp_ratio=mlp_ratio, dropout=dropout, drop_path=next(moa_rates))
         assert downsample is not None, "the last stage has no MOA block"
-        return MOAStage(blocks, moa, downsample)
+        return MOAStage(stage, blocks, moa, downsample, checkpointing=checkpointing)
 
     return MOATransformer(
         [build_stage(stage) for stage in stages],
@@ -133,7 +136,6 @@ def build_moa(
         patch_size=patch_size,
         num_classes=num_classes,
         dropout=dropout,
-        checkpointing=checkpointing,
     )
 
 

@@ -57,8 +57,9 @@ class ReleasedStage(LocalStage):
         reduction: int,
         dropout: float,
         drop_path: float,
+        checkpointing: bool,
     ) -> None:
-        super().__init__(blocks, None)
+        super().__init__(stage, blocks, None, checkpointing=checkpointing)
         self.glb_attn = ReleasedAttention(stage, overlap=overlap, reduction=reduction, dropout=dropout)
         self.post_conv = nn.Conv2d(stage.dim, stage.dim, kernel_size=3, padding=1)
         self.norm1 = nn.LayerNorm(stage.dim)

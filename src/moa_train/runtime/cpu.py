@@ -7,8 +7,7 @@ import ctypes
 import os
 import sys
 
-_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2  # malloc.h
-_MOST = 32 << 20  # bytes; the largest threshold that glibc takes
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def wait_briefly() -> None:
@@ -23,9 +22,10 @@ def wait_briefly() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Let the allocator keep the memory of freed tensors (up to 32 MiB each); tell whether it could be asked to.
+    """Let the allocator keep the memory of freed tensors; tell whether it could be asked to.
 
-    By default glibc returns blocks of this size to the kernel, which fills each page with zeros when it is next used.
+    By default glibc returns large blocks to the kernel, which fills each page with zeros when it is next used. Now
+    a process keeps what it needed at most, as it does on a GPU.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -33,6 +33,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library
         return False
-    return all(
-        mallopt(*option) for option in ((_MMAP_THRESHOLD, _MOST), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2 * _MOST))
-    )
+    no_mmap, no_trimming, coarsely = (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20)
+    return all(mallopt(*option) for option in (no_mmap, no_trimming, coarsely))
