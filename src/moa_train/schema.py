@@ -177,7 +177,7 @@ class EngineConfig:
     )
     eval_every: str = knob("1 epoch", "distance of evaluations")
     eval_batch_size: int | None = knob(
-        None, "examples of one forward pass in evaluation (default: 256; 64 on a CPU, where more is no faster)", least=1
+        None, "examples of one forward pass in evaluation (default: 256; on a CPU 64, which takes less memory)", least=1
     )
     save_every: str = knob("1 epoch", "distance of checkpoints")
     keep_last: int = knob(2, "newest checkpoints kept", least=1)

@@ -62,8 +62,8 @@ def build_run(
     sources, choice = open_splits(config, distributed)
     train = sources["train"]
     check_model(config.model.name, **model_fields(config.model, config.data, len(train.classes)))
-    loader = build_train_loader(config, train, distributed)
     check_batch_size(config, len(train))
+    loader = build_train_loader(config, train, distributed)
 
     length = len(train) * config.augment.repeats
     schedule, distance = build_schedule(config, length)

@@ -62,9 +62,8 @@ def session(config: RunConfig, overrides: list[str], stop: StopSignals) -> int:
     ):
         build_runtime(config.runtime, distributed)
         distributed.check_same("configuration and code", {**to_dict(config), "code": provenance.source_digest()})
-        origin = (
-            provenance.collect(app.arguments_of_one_run(overrides)) if distributed.is_main else {}
-        )  # only rank 0 saves
+        # Only rank 0 saves.
+        origin = provenance.collect(app.arguments_of_one_run(overrides)) if distributed.is_main else {}
         build = partial(
             build_run, config, run_dir=run_dir, distributed=distributed, stop=stop, origin=provenance.brief(origin)
         )
