@@ -1,3 +1,4 @@
+import contextlib
 import os
 import pty
 import shutil
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -23,17 +25,34 @@ sys.exit(Exit.STOPPED)
 """
 
 
-def started(*arguments: str) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOOP, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
+@pytest.fixture
+def launch() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start processes that do not outlive their test."""
+    with contextlib.ExitStack() as running:
+
+        def launch(command: list[str], **options) -> subprocess.Popen:
+            process = running.enter_context(subprocess.Popen(command, **options))
+            running.callback(process.kill)
+            return process
+
+        yield launch
+
+
+@pytest.fixture
+def started(launch) -> Callable[..., subprocess.Popen]:
+    """Start the loop, with these arguments, and come back when it is ready."""
+
+    def started(*arguments: str, before: tuple[str, ...] = ()) -> subprocess.Popen:
+        command = [*before, sys.executable, "-c", LOOP, *arguments]
+        process = launch(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    return started
 
 
 @pytest.mark.parametrize("number", StopSignals.HANDLED)
-def test_each_signal_lets_the_loop_end_by_itself(number):
+def test_each_signal_lets_the_loop_end_by_itself(started, number):
     process = started()
     process.send_signal(number)
     output, _ = process.communicate(timeout=10)
@@ -41,24 +60,21 @@ def test_each_signal_lets_the_loop_end_by_itself(number):
 
 
 @pytest.mark.parametrize("number", StopSignals.HANDLED)
-def test_before_anybody_looks_at_the_flag_each_signal_leaves_at_once(number):
+def test_before_anybody_looks_at_the_flag_each_signal_leaves_at_once(started, number):
     process = started("early", "stubborn")
     process.send_signal(number)
     output, errors = process.communicate(timeout=10)
     assert (process.returncode, output, errors) == (75, "", "")
 
 
-def test_the_first_ctrl_c_is_answered_at_once():
+def test_the_first_ctrl_c_is_answered_at_once(started):
     process = started("stubborn")
     process.send_signal(signal.SIGINT)
-    assert process.stderr is not None
     assert process.stderr.readline() == "\n"
     assert "SIGINT: saving and stopping" in process.stderr.readline()
-    process.kill()
-    process.communicate(timeout=10)
 
 
-def test_a_second_ctrl_c_leaves_at_once():
+def test_a_second_ctrl_c_leaves_at_once(started):
     process = started("stubborn")
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
         process.send_signal(number)
@@ -99,12 +115,10 @@ def test_forked_children_leave_ctrl_c_to_their_parent_and_can_be_terminated(numb
 
 
 @pytest.mark.parametrize("early", [(), ("early", "stubborn")])
-def test_a_closed_terminal_is_a_stop_like_any_other(early):
+def test_a_closed_terminal_is_a_stop_like_any_other(launch, early):
     """Nothing can be printed there any more, which must not end the process before it has saved."""
     ours, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOOP, *early], stdout=terminal, stderr=terminal, start_new_session=True
-    )
+    process = launch([sys.executable, "-c", LOOP, *early], stdout=terminal, stderr=terminal, start_new_session=True)
     os.close(terminal)
     said = b""
     while not said.endswith(b"\n"):  # a terminal passes on what it has
@@ -116,20 +130,17 @@ def test_a_closed_terminal_is_a_stop_like_any_other(early):
     assert process.wait(timeout=10) == Exit.STOPPED
 
 
-def test_a_pipe_into_what_the_terminal_has_ended_is_no_error():
+def test_a_pipe_into_what_the_terminal_has_ended_is_no_error(started):
     process = started()
     process.stdout.close()  # as when tee is gone
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=10) == Exit.STOPPED
     assert "SIGHUP: saving and stopping" in process.stderr.read()
-    process.stderr.close()
 
 
 @pytest.mark.skipif(shutil.which("nohup") is None, reason="needs nohup")
-def test_under_nohup_a_closed_terminal_is_ignored():
-    process = subprocess.Popen(["nohup", sys.executable, "-c", LOOP], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+def test_under_nohup_a_closed_terminal_is_ignored(started):
+    process = started(before=("nohup",))
     process.send_signal(signal.SIGHUP)
     time.sleep(0.1)
     assert process.poll() is None
