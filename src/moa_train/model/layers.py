@@ -87,9 +87,9 @@ class WindowAttention(BiasedAttention):
 
     def to_windows(self, qkv_BHWC: Tensor) -> tuple[Tensor, ...]:
         """Split (B, H, W, 3C) into q, k and v of (G, N, L, D): G windows of all images, L = w x w positions."""
-        qkv_BHWC = pad_to_multiple(qkv_BHWC, self.window)
-        pattern = "b (h y) (w x) (three n d) -> three (b h w) n (y x) d"
-        return rearrange(qkv_BHWC, pattern, three=3, n=self.heads, y=self.window, x=self.window).unbind(0)
+        parts = pad_to_multiple(qkv_BHWC, self.window).chunk(3, dim=-1)  # first: each part can be freed by itself
+        pattern = "b (h y) (w x) (n d) -> (b h w) n (y x) d"
+        return tuple(rearrange(part, pattern, n=self.heads, y=self.window, x=self.window) for part in parts)
 
     def to_map(self, x_GNLD: Tensor, map_size: Sequence[int]) -> Tensor:
         """Put windows (G, N, L, D) back into the map (B, H, W, C), without its padding."""
