@@ -81,6 +81,14 @@ def test_accumulated_and_reduced_gradients_are_those_of_the_large_batch(seen):
         assert rank["accumulate"]["unwrapped"]
 
 
+def test_the_control_groups_threads_end_before_the_interpreter_does(seen):
+    """One that let go of a tensor during the interpreter's end aborted the process, once in a long while."""
+    for rank in seen:
+        inside, outside = rank["threads"]
+        assert inside == 4  # two for each group
+        assert outside <= 2  # DDP keeps the data group, whose last work is long done
+
+
 def test_statistics_of_batch_normalisation_are_made_those_of_rank_0(seen):
     first, second = (rank["buffers"] for rank in seen)
     assert first["wrapped"]

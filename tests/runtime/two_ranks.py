@@ -112,6 +112,10 @@ def buffers(ranks: Distributed) -> dict:
     return {"before": before, "after": model[1].running_mean.tolist(), "wrapped": wrapped.broadcast_buffers}
 
 
+def gloo_threads() -> int:
+    return sum(path.read_text().startswith("pt_gloo") for path in Path("/proc/self/task").glob("*/comm"))
+
+
 def rank_of(folder: Path, scenario: str) -> None:
     seen: dict = {}
     with Distributed.start("cpu", timeout=5.0 if scenario == "hanging" else 60.0) as ranks:
@@ -120,6 +124,7 @@ def rank_of(folder: Path, scenario: str) -> None:
             for part in (agreements, sums, accumulate, buffers):
                 seen[part.__name__] = part(ranks)
         ranks.barrier()
+        inside = gloo_threads()
         if scenario == "raising" and ranks.rank == 1:
             raise RuntimeError("the root cause")
         if scenario == "hanging":
@@ -127,6 +132,7 @@ def rank_of(folder: Path, scenario: str) -> None:
             faults.point("hang")
         if scenario in ("raising", "hanging"):
             ranks.barrier()
+    seen["threads"] = [inside, gloo_threads()]
     (folder / f"{scenario}-{ranks.rank}.json").write_text(json.dumps(seen))
 
 

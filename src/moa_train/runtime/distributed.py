@@ -89,7 +89,16 @@ class Distributed:
                     f"or hanging for {timeout:g} s (runtime.timeout). The last checkpoint is whole: resume goes on."
                 ) from error
             raise
+        self._leave()
+
+    def _leave(self) -> None:
+        """End the groups, and the control group's threads with it: freeing it joins them.
+
+        A thread that still let go of a tensor of Python's while the interpreter ends would abort the process.
+        """
         dist.destroy_process_group()
+        self._control = None
+        self._pending = None  # only now, so that no thread holds the last reference to it
 
     def _abandon(self, error: BaseException) -> None:
         """Leave after a failure, and tell torchrun, which reports the rank that failed first as the root cause."""
