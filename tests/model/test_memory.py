@@ -41,7 +41,13 @@ class Plain:
         return F.conv2d(x_BHWC.permute(0, 3, 1, 2), weight, bias, stride, padding).permute(0, 2, 3, 1)
 
     def attend(
-        self, name: str, q_GLC: Tensor, k_GLC: Tensor, v_GLC: Tensor, grid: tuple[int, int], mask_GL: Tensor | None = None
+        self,
+        name: str,
+        q_GLC: Tensor,
+        k_GLC: Tensor,
+        v_GLC: Tensor,
+        grid: tuple[int, int],
+        mask_GL: Tensor | None = None,
     ) -> Tensor:
         table_RRN = self.weights[f"{name}.relative_position_bias_table"]
         row_L, column_L = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
