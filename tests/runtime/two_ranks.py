@@ -148,6 +148,7 @@ def start(folder: Path, scenario: str, rank: int, port: int) -> int:
         rank_of(folder, scenario)
     except BaseException:
         (folder / f"{scenario}-{rank}.txt").write_text(traceback.format_exc())
+        (folder / f"{scenario}-{rank}-threads.txt").write_text(str(gloo_threads()))
         os._exit(1)
     os._exit(0)
 

@@ -87,7 +87,8 @@ class WindowAttention(BiasedAttention):
 
     def to_windows(self, qkv_BHWC: Tensor) -> tuple[Tensor, ...]:
         """Split (B, H, W, 3C) into q, k and v of (G, N, L, D): G windows of all images, L = w x w positions."""
-        parts = pad_to_multiple(qkv_BHWC, self.window).chunk(3, dim=-1)  # first: each part can be freed by itself
+        # Apart before they are copied: attention keeps k and v, and would keep the unscaled q with them.
+        parts = pad_to_multiple(qkv_BHWC, self.window).chunk(3, dim=-1)
         pattern = "b (h y) (w x) (n d) -> (b h w) n (y x) d"
         return tuple(rearrange(part, pattern, n=self.heads, y=self.window, x=self.window) for part in parts)
 

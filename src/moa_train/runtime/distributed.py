@@ -105,7 +105,7 @@ class Distributed:
         if isinstance(error, Exception) and "TORCHELASTIC_ERROR_FILE" in os.environ:
             get_error_handler().record_exception(error)
         # nccl may wait for peers that are gone: it gets a moment, and is then left behind.
-        closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        closing = threading.Thread(target=self._leave, daemon=True)
         closing.start()
         closing.join(5.0)
 
