@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from moa_train.build.model import model_fields
+from moa_train.assembly.model import model_fields
 from moa_train.cli.app import typed
 from moa_train.model import check_model
 from moa_train.schema import EvalConfig, RunConfig, knobs

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from moa_train.cli import model as command
-from moa_train.engine.weights import find_weights
+from moa_train.engine.find_weights import find_weights
 from moa_train.model import create_model
-from moa_train.model.published import read_published
+from moa_train.model.published_weights import read_published
 from moa_train.schema import from_dict
 
 FIELDS = {

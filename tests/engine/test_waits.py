@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moa_train.build.run import build_run
+from moa_train.assembly.run import build_run
 from moa_train.data import Batch
 from moa_train.engine.step import TrainStep
 from moa_train.model import create_model

@@ -24,7 +24,7 @@ PATIENCE = 240.0
 
 TRAIN, EVALUATE = "moa_train.cli.train", "moa_train.cli.evaluate"
 PRELOADED = (
-    *(TRAIN, EVALUATE, "moa_train.build.run", "moa_train.tracking.tensorboard"),
+    *(TRAIN, EVALUATE, "moa_train.assembly.run", "moa_train.tracking.tensorboard"),
     *("sklearn.datasets", "torch._dynamo"),
 )
 

@@ -23,7 +23,7 @@ from moa_train.bench.job import Job
 from moa_train.bench.peers import need
 from moa_train.bench.report import Row, Table
 from moa_train.bench.timing import alternate, timed
-from moa_train.build.data import (
+from moa_train.assembly.inputs import (
     build_augment,
     build_eval_loader,
     build_eval_transform,

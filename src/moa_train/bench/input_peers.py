@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from moa_train.build.data import statistics
+from moa_train.assembly.inputs import statistics
 from moa_train.data import Source
 from moa_train.data.arrays import ArraySource
 from moa_train.schema import RunConfig, image_shape

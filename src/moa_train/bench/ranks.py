@@ -19,10 +19,10 @@ from moa_train.bench.job import Job
 from moa_train.bench.loop import before_each_step, training
 from moa_train.bench.report import Row, Table
 from moa_train.bench.timing import alternate, synchronize
-from moa_train.build.check import check_config
-from moa_train.build.data import open_splits
-from moa_train.build.run import build_run
-from moa_train.build.runtime import build_runtime
+from moa_train.assembly.validation import check_config
+from moa_train.assembly.inputs import open_splits
+from moa_train.assembly.run import build_run
+from moa_train.assembly.process import build_runtime
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals

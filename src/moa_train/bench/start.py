@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from moa_train.bench.job import Job
 from moa_train.bench.report import Row, Table
 from moa_train.bench.timing import alternate
-from moa_train.build.check import check_config
-from moa_train.build.data import open_splits
-from moa_train.build.model import model_fields
+from moa_train.assembly.validation import check_config
+from moa_train.assembly.inputs import open_splits
+from moa_train.assembly.model import model_fields
 
 LEAST = """
 import json, sys, torch, torchvision

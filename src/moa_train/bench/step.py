@@ -21,8 +21,8 @@ from moa_train.bench.job import Job
 from moa_train.bench.peers import build_peer, check_peer
 from moa_train.bench.report import Row, Table
 from moa_train.bench.timing import alternate, timed
-from moa_train.build.model import build_model
-from moa_train.build.state import build_state
+from moa_train.assembly.model import build_model
+from moa_train.assembly.training import build_state
 from moa_train.optim import clip_gradients
 from moa_train.optim.optimizers import Optimizers
 from moa_train.runtime.precision import Precision

@@ -51,8 +51,8 @@ def bench(options: argparse.Namespace, config: RunConfig, overrides: list[str]) 
 
     from moa_train.bench import report
     from moa_train.bench.job import Job
-    from moa_train.build.data import build_source
-    from moa_train.build.runtime import build_runtime
+    from moa_train.assembly.inputs import build_source
+    from moa_train.assembly.process import build_runtime
     from moa_train.runtime.device import pick_device
     from moa_train.runtime.distributed import Distributed
 

@@ -12,7 +12,7 @@ from moa_train.schema import DataConfig, EvalConfig, RunConfig, from_dict
 
 if TYPE_CHECKING:
     from moa_train.data import Source
-    from moa_train.engine.weights import FoundWeights
+    from moa_train.engine.find_weights import FoundWeights
 
 EXAMPLES = """moa-eval: accuracy and loss of trained weights, by exact counts.
 
@@ -28,11 +28,11 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     """Evaluate, print and write the result."""
     if not config.ckpt:
         raise UserError("moa-eval needs ckpt=PATH: a run folder, a checkpoint folder or a .safetensors file.")
-    from moa_train.build.evaluation import build_evaluation
-    from moa_train.build.model import build_model
-    from moa_train.build.runtime import build_runtime
-    from moa_train.engine.weights import find_weights
-    from moa_train.model.weights import load_weights
+    from moa_train.assembly.evaluation import build_evaluation
+    from moa_train.assembly.model import build_model
+    from moa_train.assembly.process import build_runtime
+    from moa_train.engine.find_weights import find_weights
+    from moa_train.model.load import load_weights
     from moa_train.runtime.distributed import Distributed
     from moa_train.tracking.provenance import reproduce
 
@@ -65,7 +65,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
 
 def open_split(data: DataConfig, split: str) -> "Source":
     """Open the split to evaluate, with the messages of this command."""
-    from moa_train.build.data import build_source, has_split
+    from moa_train.assembly.inputs import build_source, has_split
 
     splits = [name for name in ("train", "val", "test") if has_split(data.name, name, data.root, data.val_fraction)]
     if split not in splits:

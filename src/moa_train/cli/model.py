@@ -28,8 +28,8 @@ def summary(config: RunConfig, overrides: list[str]) -> None:
     """Print what the configured model costs, for the micro-batch that one process would train on."""
     import torch
 
-    from moa_train.build.data import build_source
-    from moa_train.build.model import model_fields
+    from moa_train.assembly.inputs import build_source
+    from moa_train.assembly.model import model_fields
     from moa_train.model.summary import summarize, training_memory
     from moa_train.runtime.device import pick_device
     from moa_train.runtime.precision import Precision
@@ -59,16 +59,16 @@ def convert(source: Path, target: Path, image_size: int | None = None) -> int:
     if not target.parent.is_dir():
         raise UserError(f"There is no folder {target.parent} to write {target.name} to.")
     if source.suffix == ".safetensors":
-        from moa_train.engine.weights import find_weights
-        from moa_train.model.published import write_published
+        from moa_train.engine.find_weights import find_weights
+        from moa_train.model.published_weights import write_published
 
         weights, metadata = find_weights(source).load()
         write_published(target, weights, json.loads(metadata.get("config", "{}")))
     else:
         from moa_train.engine.tensorfile import write_tensors
-        from moa_train.model.published import published_fields, read_published
+        from moa_train.model.published_weights import published_fields, read_published
         from moa_train.model.registry import create_model
-        from moa_train.model.weights import load_weights
+        from moa_train.model.load import load_weights
 
         weights = read_published(source)
         fields = published_fields(weights, (image_size, image_size) if image_size else None)

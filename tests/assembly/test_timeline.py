@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from moa_train.build.schedule import build_plan, build_schedule
+from moa_train.assembly.timeline import build_plan, build_schedule
 
 
 def test_the_rate_follows_the_batch(tiny):

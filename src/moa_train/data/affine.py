@@ -6,21 +6,18 @@ from torch import Tensor
 
 from moa_train.data.batch import to_uint8
 
-PADDING_MODES = {"zero": "constant", "reflect": "reflect"}
 
-
-def pad_crop(images: Tensor, padding: int, mode: str, top: Tensor, left: Tensor) -> Tensor:
-    """Pad images and crop them back to their size.
+def pad_crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
+    """Pad images with zeros and crop them back to their size.
 
     Args:
         images: uint8, B C H W.
         padding: pixels on each side.
-        mode: a key of ``PADDING_MODES``.
         top: int64, B in 0 .. 2 padding; first row of the crop in the padded image.
         left: int64, B; first column.
     """
     batch, channels, height, width = images.shape
-    padded = F.pad(images, (padding,) * 4, mode=PADDING_MODES[mode])
+    padded = F.pad(images, (padding,) * 4)
     # Each row of a crop is a run of the padded pixels. Where the runs start, B C H; copying runs is 5 to 15 times
     # faster than indexing single pixels.
     planes = torch.arange(batch * channels, device=images.device).view(batch, channels, 1)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as peer
 
-from moa_train.data.geometry import pad_crop, warp
+from moa_train.data.affine import pad_crop, warp
 from moa_train.data.randaugment import affine_map
 
 FILL = torch.tensor([124.0, 116.0, 104.0])

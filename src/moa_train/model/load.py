@@ -1,16 +1,16 @@
-"""Loading weights into a model, at another resolution or window if need be; what does not match is an error."""
+"""Loading weights into a model, also at another resolution or window size. Whatever does not match is an error."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from moa_train.runtime.errors import UserError, choose
+from moa_train.runtime.errors import UserError
 
-HEADS = ("strict", "new")
 SHOWN = 20  # lines of a complaint
 
 
@@ -22,7 +22,7 @@ class Loaded:
     new: list[str] = field(default_factory=list)  # parameters of the head, which kept their fresh values
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, head: str = "strict") -> Loaded:
+def load_weights(model: Any, weights: Mapping[str, Tensor], *, head: str = "strict") -> Loaded:
     """Copy ``weights``, a state dict of the same architecture, into a model of `create_model`.
 
     For another resolution or window, position tables are interpolated, and so are the kernels that the paper's MOA
@@ -31,13 +31,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, head: str =
     Args:
         model: the model, changed in place.
         weights: tensors by name.
-        head: "strict" takes the classifier over, "new" keeps the model's own, fresh one.
+        head: "strict" loads the classifier as well; "new" keeps the model's newly initialized one.
 
     Raises:
         UserError: listing what is missing, unexpected or different. The model is unchanged then.
     """
-    if head not in HEADS:
-        raise UserError(choose("head", head, HEADS))
     own = model.state_dict()
     fresh = {name for name in own if head == "new" and name.startswith(f"{model.head_name}.")}
     given = {name: value for name, value in weights.items() if name not in fresh}
@@ -91,7 +89,7 @@ def offsets(table: Tensor, index: Tensor | None) -> tuple[int, int]:
 
 
 def resize_offsets(table: Tensor, old: tuple[int, int], shape: torch.Size, new: tuple[int, int]) -> Tensor:
-    """Interpolate a table of relative positions: the offset 0 stays the centre, the farthest offsets the borders."""
+    """Interpolate a table of relative positions: the offset 0 stays the center, the farthest offsets the borders."""
     if math.prod(old) * table.shape[-1] != table.numel():
         return table
     grid_1NRR = table.view(*old, -1).permute(2, 0, 1)[None]
@@ -120,10 +118,10 @@ def _size(value: Tensor) -> str:
     return f"({', '.join(map(str, value.shape))})"
 
 
-def _complaint(problems: list[str], model: nn.Module, head: str) -> str:
+def _complaint(problems: list[str], model: Any, head: str) -> str:
     lines = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
     more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     hint = ""
     if head == "strict" and any(f" {model.head_name}." in problem for problem in problems):
-        hint = "\nThe classifier differs: head=new starts it afresh."
+        hint = "\nThe classifier differs. init_head=new reinitializes it."
     return f"The weights do not match the model in {len(problems)} entries:{lines}{more}{hint}"

@@ -7,25 +7,27 @@ from typing import Any
 
 from torch import nn
 
-from moa_train.build.check import check_batch_size, check_config, check_same_data, resolve
-from moa_train.build.data import build_normalize, build_train_loader, open_splits
-from moa_train.build.evaluation import build_validation
-from moa_train.build.model import model_fields
-from moa_train.build.schedule import build_plan, build_schedule
-from moa_train.build.state import build_state, build_train_step
-from moa_train.data import Source, TrainLoader
+from moa_train.assembly.validation import check_batch_size, check_config, check_same_data, resolve
+from moa_train.assembly.inputs import build_train_loader, open_splits
+from moa_train.assembly.evaluation import build_validation
+from moa_train.assembly.timeline import build_plan, build_schedule
+from moa_train.assembly.training import build_state, build_train_step
+from moa_train.data.augment import Normalize
+from moa_train.data.loader import TrainLoader
+from moa_train.data.source import Source
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.manifest import Checkpoint
-from moa_train.engine.nonfinite import NonFinitePolicy
+from moa_train.engine.metrics import create_metrics
+from moa_train.engine.nonfinite import NonFinitePolicy, RollBack
 from moa_train.engine.plan import Plan
 from moa_train.engine.state import TrainState, check_form
 from moa_train.engine.step import TrainStep
 from moa_train.engine.trainer import Trainer
-from moa_train.model import check_model
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.signals import StopSignals
 from moa_train.schema import RunConfig, to_dict
+from moa_train.plugins import short_name
 from moa_train.tracking.tracker import Tracker, open_tracker
 
 
@@ -38,7 +40,7 @@ class Run:
     model: nn.Module
     sources: dict[str, Source]
     final_split: str
-    """What the finished run is judged on: test, where there is one, or what chose the best, or nothing ("none")."""
+    """The split that the finished run reports: test if there is one, else the split that chose the best, or "none"."""
     loader: TrainLoader
 
 
@@ -49,11 +51,18 @@ def build_run(
     distributed: Distributed,
     stop: StopSignals,
     origin: dict[str, Any] | None = None,
+    rolled_back: RollBack | None = None,
 ) -> Run:
-    """Build everything, cheapest checks first, and restore the newest checkpoint of ``run_dir`` where there is one.
+    """Build everything, cheapest checks first, and restore the newest checkpoint of ``run_dir`` if there is one.
 
-    ``origin`` says where this start comes from (command, code); checkpoints carry those of all starts. With
-    ``config.replay`` the checkpoint is the newest one that is not past that step, and nothing is written.
+    Args:
+        config: the configuration; ``micro_batch_size`` is filled in. With ``config.replay``, the checkpoint is the
+            newest one that is not past that step, and nothing is written.
+        run_dir: the run folder, which exists.
+        distributed: the ranks.
+        stop: requests to stop.
+        origin: where this start comes from (command, code); checkpoints hold the origins of all starts.
+        rolled_back: why the run is rebuilt, if it is.
     """
     resolve(config, distributed)
     check_config(config)
@@ -61,25 +70,26 @@ def build_run(
 
     sources, choice = open_splits(config, distributed)
     train = sources["train"]
-    check_model(config.model.name, **model_fields(config.model, config.data, len(train.classes)))
     check_batch_size(config, len(train))
     loader = build_train_loader(config, train, distributed)
 
     length = len(train) * config.augment.repeats
-    schedule, distance = build_schedule(config, length)
-    plan = build_plan(config, schedule.total_steps, length, distance)
-    off_step = plan.total_steps - round(distance(config.augment.off, "augment.off"))
+    schedule, to_steps = build_schedule(config, length)
+    plan = build_plan(config, schedule.total_steps, length, to_steps)
+    weak_from = plan.total_steps - round(to_steps(config.augment.weak_for, "augment.weak_for"))
 
     store = CheckpointStore(run_dir, keep_last=config.engine.keep_last, keep=plan.keep.due)
-    # Chosen by rank 0, the same everywhere.
+    # Rank 0 chooses it for all ranks.
     newest = distributed.on_main(lambda: getattr(store.newest(until=config.replay), "step", None))
-    # Initial weights have done their part when there is a checkpoint, and may be gone.
+    # With a checkpoint, the initial weights are no longer needed, and their file may be gone.
     state = build_state(config, len(train.classes), schedule.peak, precision, config.init if newest is None else None)
     record: dict[str, Any] = {"config": to_dict(config), "classes": train.classes, "fingerprint": train.fingerprint}
-    starts = [] if newest is None else _resume(state, store.at(newest), record, distributed)
+    starts = [] if newest is None else _restore(state, store.at(newest), record, distributed)
+    if rolled_back is not None:
+        state.nonfinite, state.lr_factor = rolled_back.nonfinite, rolled_back.lr_factor
     record["origin"] = [*starts, {**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}]
 
-    train_step = build_train_step(config, train, state, off_step, distributed)
+    train_step = build_train_step(config, train, state, weak_from, distributed)
     tracker = Tracker() if config.replay is not None else _build_tracker(config, run_dir, plan, state.step, distributed)
     if state.step == 0 and config.tracking.images and distributed.is_main:
         _show_inputs(train_step, tracker, config)
@@ -96,11 +106,13 @@ def build_run(
         train_batches=loader.batches,
         evaluate=validation,
         eval_split=choice,
+        metrics=create_metrics(engine),
+        best_by=short_name(engine.best_by),
         batch_size=engine.batch_size,
         store=store,
         tracker=tracker,
         nonfinite=NonFinitePolicy(
-            engine.nonfinite, engine.nonfinite_budget, engine.rollback_rate, run_dir, distributed
+            engine.nonfinite, engine.nonfinite_budget, engine.rollback_lr_factor, run_dir, distributed
         ),
         stop=stop,
         distributed=distributed,
@@ -110,10 +122,10 @@ def build_run(
     return Run(config, trainer, state.model, sources, "test" if "test" in sources else choice, loader)
 
 
-def _resume(
+def _restore(
     state: TrainState, checkpoint: Checkpoint, record: dict[str, Any], distributed: Distributed
 ) -> list[dict[str, Any]]:
-    """Take over what a checkpoint holds, if it is of these data; return the starts that led to it."""
+    """Restore a checkpoint after checking that it belongs to these data; return the starts that led to it."""
     distributed.check_same(f"the files of {checkpoint.path}", checkpoint.digest)
     before = check_form(checkpoint)
     check_same_data(before, record)
@@ -124,7 +136,7 @@ def _resume(
 
 def _show_inputs(train_step: TrainStep, tracker: Tracker, config: RunConfig) -> None:
     """Log some images of the first batch as the model sees them."""
-    normalize, shown = build_normalize(config.data), config.tracking.images
+    normalize, shown = Normalize.of(config.data), config.tracking.images
     train_step.on_inputs = lambda images: tracker.log_images(0, normalize.undo(images[:shown]))
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moa_train.build.run import build_run
+from moa_train.assembly.run import build_run
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.signals import StopSignals
 

@@ -1,12 +1,13 @@
 """Checkpoints in the layout that the authors of MOA publish: read, described, written.
 
 Such a file is a pickle ``{"model": state dict, ...}`` beside an object of a foreign class; it is read without executing
-anything (`pickled`). Names and shapes are those of the released form here, so the tensors need no translation.
+anything (`pickled`). Names and shapes are those of the published form here, so the tensors need no translation.
 """
 
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from moa_train.model.pickled import read_checkpoint
 from moa_train.runtime.errors import UserError
+from moa_train.schema import MoaConfig, ModelConfig
 
 
 def read_published(path: Path) -> dict[str, Tensor]:
@@ -33,24 +35,33 @@ def read_published(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def published_fields(weights: Mapping[str, Tensor], image_size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """Work out the fields of `create_model` from a published state dict.
+@dataclass(frozen=True)
+class PublishedModel:
+    """The model that published weights belong to."""
+
+    config: ModelConfig
+    image_size: tuple[int, int]
+    num_classes: int
+
+
+def published_model(weights: Mapping[str, Tensor], image_size: tuple[int, int] | None = None) -> PublishedModel:
+    """Derive the architecture from a published state dict.
 
     Args:
         weights: the state dict.
-        image_size: (height, width), needed where no global attention tells it.
+        image_size: (height, width), needed only if the weights have no global attention to derive it from.
 
     Raises:
         UserError: it is not the state dict of a published MOA-Transformer.
     """
     try:
-        return _fields(weights, image_size)
+        return _model_of(weights, image_size)
     except KeyError as error:
         raise UserError(f"These are not the weights of a published MOA-Transformer: there is no {error}.") from None
 
 
 def write_published(path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write a state dict of the released form in the published layout, with ``config`` of plain values beside it.
+    """Write a state dict of the published form in the published layout, with ``config`` of plain values beside it.
 
     Raises:
         UserError: the weights are of another model or form, for which there is no published layout.
@@ -58,7 +69,7 @@ def write_published(path: Path, weights: Mapping[str, Tensor], config: Mapping[s
     foreign = [name for name in weights if not _PUBLISHED.fullmatch(name)]
     if foreign:
         raise UserError(
-            "Only the released form (model.moa.form=released) has a published layout; it has no place for "
+            "Only the published form (model.moa.form=published) has a published layout; it has no place for "
             f"{', '.join(foreign[:5])}{' ...' if len(foreign) > 5 else ''}."
         )
     content = {"model": {name: value.detach().cpu().clone() for name, value in weights.items()}, "config": dict(config)}
@@ -78,34 +89,34 @@ _PUBLISHED = re.compile(
 )
 
 
-def _fields(weights: Mapping[str, Tensor], image_size: tuple[int, int] | None) -> dict[str, Any]:
+def _model_of(weights: Mapping[str, Tensor], image_size: tuple[int, int] | None) -> PublishedModel:
     embedding = weights["patch_embed.proj.weight"]
     patch, dim = embedding.shape[2], embedding.shape[0]
+    if embedding.shape[1] != 3:
+        raise UserError(f"These weights are for images of {embedding.shape[1]} channels; only 3 are supported.")
     blocks = [re.match(r"layers\.(\d+)\.blocks\.(\d+)\.attn\.qkv\.weight", name) for name in weights]
     counts = [(int(found[1]), int(found[2])) for found in blocks if found]
     stages = range(1 + max((stage for stage, _ in counts), default=0))
     tables = [weights[f"layers.{stage}.blocks.0.attn.relative_position_bias_table"] for stage in stages]
     window = (math.isqrt(len(tables[0])) + 1) // 2
-    fields = {
-        "image_size": image_size,
-        "num_classes": weights["head.weight"].shape[0],
-        "in_channels": embedding.shape[1],
-        "patch_size": patch,
-        "embed_dim": dim,
-        "depths": tuple(1 + max(block for of, block in counts if of == stage) for stage in stages),
-        "heads": tuple(table.shape[1] for table in tables),
-        "window": window,
-        "mlp_ratio": weights["layers.0.blocks.0.mlp.fc1.weight"].shape[0] / dim,
-        "moa_enabled": "layers.0.glb_attn.q.weight" in weights,
-        "moa_form": "released",
-    }
-    if fields["moa_enabled"]:
+    config = ModelConfig(
+        variant="published",
+        patch_size=patch,
+        embed_dim=dim,
+        depths=[1 + max(block for of, block in counts if of == stage) for stage in stages],
+        heads=[table.shape[1] for table in tables],
+        window=window,
+        mlp_ratio=weights["layers.0.blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        drop_path=0.0,
+        moa=MoaConfig(enabled="layers.0.glb_attn.q.weight" in weights, form="published"),
+    )
+    if config.moa.enabled:
         thin = weights["layers.0.glb_attn.pre_conv.weight"].shape[0]
         kernel = math.isqrt(weights["layers.0.glb_attn.kv.weight"].shape[1] // thin)
-        fields["moa_reduction"] = 32 if dim // 32 == thin else dim // thin
-        fields["moa_overlap"] = (kernel - window) // 2
+        config.moa.reduction = 32 if dim // 32 == thin else dim // thin
+        config.moa.overlap = (kernel - window) // 2
         side = (math.isqrt(len(weights["layers.0.glb_attn.relative_position_bias_table"])) + 1) // 2 * window * patch
-        fields["image_size"] = image_size or (side, side)
-    if fields["image_size"] is None:
-        raise UserError("Without global attention the weights do not tell the image size: give it.")
-    return fields
+        image_size = image_size or (side, side)
+    if image_size is None:
+        raise UserError("Without global attention, the weights do not determine the image size. Give --image-size.")
+    return PublishedModel(config, image_size, weights["head.weight"].shape[0])

@@ -13,22 +13,23 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moa_train.model.attention import BiasedAttention, attend
-from moa_train.model.geometry import Stage
 from moa_train.model.layers import DropPath, LocalStage, PatchMerging
+from moa_train.model.stages import StagePlan
+from moa_train.schema import ModelConfig
 
 
-class ReleasedAttention(BiasedAttention):
+class PublishedAttention(BiasedAttention):
     """Attention from the patches of a reinterpreted map to overlapping ones: (B, C, H, W) -> (B, h w, C)."""
 
-    def __init__(self, stage: Stage, *, overlap: int, reduction: int, dropout: float) -> None:
+    def __init__(self, stage: StagePlan, config: ModelConfig) -> None:
         super().__init__(stage.heads, stage.windows, published_layout=True)
-        dim, self.window, self.overlap = stage.dim, stage.window, overlap
-        thin = dim // reduction
+        dim, overlap, self.window = stage.dim, config.moa.overlap, stage.window
+        self.overlap, thin = overlap, dim // config.moa.reduction
         self.pre_conv = nn.Conv2d(dim, thin, kernel_size=1)
         self.q = nn.Linear(self.window**2 * thin, dim)
         self.kv = nn.Linear((self.window + 2 * overlap) ** 2 * thin, 2 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, y_BCHW: Tensor) -> Tensor:
         """Map the reinterpreted (B, C, H, W) to one token for every window, (B, L, C)."""
@@ -45,22 +46,12 @@ class ReleasedAttention(BiasedAttention):
         return self.dropout(self.proj(rearrange(x_BNLD, "b n l d -> b l (n d)")))
 
 
-class ReleasedStage(LocalStage):
+class PublishedStage(LocalStage):
     """A stage that ends in the published MOA block; names and their order are the published ones."""
 
-    def __init__(
-        self,
-        stage: Stage,
-        blocks: Sequence[nn.Module],
-        *,
-        overlap: int,
-        reduction: int,
-        dropout: float,
-        drop_path: float,
-        checkpointing: bool,
-    ) -> None:
-        super().__init__(stage, blocks, None, checkpointing=checkpointing)
-        self.glb_attn = ReleasedAttention(stage, overlap=overlap, reduction=reduction, dropout=dropout)
+    def __init__(self, stage: StagePlan, blocks: Sequence[nn.Module], config: ModelConfig, *, drop_path: float) -> None:
+        super().__init__(stage, blocks, None, checkpointing=config.checkpointing)
+        self.glb_attn = PublishedAttention(stage, config)
         self.post_conv = nn.Conv2d(stage.dim, stage.dim, kernel_size=3, padding=1)
         self.norm1 = nn.LayerNorm(stage.dim)
         self.norm2 = nn.LayerNorm(stage.dim)

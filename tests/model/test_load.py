@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 from moa_train.model import create_model, load_weights
-from moa_train.model.weights import offsets, resize_kernel, resize_offsets
+from moa_train.model.load import offsets, resize_kernel, resize_offsets
 from moa_train.runtime.errors import UserError
 
 

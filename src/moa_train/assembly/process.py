@@ -1,4 +1,4 @@
-"""What is global to a process."""
+"""Settings that are global to a process."""
 
 from moa_train.runtime.cpu import keep_freed_memory
 from moa_train.runtime.device import set_threads
@@ -8,8 +8,8 @@ from moa_train.runtime.seed import seed_everything, set_deterministic
 from moa_train.schema import RuntimeConfig
 
 
-def build_runtime(config: RuntimeConfig, distributed: Distributed) -> None:
-    """Set threads, memory, number formats, determinism and seeds."""
+def set_up_process(config: RuntimeConfig, distributed: Distributed) -> None:
+    """Set the number of threads, memory reuse, number formats, determinism and seeds."""
     set_threads(config.threads, distributed.local_world_size)
     if distributed.device.type == "cpu":
         keep_freed_memory()

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from moa_train.build import data
-from moa_train.build.data import build_source, build_train_transform, open_splits
+from moa_train.assembly import data
+from moa_train.assembly.inputs import build_source, build_train_transform, open_splits
 from moa_train.data import STATISTICS, Order, TrainLoader
 from moa_train.runtime.distributed import Distributed
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moa_train.model import check_model, create_model
-from moa_train.model.geometry import Stage, nearest_divisors, plan_stages
+from moa_train.model.stages import Stage, nearest_divisors, plan_stages
 from moa_train.runtime.errors import UserError
 
 FLAWS = ("heads", "reduction", "overlap", "patch", "merged")
