@@ -195,13 +195,18 @@ class EngineConfig:
 
 @dataclass
 class TrackingConfig:
-    """What is written while training."""
+    """Logs of a training."""
 
-    log_every: int = knob(20, "steps between log rows; the only place where the host waits for the device", least=1)
-    progress: str = knob("auto", "bar: redrawn line; plain: lines; auto: by terminal", options=("auto", "bar", "plain"))
-    tensorboard: bool = knob(True, "write TensorBoard events")
-    images: int = knob(16, "augmented training images shown in TensorBoard", least=0)
-    profile_steps: int = knob(0, "steps traced into trace.json.gz, after three of warm-up; 0 is off", least=0)
+    log_every: int = knob(20, "steps between log rows; the host waits for the device at these steps only", least=1)
+    progress: str = knob(
+        "auto", "bar: one redrawn line; plain: lines; auto: a bar on a terminal", options=("auto", "bar", "plain")
+    )
+    loggers: list[str] = knob(
+        ["tensorboard"],
+        "loggers besides the console and metrics.jsonl: tensorboard, csv, wandb, or your own as package.module:Name",
+    )
+    images: int = knob(16, "number of augmented training images passed to the loggers", least=0)
+    profile_steps: int = knob(0, "number of steps traced into trace.json.gz after 3 warmup steps; 0: no trace", least=0)
 
 
 @dataclass

@@ -43,7 +43,7 @@ def prepare(job: Job) -> Callable[[], Iterator[Table]]:
         raise UserError(f"--ranks {ranks} cannot share engine.batch_size={batch}: it must be a multiple.")
     config = training(job.config, steps=WARMUP + job.steps + 1)
     config.engine.micro_batch_size, config.engine.save_every = batch // ranks, config.schedule.duration
-    config.tracking.tensorboard = False
+    config.tracking.loggers = []
     check_config(config)
     open_splits(config, job.alone)
     alone = copy.deepcopy(config)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from torch import nn
@@ -27,6 +28,12 @@ from moa_train.runtime.precision import Precision
 from moa_train.runtime.signals import StopSignals
 from moa_train.schema import RunConfig, to_dict
 from moa_train.tracking.tracker import Tracker, open_tracker
+
+LOGGERS = {
+    "tensorboard": "moa_train.tracking.tensorboard:TensorBoard",
+    "csv": "moa_train.tracking.csv_file:CsvFile",
+    "wandb": "moa_train.tracking.wandb:WandB",
+}
 
 
 @dataclass
@@ -136,7 +143,7 @@ def _build_tracker(config: RunConfig, run_dir: Path, plan: Plan, step: int, dist
         is_main=distributed.is_main,
         resumed_step=step,
         progress=config.tracking.progress,
-        tensorboard=config.tracking.tensorboard,
-        hyperparameters=to_dict(config),
+        loggers=[resolve_name(LOGGERS.get(name, name)) for name in config.tracking.loggers],
+        config=to_dict(config),
         profile_steps=config.tracking.profile_steps,
     )

@@ -152,7 +152,7 @@ def choose_run_dir(config: RunConfig) -> Path:
 def write_record(run: "Run", run_dir: Path, origin: dict[str, Any]) -> None:
     """Write the resolved configuration and where the run comes from, for people; checkpoints carry what they need."""
     from moa_train.tracking import provenance
-    from moa_train.tracking.writers import write_whole
+    from moa_train.tracking.files import write_whole
 
     write_whole(run_dir / "config.json", json.dumps(to_dict(run.config), indent=2) + "\n")
     data = {split: source.describe() for split, source in run.sources.items()}
@@ -192,7 +192,7 @@ def report(run: "Run", distributed: "Distributed") -> str | None:
     """
     from moa_train.build.evaluation import build_evaluation
     from moa_train.tracking.console import block
-    from moa_train.tracking.writers import write_whole
+    from moa_train.tracking.files import write_whole
 
     trainer, state, run_dir = run.trainer, run.trainer.state, Path(run.config.run_dir or "")
     checkpoint = to_report(trainer)
@@ -248,7 +248,7 @@ def to_report(trainer: "Trainer") -> "Checkpoint":
 
 def quarantined(run: "Run", distributed: "Distributed") -> int:
     """Add the unreadable files that all ranks met to the run folder's list, and return how many it holds."""
-    from moa_train.tracking.writers import write_whole
+    from moa_train.tracking.files import write_whole
 
     met = [message for ranks in distributed.gather_objects(run.loader.quarantined) for message in ranks]
     path = Path(run.config.run_dir or "") / UNREADABLE

@@ -118,7 +118,7 @@ class Trainer:
         step, epoch = self.state.step, float(self.state.step / self.plan.steps_per_epoch)
         means = self.state.meters.read()
         means["loss"] = self.distributed.mean(means["loss"])
-        row = {"epoch": epoch, **means, "rate": rate, "images_per_second": self.speed.rate}
+        row = {"epoch": epoch, **means, "lr": rate, "images_per_second": self.speed.rate}
         self.tracker.log_step(step, {**row, "memory": peak_memory(self.distributed.device)})
 
     def _evaluate_if_due(self) -> bool:
