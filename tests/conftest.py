@@ -33,7 +33,7 @@ TINY = {
     "engine.eval_every": "4 steps",
     "engine.save_every": "4 steps",
     "tracking.log_every": "3",
-    "tracking.tensorboard": "false",
+    "tracking.loggers": "[]",
     "tracking.progress": "plain",
     "tracking.images": "0",
     "runtime.device": "cpu",

@@ -134,7 +134,8 @@ def short_name(name: str) -> str:
 
 def args_type(part: Any) -> type | None:
     """Return the dataclass that annotates the parameter ``args`` of a function or class, or None."""
-    hints = typing.get_type_hints(part.__init__ if isinstance(part, type) else part)
+    function = getattr(part, "__init__") if isinstance(part, type) else part  # noqa: B009 mypy rejects the attribute
+    hints = typing.get_type_hints(function)
     kind = hints.get("args")
     return kind if isinstance(kind, type) and is_dataclass(kind) else None
 

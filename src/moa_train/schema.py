@@ -1,7 +1,7 @@
 """The configuration of a run: every setting with its default, allowed values and help text, declared here only.
 
 ``RunConfig`` has one section per group of ``conf/``. Hydra composes YAML onto it and rejects unknown keys and wrong
-types; `validate` checks ranges, options and rules that span several settings. Every checkpoint holds the result as JSON.
+types; `validate` checks ranges, options and rules that span several settings. Every checkpoint holds the result.
 """
 
 from collections.abc import Iterator
@@ -339,19 +339,17 @@ def image_shape(image_size: Any) -> tuple[int, int]:
 def parts(config: Any) -> Iterator[tuple[Plugins, str, dict[str, Any], str]]:
     """Yield ``(kind, name, settings, key of the settings)`` of every exchangeable part that a configuration names."""
     for section in fields(config):
-        values = getattr(config, section.name)
-        if not is_dataclass(values):
-            continue
-        for item in fields(values):
+        values: Any = getattr(config, section.name)
+        for item in fields(values) if is_dataclass(values) else ():
             kind, named = item.metadata.get("plugins"), getattr(values, item.name)
             if kind is None:
                 continue
             if isinstance(named, str):
-                yield kind, named, values.args, f"{section.name}.args"  # type: ignore[attr-defined]
+                yield kind, named, values.args, f"{section.name}.args"
             else:
                 for name in named:
                     short = short_name(name)
-                    yield kind, name, values.args.get(short, {}), f"{section.name}.args.{short}"  # type: ignore[attr-defined]
+                    yield kind, name, values.args.get(short, {}), f"{section.name}.args.{short}"
 
 
 def own_code(config: Any) -> list[str]:

@@ -12,7 +12,7 @@ from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals
 from moa_train.tracking.jsonl import read_rows
 
-LOGGED = {"tracking.tensorboard": "true", "tracking.log_every": "2"}
+LOGGED = {"tracking.loggers": "[tensorboard]", "tracking.log_every": "2"}
 
 
 def test_the_trainer_and_the_bare_loop_take_turns(job, tmp_path, monkeypatch):

@@ -14,9 +14,7 @@ PLACES = ("run_dir", "resume", "replay", "init", "init_head", "code")
 """Settings that say where a run lies and how this session treats it; a resume takes them from the command line."""
 
 
-def resolve_resume(
-    config: RunConfig, with_overrides: Callable[[RunConfig], RunConfig]
-) -> tuple[RunConfig, list[str]]:
+def resolve_resume(config: RunConfig, with_overrides: Callable[[RunConfig], RunConfig]) -> tuple[RunConfig, list[str]]:
     """Return the configuration to train with and, on a resume, the differences as ``key: old -> new``.
 
     ``resume=FOLDER`` uses the run's own configuration with the settings of this command. ``resume=auto`` uses the

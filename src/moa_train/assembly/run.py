@@ -2,16 +2,17 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from moa_train.assembly.validation import check_batch_size, check_config, check_same_data, resolve
-from moa_train.assembly.inputs import build_train_loader, open_splits
 from moa_train.assembly.evaluation import build_validation
+from moa_train.assembly.inputs import build_train_loader, open_splits
 from moa_train.assembly.timeline import build_plan, build_schedule
 from moa_train.assembly.training import build_state, build_train_step
+from moa_train.assembly.validation import check_batch_size, check_config, check_same_data, resolve
 from moa_train.data.augment import Normalize
 from moa_train.data.loader import TrainLoader
 from moa_train.data.source import Source
@@ -23,11 +24,11 @@ from moa_train.engine.plan import Plan
 from moa_train.engine.state import TrainState, check_form
 from moa_train.engine.step import TrainStep
 from moa_train.engine.trainer import Trainer
+from moa_train.plugins import LOGGERS, short_name
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.signals import StopSignals
 from moa_train.schema import RunConfig, to_dict
-from moa_train.plugins import short_name
 from moa_train.tracking.tracker import Tracker, open_tracker
 
 
@@ -141,14 +142,18 @@ def _show_inputs(train_step: TrainStep, tracker: Tracker, config: RunConfig) -> 
 
 
 def _build_tracker(config: RunConfig, run_dir: Path, plan: Plan, step: int, distributed: Distributed) -> Tracker:
+    settings = config.tracking
     return open_tracker(
         run_dir,
         total_steps=plan.stop_step,
         steps_per_epoch=plan.steps_per_epoch,
         is_main=distributed.is_main,
         resumed_step=step,
-        progress=config.tracking.progress,
-        tensorboard=config.tracking.tensorboard,
-        hyperparameters=to_dict(config),
-        profile_steps=config.tracking.profile_steps,
+        progress=settings.progress,
+        loggers=[
+            partial(LOGGERS.create, name, settings.args.get(short_name(name), {}), f"tracking.args.{short_name(name)}")
+            for name in settings.loggers
+        ],
+        config=to_dict(config),
+        profile_steps=settings.profile_steps,
     )

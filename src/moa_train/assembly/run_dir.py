@@ -50,5 +50,7 @@ def choose_run_dir(config: RunConfig) -> Path:
         except FileExistsError:  # another run was started in the same second
             continue
         except OSError as error:
-            raise UserError(f"Cannot create the run folder {path}: {error.strerror}. Choose another one with run_dir=.") from error
+            raise UserError(
+                f"Cannot create the run folder {path}: {error.strerror}. Choose another one with run_dir=."
+            ) from error
     return path

@@ -16,7 +16,7 @@ ToSteps = Callable[[str | None, str], Fraction]
 
 
 def build_schedule(config: RunConfig, length: int) -> tuple[Schedule, ToSteps]:
-    """Return the learning rate schedule, and the conversion of durations; ``length`` is the number of samples per epoch."""
+    """Return the learning rate schedule and the conversion of durations; ``length``: samples per epoch."""
     settings, batch_size = config.schedule, config.engine.batch_size
     total = Duration.parse(settings.duration, what="schedule.duration", allow_zero=False).steps(batch_size, length)
 

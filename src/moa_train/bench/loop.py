@@ -18,13 +18,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from moa_train.assembly.inputs import open_splits
+from moa_train.assembly.run import Run, build_run
+from moa_train.assembly.validation import check_config
 from moa_train.bench import plain
 from moa_train.bench.job import Job
 from moa_train.bench.report import Row, Table
 from moa_train.bench.timing import synchronize
-from moa_train.assembly.validation import check_config
-from moa_train.assembly.inputs import open_splits
-from moa_train.assembly.run import Run, build_run
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.signals import StopSignals
 from moa_train.schema import RunConfig
@@ -45,7 +45,7 @@ def training(config: RunConfig, steps: int) -> RunConfig:
     """Return the configuration of a run of so many steps as they are anywhere in the run; nothing is evaluated."""
     config = copy.deepcopy(config)
     config.run_dir = config.resume = config.replay = config.init = config.engine.stop_after = None
-    config.schedule.duration, config.schedule.warmup, config.augment.off = f"{steps} steps", "0%", "0%"
+    config.schedule.duration, config.schedule.warmup, config.augment.weak_for = f"{steps} steps", "0%", "0%"
     config.engine.eval_split, config.engine.ema_decay = "none", 0.0
     config.tracking.progress, config.tracking.profile_steps = "plain", 0
     return config

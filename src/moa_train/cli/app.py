@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -25,10 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 import moa_train.conf
 from moa_train import __version__
+from moa_train.knobs import in_words, knobs
 from moa_train.runtime.cpu import wait_briefly
 from moa_train.runtime.errors import LostRankError, UserError, choose
 from moa_train.runtime.signals import Exit
-from moa_train.schema import knobs, validate
+from moa_train.schema import validate
 
 CONF = Path(moa_train.conf.__file__).parent
 GROUPS = {folder.name: folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "__pycache__"}
@@ -179,21 +180,12 @@ def _similar(key: str, keys: list[str]) -> str:
     return f" Keys of {head}: {', '.join(known[len(head) + 1 :] for known in inside)}." if inside else " See --help."
 
 
-_NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-
-
 def _check_type(key: str, value: Any, schema: type, kind: Any) -> None:
     try:
         OmegaConf.update(OmegaConf.structured(schema), key, value)
     except OmegaConfBaseException:
         shown = "null" if value is None else value
-        raise UserError(f"{key}={shown} is not of the right type: it must be {_in_words(kind)}.") from None
-
-
-def _in_words(kind: Any) -> str:
-    if get_origin(kind) is list:
-        return f"a list, [x,y,...], each entry {_in_words(get_args(kind)[0])}"
-    return " or ".join(_NOUNS.get(part) or _in_words(part) for part in get_args(kind) or (kind,))
+        raise UserError(f"{key}={shown} is not of the right type: it must be {in_words(kind)}.") from None
 
 
 def _check_option(group: str, option: Any, roots: Sequence[Path]) -> None:

@@ -56,7 +56,7 @@ def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
             OmegaConf.update(result, key, override.value(), force_add=True)
     typed: Any = OmegaConf.to_object(result)
     validate(typed)
-    return typed  # type: ignore[no-any-return]
+    return typed
 
 
 def main() -> None:

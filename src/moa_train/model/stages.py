@@ -145,7 +145,7 @@ def _check_published(image_size: tuple[int, int], patch_size: int, count: int, w
     nearest_sides = sorted(sorted(fitting, key=lambda side: abs(side - max(height, width)))[:3])
     maps = ", ".join(f"{h} x {w}" for h, w in stage_maps(image_size, patch_size, count))
     raise UserError(
-        f"model.moa.form=published cannot pad: image_size={height} x {width} with patch_size={patch_size} gives maps of "
+        f"model.moa.form=published cannot pad: image_size={height} x {width} and patch_size={patch_size} give maps of "
         f"{maps}, which must all divide into windows of {window} and, but for the last, be even. "
         f"Nearest sizes that do: {', '.join(map(str, nearest_sides)) or 'none'}. model.moa.form=paper accepts any size."
     )

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moa_train.model.registry import create_model
 from moa_train.schema import ModelConfig
 
+
 @dataclass(frozen=True)
 class Summary:
     """A model in numbers. Parts are keyed by (stage or -1, name); multiply-accumulates are those of one image."""

@@ -22,4 +22,5 @@ def explain_lr(batch_size: int, config: OptimConfig) -> str:
     if config.lr_scaling == "none":
         return f"{lr:.4g} (not scaled to the batch size of {batch_size})"
     ratio = f"{batch_size}/{config.lr_batch}"
-    return f"{config.lr:.4g} x {ratio if config.lr_scaling == 'linear' else f'sqrt({ratio})'} ({config.lr_scaling}) = {lr:.4g}"
+    factor = ratio if config.lr_scaling == "linear" else f"sqrt({ratio})"
+    return f"{config.lr:.4g} x {factor} ({config.lr_scaling}) = {lr:.4g}"

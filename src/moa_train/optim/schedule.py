@@ -66,7 +66,7 @@ class Schedule:
         for name, value in (("at the end", self.floor), ("at the start of the warmup", self.warmup_start)):
             if not 0 <= value <= self.peak:
                 raise UserError(
-                    f"The learning rate {name}, {value:.4g}, must lie between 0 and the peak, {self.peak:.4g} (all scaled)."
+                    f"The learning rate {name} is {value:.4g}; it must lie between 0 and the peak, {self.peak:.4g}."
                 )
 
     def _check_lengths(self) -> None:
