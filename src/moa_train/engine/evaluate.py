@@ -76,15 +76,11 @@ def evaluate(
     finally:
         model.train(was_training)
     total = int(distributed.all_reduce_sum(samples))
-    shapes = {name: (tuple(s.shape), s.dtype) for name, s in sums.items()}
-    shapes = next((known for known in distributed.gather_objects(shapes) if known), {})
-    totals = {
-        # A rank without a batch of its own contributes zeros.
-        name: distributed.all_reduce_sum(
-            sums[name] if name in sums else torch.zeros(shape, dtype=dtype, device=device)
-        ).cpu()
-        for name, (shape, dtype) in shapes.items()
-    }
+    known = {name: (list(value.shape), value.is_floating_point()) for name, value in sums.items()}
+    for name, (shape, real) in next((found for found in distributed.gather_objects(known) if found), {}).items():
+        if name not in sums:  # a rank without a batch of its own contributes zeros
+            sums[name] = torch.zeros(shape, dtype=torch.float64 if real else torch.int64, device=device)
+    totals = {name: distributed.all_reduce_sum(sums[name]).cpu() for name in metrics if name in sums}
     counts = {name: int(value) for name, value in totals.items() if value.dtype == torch.int64 and value.dim() == 0}
     values = {name: metrics[name].value(value, total) for name, value in totals.items()}
     return Evaluation(values, counts, total)
