@@ -54,8 +54,8 @@ class Cifar(DataSet):
 
     def read(self, split: str) -> "Source":
         """Open the pack of a split, after making it from class folders or the archive where there is none yet."""
-        from moa_train.data.datasets import pack_tree, scan_split
-        from moa_train.data.pack import check_origin, is_packed, read_pack
+        from moa_train.data.pack import check_origin, is_packed, pack_tree, read_pack
+        from moa_train.data.tree import scan_split
 
         root, archive = self.root, self.archive
         tree = scan_split(root, split) if (root / split).is_dir() else None

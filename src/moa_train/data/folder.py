@@ -45,8 +45,8 @@ class ImageNet(DataSet):
 
 def open_files(root: Path, split: str, title: str, image_size: tuple[int, int]) -> "Source":
     """Open the class folders of root/split."""
-    from moa_train.data.datasets import scan_split
     from moa_train.data.files import FileSource
+    from moa_train.data.tree import scan_split
 
     if not (root / split).is_dir():
         found = [other for other in SPLITS if (root / other).is_dir()]
