@@ -6,17 +6,16 @@ are read in place, and only if they have the MD5 published on https://www.cs.tor
 
 import hashlib
 import os
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from moa_train.data.dataset import DataSet
 from moa_train.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    import tarfile
+
     from moa_train.data.source import Source
 
 _PIXELS = 3 * 32 * 32
@@ -138,6 +137,10 @@ def pack_archive(archive: Archive, path: Path, root: Path) -> None:
     Raises:
         UserError: the file's MD5 is not the archive's.
     """
+    import tarfile
+
+    import numpy as np
+
     from moa_train.data.pack import write_pack
 
     with path.open("rb") as file:
@@ -156,7 +159,7 @@ def pack_archive(archive: Archive, path: Path, root: Path) -> None:
             write_pack(root, split, images, labels, classes)
 
 
-def _member(tar: tarfile.TarFile, name: str) -> bytes:
+def _member(tar: "tarfile.TarFile", name: str) -> bytes:
     file = tar.extractfile(name)
     assert file is not None, name
     return file.read()
