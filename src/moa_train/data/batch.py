@@ -59,8 +59,8 @@ class Batch:
 def images_at_once(images: Tensor) -> int:
     """Return how many images of a batch to process at a time: on a CPU as many as fit into its caches, else all.
 
-    Larger tensors are slow on a CPU for two reasons: every operation reads and writes main memory, and the system has to
-    map new pages for every result.
+    Larger tensors are slow on a CPU for two reasons: every operation reads and writes main memory, and the system has
+    to map new pages for every result.
     """
     if images.device.type != "cpu" or not images.numel():
         return max(1, len(images))

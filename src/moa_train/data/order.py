@@ -30,9 +30,10 @@ class Draw:
 class Order:
     """An infinite stream of samples, divided into global batches that are always full.
 
-    The stream is the concatenation of all epochs. Epoch e contains the data set, permuted by (seed, e), with each sample
-    ``repeats`` times in a row (repeated augmentation, Hoffer et al. 2020). Step t takes the positions [t G, (t + 1) G),
-    so no sample is ever dropped, and a batch may span two epochs. There is no state: any step can be computed directly.
+    The stream is the concatenation of all epochs. Epoch e contains the data set, permuted by (seed, e), with each
+    sample ``repeats`` times in a row (repeated augmentation, Hoffer et al. 2020). Step t takes the positions
+    [t G, (t + 1) G), so no sample is ever dropped, and a batch may span two epochs. There is no state: any step can be
+    computed directly.
 
     Args:
         length: number of samples in the data set, N.
@@ -72,8 +73,8 @@ def micro_batches(batch_size: int, micro_batch_size: int, rank: int = 0, world_s
     """Return the numbers of a rank's micro-batches: a contiguous share of all batch_size / micro_batch_size.
 
     Raises:
-        UserError: the micro-batch size does not divide the batch size, or the number of ranks does not divide the number
-            of micro-batches.
+        UserError: the micro-batch size does not divide the batch size, or the number of ranks does not divide the
+            number of micro-batches.
     """
     if batch_size % micro_batch_size:
         near = _nearest([d for d in range(1, batch_size + 1) if batch_size % d == 0], micro_batch_size)
