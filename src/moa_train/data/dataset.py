@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from moa_train.plugins import DATASETS, short_name
 from moa_train.runtime.errors import UserError, choose
-from moa_train.schema import DataConfig, image_shape
+from moa_train.schema import SPLITS, DataConfig, image_shape
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from moa_train.data.source import Source
-
-SPLITS = ("train", "val", "test")
 
 
 class DataSet(ABC):
