@@ -3,7 +3,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moa_train.data.preview import preview
 from scipy import stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,13 +12,15 @@ from moa_train.data.augment import BatchAugment, Normalize
 from moa_train.data.batch import Batch, images_at_once
 from moa_train.data.mix import Mixer
 from moa_train.runtime.errors import UserError
+from moa_train.schema import AugmentConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FULL = {"randaugment_ops": 2, "erasing": 0.25, "color_jitter": 0.4}
 
 
-def augment(**settings: object) -> BatchAugment:
-    return BatchAugment(**{"seed": 0, "mean": MEAN, "std": STD, **settings})  # type: ignore[arg-type]
+def augment(seed: int = 0, **settings: Any) -> BatchAugment:
+    config = AugmentConfig(**settings)
+    return BatchAugment(config, crop=config.crop, seed=seed, normalize=Normalize(MEAN, STD))
 
 
 def batch_of(images: Tensor, rows: Tensor | None = None, epoch: int = 0) -> Batch:
@@ -28,7 +29,7 @@ def batch_of(images: Tensor, rows: Tensor | None = None, epoch: int = 0) -> Batc
     return Batch(images[rows], rows, index=rows, epoch=same, repeat=torch.zeros_like(rows), step=0)
 
 
-def plain(**settings: object) -> BatchAugment:
+def plain(**settings: Any) -> BatchAugment:
     return augment(**{"crop": "none", "flip": 0.0, **settings})
 
 
@@ -122,7 +123,7 @@ def test_padded_crops_are_equally_likely() -> None:
 def test_resized_crops_show_parts_of_the_image() -> None:
     ramp = torch.arange(32.0).mul(8).expand(1, 3, 32, 32).to(torch.uint8)  # brightness is the column
     many = batch_of(ramp.expand(500, -1, -1, -1))
-    transform = plain(crop="resized", scale=(0.25, 0.25), ratio=(1.0, 1.0))
+    transform = plain(crop="resized", scale=[0.25, 0.25], ratio=[1.0, 1.0])
     result = transform.normalize.undo(transform(many)).float()[:, 0]
     step = result[:, :, 4:-4].diff(dim=2).mean((1, 2))
     torch.testing.assert_close(step, torch.full_like(step, 4.0), atol=0.1, rtol=0)  # half the side: half the slope
@@ -153,24 +154,6 @@ def test_jitter_has_torchvisions_distribution() -> None:
     for mine, its in zip(*measured, strict=True):
         noise = np.random.default_rng(0).uniform(-1, 1, (2, 3000))  # over the steps of whole numbers
         assert stats.ks_2samp(mine.numpy() + noise[0], its.numpy() + noise[1]).pvalue > 1e-3
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"crop": "padd"},
-        {"padding_mode": "mirror"},
-        {"padding": -1},
-        {"flip": 1.5},
-        {"erasing": -0.1},
-        {"color_jitter": float("nan")},
-        {"scale": (0.0, 1.0)},
-        {"randaugment_magnitude": 12},
-    ],
-)
-def test_impossible_settings_are_errors(settings: dict[str, object]) -> None:
-    with pytest.raises(UserError, match=next(iter(settings))):
-        augment(**settings)
 
 
 def test_global_random_state_is_left_alone(tiles: Tensor) -> None:
@@ -208,7 +191,7 @@ class Transfers(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("crop", ["pad", "resized", "none"])
-@pytest.mark.parametrize("mix", [{"cutmix": 0}, {"mixup": 0}])
+@pytest.mark.parametrize("mix", [{"mixup": 0.8}, {"cutmix": 1.0}])
 def test_the_host_never_waits_for_the_device(tiles: Tensor, crop: str, mix: dict[str, float]) -> None:
     """The device ``meta`` computes nothing: whatever the host would have to read from it is an error."""
     there = batch_of(tiles).to("meta")
@@ -217,7 +200,7 @@ def test_the_host_never_waits_for_the_device(tiles: Tensor, crop: str, mix: dict
             wait(there.images)
     with Transfers() as transfers:
         images = augment(crop=crop, **FULL)(there)
-        images, targets = Mixer(num_classes=100, **mix)(images, there.labels, (0, 0, 0))
+        images, targets = Mixer(AugmentConfig(**mix), 100)(images, there.labels, (0, 0, 0))
     assert images.is_meta
     assert targets.is_meta
     assert transfers.count > 10
@@ -236,11 +219,3 @@ def test_a_gpu_gives_the_same_pixels(tiles: Tensor, crop: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert ((here - there.cpu()).abs() > 2 / 255 / 0.224).float().mean() < 1e-3
-
-
-def test_preview_shows_the_images(tiles: Tensor) -> None:
-    normalize = Normalize(MEAN, STD)
-    grid = preview(normalize(tiles), normalize, columns=8, rows=2)
-    assert grid.shape == (3, 2 * 34 - 2, 8 * 34 - 2)
-    assert torch.equal(grid[:, 34:, 34:66], tiles[9])
-    assert preview(normalize(tiles[:3]), normalize).shape == (3, 32, 100)
