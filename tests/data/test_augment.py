@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
+from moa_train.data import augment as augment_module
 from moa_train.data.augment import BatchAugment, Normalize
 from moa_train.data.batch import Batch, images_at_once
 from moa_train.data.mix import Mixer
@@ -171,6 +173,69 @@ def test_numbers_never_change() -> None:
     transform = augment(**FULL, padding=1)
     result = transform.normalize.undo(transform(batch_of(ramp), strong=False))
     assert result.long().flatten(1).mul(torch.arange(192)).sum(1).tolist()[:4] == [2030392, 1259888, 1601712, 3514400]
+
+
+@pytest.fixture
+def own(write_module: Callable[[str, str], None], example_of: Callable[[object], str]) -> None:
+    """A module with the documented example of an own augmentation, and with others."""
+    write_module("own_color", example_of(augment_module) + OTHERS)
+
+
+OTHERS = """
+from moa_train.data.counter import normal
+
+def darken(images, keys):
+    return (images * send(uniform(keys, 0), images).view(-1, 1, 1, 1)).to(torch.uint8)
+
+def paint(images, keys):
+    return send(uniform(keys[:, None], 0, range(3)) * 255, images).to(torch.uint8)[..., None, None].expand_as(images)
+
+def halve(images, keys):
+    return images[..., ::2]
+
+def blur(images, keys):
+    return images.float()
+"""
+
+
+@pytest.mark.usefixtures("own")
+def test_the_example_of_an_own_augmentation_runs(tiles: Tensor) -> None:
+    many = batch_of(tiles[:1].expand(3000, -1, -1, -1))
+    transform = plain(extra=["own_color:to_gray"], args={"to_gray": {"probability": 0.3}})
+    result = transform(many)
+    undone = transform.normalize.undo(result)
+    gray = (undone[:, :1] == undone).flatten(1).all(1)
+    assert stats.binomtest(int(gray.sum()), 3000, 0.3).pvalue > 1e-3
+    assert torch.equal(undone[~gray], tiles[:1].expand(int((~gray).sum()), -1, -1, -1))
+    parts = [transform(batch_of(tiles[:1].expand(3000, -1, -1, -1), rows)) for rows in torch.arange(3000).split(700)]
+    assert torch.equal(torch.cat(parts), result)
+    assert torch.equal(transform(many, strong=False), plain()(many))
+    with pytest.raises(UserError, match=r"augment\.args\.to_gray\.probability=2 is out of range"):
+        plain(extra=["own_color:to_gray"], args={"to_gray": {"probability": 2}})
+
+
+@pytest.mark.usefixtures("own")
+def test_own_augmentations_have_random_numbers_of_their_own(tiles: Tensor) -> None:
+    """The same draws under two names, and the built-in flip, are independent of each other."""
+    many = batch_of(torch.full((4000, 3, 1, 2), 200, dtype=torch.uint8))
+    seen = []
+    for name in ("darken", "paint"):
+        transform = plain(extra=[f"own_color:{name}"])
+        seen.append(transform.normalize.undo(transform(many))[:, :, 0, 0].double().numpy())
+    ramp = batch_of(torch.tensor([0, 255], dtype=torch.uint8).expand(4000, 3, 1, 2))
+    flipped = plain(flip=0.5)(ramp)[:, 0, 0, 0].numpy() > 0
+    table = np.stack([seen[0][:, 0], *seen[1].T, flipped])
+    assert np.abs(np.corrcoef(table) - np.eye(5)).max() < 4.5 / np.sqrt(4000)
+    assert stats.kstest((seen[0][:, 0] + 0.5) / 200, "uniform").statistic < 0.05
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(("name", "returned"), [("halve", r"\(64, 3, 32, 16\)"), ("blur", "float32")])
+def test_own_augmentations_must_return_images_like_those_they_were_given(
+    tiles: Tensor, name: str, returned: str
+) -> None:
+    with pytest.raises(UserError, match=rf"augment\.extra: {name} returned .*{returned}.*must return torch\.uint8"):
+        plain(extra=[f"own_color:{name}"])(batch_of(tiles))
 
 
 class Transfers(TorchDispatchMode):

@@ -187,15 +187,15 @@ def create_dataset(config: DataConfig) -> DataSet:
     """Return the data set that the configuration names.
 
     Raises:
-        UserError: the name is not known, or it is the import path of something else than a data set.
+        UserError: the name is not known or is not the import path of a `DataSet`, or the data set is inconsistent.
     """
     found = DATASETS.load(config.name)
     if not (isinstance(found, type) and issubclass(found, DataSet)):
         raise UserError(f"data.name={config.name} must name a subclass of moa_train.data.dataset.DataSet.")
     dataset: DataSet = DATASETS.create(config.name, config.args, "data.args", config)
-    unknown = [split for split in dataset.splits() if split not in SPLITS]
-    if unknown:
-        raise UserError(choose(f"{config.name}: split", unknown[0], SPLITS))
+    if not set(dataset.splits()) <= set(SPLITS):
+        found, allowed = ", ".join(dataset.splits()), ", ".join(SPLITS)
+        raise UserError(f"data.name={config.name}: its splits are {found}. The only allowed names are {allowed}.")
     return dataset
 
 

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from moa_train.data.dataset import SPLITS, DataSet
+from moa_train.data.dataset import DataSet
+from moa_train.schema import SPLITS
 
 if TYPE_CHECKING:
     from moa_train.data.source import Source
