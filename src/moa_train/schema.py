@@ -224,7 +224,7 @@ class EngineConfig:
         options=("auto", "val", "test", "none"),
     )
     metrics: list[str] = knob(["top1", "top5", "loss"], "metrics computed in evaluation", plugins=METRICS)
-    best_by: str = knob("top1", "metric that chooses the best checkpoint, one of engine.metrics")
+    best_by: str = knob("top1", "metric that chooses the best checkpoint, one of engine.metrics", fixed=True)
     eval_every: str = knob("1 epoch", "interval between evaluations")
     eval_batch_size: int | None = knob(
         None, "examples per forward pass in evaluation (default: 256; 64 on a CPU, to save memory)", least=1

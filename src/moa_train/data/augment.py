@@ -36,13 +36,14 @@ from torch import Tensor
 
 from moa_train.data import photometric
 from moa_train.data.affine import pad_crop, warp
-from moa_train.data.batch import Batch, images_at_once, send
+from moa_train.data.batch import images_at_once, send
 from moa_train.data.box import box_numbers, random_box
 from moa_train.data.counter import Hashes, Purpose, own_keys, sample_keys, uniform
 from moa_train.data.erasing import RandomErasing
 from moa_train.data.randaugment import RandAugment
 from moa_train.data.source import Source
 from moa_train.data.view import CentreCrop, RandomResizedCrop, View
+from moa_train.interfaces import Batch
 from moa_train.plugins import AUGMENTATIONS, DATASETS, short_name
 from moa_train.runtime.errors import UserError
 from moa_train.schema import AugmentConfig, DataConfig
