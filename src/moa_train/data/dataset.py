@@ -75,9 +75,7 @@ class DataSet(ABC):
             UserError: a setting is missing or does not apply to this data set.
         """
         if cls.needs_root and not config.root:
-            raise UserError(
-                f"data={config.name} needs data.root=FOLDER, the folder that holds train/ and val/ (or test/)."
-            )
+            raise UserError(f"data={config.name} needs data.root=FOLDER, the folder of the data set.")
         if config.download and not cls.downloads:
             raise UserError(
                 f"data.download=true: {config.name} cannot be downloaded. "
