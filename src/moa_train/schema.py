@@ -406,9 +406,14 @@ def _check_rules(config: RunConfig) -> None:
             f"engine.batch_size={engine.batch_size} is not a multiple of engine.micro_batch_size={micro}. "
             f"Nearest batch sizes that are: {_multiples_near(engine.batch_size, micro)}."
         )
+    for key, names in (
+        ("engine.metrics", engine.metrics),
+        ("augment.extra", augment.extra),
+        ("tracking.loggers", config.tracking.loggers),
+    ):
+        if len({short_name(name) for name in names}) < len(names):
+            raise UserError(f"{key}={names}: two entries have the same name.")
     metrics = [short_name(name) for name in engine.metrics]
-    if len(set(metrics)) < len(metrics):
-        raise UserError(f"engine.metrics={engine.metrics}: two metrics have the same name.")
     if short_name(engine.best_by) not in metrics:
         raise UserError(f"engine.best_by={engine.best_by} must be one of engine.metrics: {', '.join(metrics)}.")
     if config.schedule.name == "step" and not config.schedule.milestones:
