@@ -158,6 +158,6 @@ def test_others_that_never_come_are_missed_in_bounded_time(monkeypatch, rank):
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     for name, value in {**place, "MASTER_ADDR": "127.0.0.1", "USE_LIBUV": 0}.items():
         monkeypatch.setenv(name, str(value))
-    start = f"Rank {rank} of 2 has not met the others at 127.0.0.1:{port}"
+    start = f"Rank {rank} of 2 could not connect to the other ranks through 127.0.0.1:{port}"
     with pytest.raises(LostRankError, match=start), Distributed.start("cpu", timeout=1.0):
         pass
