@@ -102,12 +102,13 @@ class Distributed:
         except BaseException as error:
             loss = self._loss(error)
             self._watch.close(error)
-            if loss:
-                end_stuck_launcher()
-            self._abandon(error)
-            if loss:
-                raise LostRankError(_LOST.format(rank=rank, loss=loss)) from error
-            raise
+            if loss is None:
+                self._abandon(error)
+                raise
+            lost = LostRankError(_LOST.format(rank=rank, loss=loss))
+            end_stuck_launcher()
+            self._abandon(lost)
+            raise lost from error
         self._watch.close()
         self._leave()
 
@@ -169,10 +170,10 @@ class Distributed:
         """Leave after a failure, and report it to torchrun, which shows the first rank to fail as the root cause."""
         if isinstance(error, Exception) and "TORCHELASTIC_ERROR_FILE" in os.environ:
             get_error_handler().record_exception(error)
-        # NCCL may wait for peers that are gone: it gets a moment, and is then left behind.
+        # NCCL and gloo may wait for peers that are gone: they get a moment, and are then left behind.
         closing = threading.Thread(target=self._leave, daemon=True)
         closing.start()
-        closing.join(5.0)
+        closing.join(2.0)
 
     # What the hosts agree upon
 
@@ -336,8 +337,8 @@ def _refuse_shared_gpu(store: dist.Store, device: torch.device, rank: int) -> No
     properties = torch.cuda.get_device_properties(device)
     if store.add(f"gpu/{properties.uuid}", 1) > 1:
         raise UserError(
-            f"Rank {rank} and another rank use the same GPU ({properties.name}, {properties.uuid}). Start one process per "
-            "GPU: lower --nproc-per-node, or give each process a GPU of its own (CUDA_VISIBLE_DEVICES, srun "
+            f"Rank {rank} and another rank use the same GPU ({properties.name}, {properties.uuid}). Start one process "
+            "per GPU: lower --nproc-per-node, or give each process a GPU of its own (CUDA_VISIBLE_DEVICES, srun "
             "--gpus-per-task=1)."
         )
 

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-STUCK = 5.0
+STUCK = 3.0
 """Seconds for which torchrun may leave an ended rank unnoticed. It looks ten times a second."""
 
 _SCRIPT = """
@@ -22,8 +22,8 @@ for _ in range(600):
     now = time.monotonic()
     ended = (ended or now) if state == "Z" else None
     if ended and now - ended > limit:
-        print("error: torchrun waits for a machine that does not answer, and has not noticed that its rank ended; it is "
-              "killed.", file=sys.stderr, flush=True)
+        print("error: torchrun is killed: it waits for a machine that does not answer, and has not noticed the end of "
+              "its rank.", file=sys.stderr, flush=True)
         os.kill(launcher, signal.SIGKILL)
         break
     time.sleep(0.1)

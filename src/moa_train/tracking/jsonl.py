@@ -3,11 +3,11 @@
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moa_train.runtime.files import file_type, write_all, write_flushed
 from moa_train.tracking.writers import Metrics, Writer, writing
 
 log = logging.getLogger(__name__)
@@ -40,14 +40,13 @@ class JsonLines(Writer):
         self._write({"kind": "eval", "step": step, "split": split, **metrics})
 
     def close(self, final: Metrics | None = None) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; a quota may report only here that it is exceeded."""
+        with writing(self.path):
+            self._file.close()
 
     def _write(self, row: Row) -> None:
-        line = _encode(row).encode() + b"\n"
         with writing(self.path):
-            while line:
-                line = line[self._file.write(line) :]
+            write_all(self._file.fileno(), _encode(row).encode() + b"\n")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -79,12 +78,10 @@ def _decode(line: bytes) -> Row | None:
 
 
 def _rewind(path: Path, first_step: int) -> None:
-    """Replace the file, in one motion, by one that holds the rows before ``first_step`` only."""
-    if not path.exists():
+    """Replace the file atomically by one that holds only the rows before ``first_step``."""
+    if file_type(path) is None:
         return
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(_encode(row) + "\n" for row in _rows(path) if row["step"] < first_step)
-        file.flush()
-        os.fsync(file.fileno())
+    kept = "".join(_encode(row) + "\n" for row in _rows(path) if row["step"] < first_step)
+    write_flushed(partial, kept.encode())
     partial.replace(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_flushed
 
 Metrics = Mapping[str, float | int | str | bool | None]
 
@@ -38,18 +39,15 @@ class Writer:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file in one motion: whoever looks, after a kill too, finds all of it, or what was there before.
+    """Write a file atomically: readers find the old content or all of the new one, after a kill as well.
 
     Raises:
-        UserError: where it cannot be written.
+        UserError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            write_flushed(temporary, text.encode())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -57,14 +55,10 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name ``path`` where the system refuses to write it (a full disk, permissions).
-
-    Raises:
-        UserError: instead of the OSError.
-    """
+    """Raise UserError that names ``path`` instead of an OSError (a full disk, a quota, missing permissions)."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error.strerror}. Make room or mend the permissions, then resume the run."
+            f"{path} cannot be written: {error.strerror}. Free some space or fix the permissions, then resume the run."
         ) from error
