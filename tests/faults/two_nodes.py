@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
-from launch import TINY, TRAIN, arguments, result, rows
+from launch import TINY, TRAIN, Job, arguments, result, rows
 
 NODES = ("moa-node0", "moa-node1")
 CABLE = ("eth0", "eth0")
@@ -188,7 +188,7 @@ def agent_killed(folder: Path, node: int) -> float:
 
 
 def link_paused(folder: Path, node: int) -> float:
-    """Cut the cable for half of the time-out: the run waits and continues."""
+    """Cut the cable for half of the timeout: the run waits and continues."""
     with Pair(folder) as pair:
         pair.wait_for("step 1", lambda: pair.step() >= 1)
         with cut():
@@ -198,7 +198,7 @@ def link_paused(folder: Path, node: int) -> float:
 
 
 def link_cut(folder: Path, node: int) -> float:
-    """Cut the cable: both sides end soon after the time-out, torchrun too, and say why; a new start continues."""
+    """Cut the cable: both sides, torchrun too, end soon after the timeout and name the cause; a resume finishes."""
     with Pair(folder) as pair:
         pair.wait_for("step 1", lambda: pair.step() >= 1)
         ended = lambda: all(agent.poll() is not None for agent in pair.agents)  # noqa: E731
@@ -206,8 +206,7 @@ def link_cut(folder: Path, node: int) -> float:
             seconds = pair.wait_for("the end of both sides", ended, TIMEOUT + 10)
         for side in (0, 1):
             assert f"Nothing was heard from rank {1 - side} for {TIMEOUT} s" in pair.log(side), pair.said()
-        pair.agents = [pair.start(side) for side in (0, 1)]
-        pair.finish()
+    Job(f"resume={folder / 'run'}", folder, ranks=2).ended(0)
     return seconds
 
 

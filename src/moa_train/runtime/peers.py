@@ -114,7 +114,7 @@ class PeerWatch:
             for line in lines:
                 self._obey(peer, *json.loads(line))
             if not data and peer in self._peers:
-                del self._peers[peer]
+                self._peers.pop(peer).close()
                 self._lose(f"Rank {peer} ended without a word: it was killed, crashed, or ran out of memory.")
 
     def _obey(self, peer: int, what: str, text: str = "") -> None:
@@ -187,7 +187,8 @@ def connect(
             connection, _ = server.accept()
             connection.settimeout(5.0)
             try:
-                given, peer = json.loads(connection.makefile("rb", buffering=0).readline(200))
+                with connection.makefile("rb", buffering=0) as stream:
+                    given, peer = json.loads(stream.readline(200))
             except (OSError, ValueError, TypeError):  # a port scanner
                 connection.close()
                 continue
