@@ -33,6 +33,8 @@ CATALOGUE = {
     18: "time stamps shuffled",
     19: "evaluation on ranks and workers",
     20: "SIGKILL while TensorBoard writes",
+    21: "failing system calls: listing, writing, closing",
+    22: "two nodes: a dead rank, a dead torchrun, a cut link",
 }
 
 
