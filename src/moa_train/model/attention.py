@@ -31,12 +31,15 @@ class BiasedAttention(nn.Module):
         self.register_buffer("relative_position_index", relative_position_index(*grid), persistent=published_layout)
 
     def position_bias(self, like: Tensor) -> Tensor:
-        """Look the bias (N, L, L) up, in the dtype of ``like``: cast before the copy, so that less is moved."""
-        table_RN = self.relative_position_bias_table.to(like.dtype).view(-1, self.heads)
-        # Of one head the transpose would leave a gradient with other strides than the table's, and DDP would complain.
+        """Look up the bias (N, L, L) and return it in the dtype of ``like``.
+
+        The lookup is in the table's own fp32, so that its gradient adds up to L terms for each cell in fp32, too.
+        """
+        table_RN = self.relative_position_bias_table.view(-1, self.heads)
+        # With a single head, the transpose would give the gradient other strides than the table's, and DDP would warn.
         table_NR = table_RN.t() if self.heads > 1 else table_RN.view(1, -1)
         L = self.relative_position_index.shape[0]
-        return table_NR.index_select(1, self.relative_position_index.view(-1)).view(self.heads, L, L)
+        return table_NR.index_select(1, self.relative_position_index.view(-1)).view(self.heads, L, L).to(like.dtype)
 
 
 def relative_position_index(height: int, width: int) -> Tensor:

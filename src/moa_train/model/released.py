@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moa_train.model.attention import BiasedAttention, attend
 from moa_train.model.geometry import Stage
-from moa_train.model.layers import DropPath, LocalStage, PatchMerging
+from moa_train.model.layers import DropPath, LayerNorm, LocalStage, PatchMerging
 
 
 class ReleasedAttention(BiasedAttention):
@@ -62,8 +62,8 @@ class ReleasedStage(LocalStage):
         super().__init__(stage, blocks, None, checkpointing=checkpointing)
         self.glb_attn = ReleasedAttention(stage, overlap=overlap, reduction=reduction, dropout=dropout)
         self.post_conv = nn.Conv2d(stage.dim, stage.dim, kernel_size=3, padding=1)
-        self.norm1 = nn.LayerNorm(stage.dim)
-        self.norm2 = nn.LayerNorm(stage.dim)
+        self.norm1 = LayerNorm(stage.dim)
+        self.norm2 = LayerNorm(stage.dim)
         self.drop_path = DropPath(drop_path)
         self.downsample = PatchMerging(stage.dim)
 
