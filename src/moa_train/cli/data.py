@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import Exit
+from moa_train.schema import DataConfig
 
 FOUND = 1
 """Exit code of `moa-data check` when it found something."""
@@ -60,7 +61,9 @@ def parser() -> argparse.ArgumentParser:
 
 def run_pack(options: argparse.Namespace) -> int:
     """Pack every split of a class-folder tree."""
-    from moa_train.data.datasets import SPLITS, pack_tree, scan_split
+    from moa_train.data.dataset import SPLITS
+    from moa_train.data.pack import pack_tree
+    from moa_train.data.tree import scan_split
 
     splits = [split for split in SPLITS if (options.source / split).is_dir()]
     if not splits:
@@ -101,12 +104,14 @@ def run_stats(options: argparse.Namespace) -> int:
     """Print channel statistics as settings of data."""
     import numpy as np
 
-    from moa_train.data import EvalLoader, open_source
+    from moa_train.data.dataset import open_split
+    from moa_train.data.loader import EvalLoader
     from moa_train.data.statistics import channel_statistics
 
     if not options.image_size:
         raise UserError("--image-size 0: must be at least 1. Usual: 224.")
-    source = open_source("folder", split="train", root=options.root, image_size=(options.image_size,) * 2)
+    config = DataConfig(name="folder", root=str(options.root), image_size=options.image_size)
+    source = open_split(config, "train")
     if 0 < options.samples < len(source):
         source = source.subset(np.linspace(0, len(source) - 1, options.samples).astype(np.int64), source.title)
     mean, std = channel_statistics(EvalLoader(source, batch_size=64, workers=options.workers))

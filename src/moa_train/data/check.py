@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moa_train.data.datasets import SPLITS
+from moa_train.data.dataset import SPLITS
 from moa_train.data.image import EncodedImage, reading
 from moa_train.data.pack import is_packed, read_pack, verify_pack
 from moa_train.data.tree import same_classes, scan

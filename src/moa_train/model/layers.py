@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moa_train.model.attention import BiasedAttention, attend
-from moa_train.model.geometry import Stage
+from moa_train.model.stages import StagePlan
+from moa_train.schema import ModelConfig
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalization that stays in the dtype of autocast on CUDA, with statistics in fp32.
+    """Layer normalization that under CUDA's autocast reads and writes bf16 or fp16, with statistics in fp32.
 
-    Autocast itself would compute it in fp32, input and output included: twice the memory traffic, and two casts.
+    Autocast would run it in fp32 throughout, with twice the memory traffic and a cast on either side.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,14 +36,14 @@ class PatchEmbedding(nn.Module):
     Images that do not divide into patches are padded with zeros at the right and the bottom.
     """
 
-    def __init__(self, patch: int, in_channels: int, dim: int) -> None:
+    def __init__(self, patch: int, dim: int) -> None:
         super().__init__()
         self.patch = patch
-        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch, stride=patch)
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
         self.norm = LayerNorm(dim)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Map images (B, in_channels, H, W) to a map (B, H/patch, W/patch, C)."""
+        """Map images (B, 3, H, W) to a map (B, H/patch, W/patch, C)."""
         images_BHWC = pad_to_multiple(images_BCHW.permute(0, 2, 3, 1), self.patch)
         return self.norm(project_patches(images_BHWC, self.proj))
 
@@ -74,22 +75,14 @@ class WindowAttention(BiasedAttention):
 
     padding_mask: Tensor | None
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        map_size: tuple[int, int],
-        window: int,
-        dropout: float,
-        *,
-        published_layout: bool = False,
-    ) -> None:
-        super().__init__(heads, (window, window), published_layout=published_layout)
+    def __init__(self, stage: StagePlan, config: ModelConfig) -> None:
+        window = stage.window
+        super().__init__(stage.heads, (window, window), published_layout=config.moa.form == "published")
         self.window = window
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
-        self.register_buffer("padding_mask", padding_mask(map_size, window), persistent=False)
+        self.qkv = nn.Linear(stage.dim, 3 * stage.dim)
+        self.proj = nn.Linear(stage.dim, stage.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.register_buffer("padding_mask", padding_mask(stage.map_size, window), persistent=False)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
@@ -138,11 +131,12 @@ class MLP(nn.Sequential):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training, leave a residual branch out for some samples.
+    """Stochastic depth (arXiv 1603.09382): in training, drop a residual branch for some samples.
 
-    Each sample loses it with probability ``rate``; the others' is scaled by 1 / (1 - rate). On a CPU the branch is
-    computed for the remaining samples only: a block acts on each sample alone. On a GPU, copying samples costs more than
-    computing them, and shapes that change at every step prevent compilation: there the branch is masked.
+    Each sample loses the branch with probability ``rate``; for the others it is scaled by 1 / (1 - rate). On a CPU, the
+    branch is computed only for the samples that keep it, since a block treats each sample independently. On a GPU that
+    is slower than computing all samples and masking the result, because samples have to be copied, and shapes that
+    change at every step prevent compilation.
     """
 
     keep: Tensor
@@ -154,39 +148,37 @@ class DropPath(nn.Module):
         self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
 
     def forward(self, branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Return ``branch(x)`` for ``x`` (B, ...), with zeros for the samples that lose it."""
+        """Return ``branch(x)`` for ``x`` (B, ...), with zeros for the samples that lose the branch."""
         if not self.active:
             return branch(x)
-        selects = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        return self.select(branch, x) if selects else self.masked(branch(x))
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self.select(branch, x)
+        update = branch(x)
+        return update * self.mask(update) / self.keep.to(update.dtype)
 
     def add(self, branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Return ``x + branch(x)`` for ``x`` (B, ...), where the samples that lose the branch stay as they are."""
+        """Return ``x + branch(x)`` for ``x`` (B, ...); samples that lose the branch stay as they are."""
         if not self.active or torch.compiler.is_compiling() or x.device.type == "cpu":
             return x + self(branch, x)
         update = branch(x)
-        return torch.addcmul(x, update, self.mask(update), value=1 / (1 - self.rate))  # a single kernel
+        return torch.addcmul(x, update, self.mask(update), value=1 / (1 - self.rate))  # one kernel for all of it
 
     @property
     def active(self) -> bool:
-        """Whether anything is left out: a compiled block asks its mask, whatever the rate."""
+        """Whether samples may lose the branch. A compiled graph serves all rates, so it always draws a mask."""
         return self.training and (torch.compiler.is_compiling() or self.rate > 0)
 
-    def masked(self, update: Tensor) -> Tensor:
-        """Return an update with zeros for the samples that lose it, and the others scaled."""
-        return update * self.mask(update) / self.keep.to(update.dtype)
-
     def mask(self, update: Tensor) -> Tensor:
-        """Draw 1 for each sample that keeps its branch and 0 for the others: (B, 1, ...)."""
-        shape = (len(update), *[1] * (update.dim() - 1))
+        """Draw 1 for each sample that keeps the branch and 0 for the others: (B, 1, ...)."""
+        shape = (update.shape[0], *[1] * (update.dim() - 1))
         return (torch.rand(shape, device=update.device) < self.keep).to(update.dtype)
 
     def select(self, branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Compute the branch for the samples that keep it."""
+        """Compute the branch only for the samples that keep it."""
         B, keep = x.shape[0], 1.0 - self.rate
         kept = torch.rand(B).lt(keep).nonzero().flatten()
         scale = 1.0 / keep
-        if not len(kept):  # its parameters get a gradient all the same: DDP waits for one
+        if not len(kept):  # compute one sample anyway, so that all parameters get the gradient that DDP waits for
             kept, scale = torch.zeros(1, dtype=torch.int64), 0.0
         if len(kept) == B:
             return branch(x) * scale
@@ -194,30 +186,19 @@ class DropPath(nn.Module):
         return update.new_zeros(B, *update.shape[1:]).index_add_(0, kept, update, alpha=scale)
 
     def extra_repr(self) -> str:
-        """Show the rate where the model is printed."""
+        """Show the rate when the model is printed."""
         return f"{self.rate:.3f}"
 
 
 class LocalBlock(nn.Module):
     """A Transformer block whose attention stays within windows: pre-norm, residual, stochastic depth."""
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        map_size: tuple[int, int],
-        window: int,
-        *,
-        mlp_ratio: float,
-        dropout: float,
-        drop_path: float,
-        published_layout: bool = False,
-    ) -> None:
+    def __init__(self, stage: StagePlan, config: ModelConfig, *, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(dim)
-        self.attn = WindowAttention(dim, heads, map_size, window, dropout, published_layout=published_layout)
-        self.norm2 = LayerNorm(dim)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), dropout)
+        self.norm1 = LayerNorm(stage.dim)
+        self.attn = WindowAttention(stage, config)
+        self.norm2 = LayerNorm(stage.dim)
+        self.mlp = MLP(stage.dim, int(stage.dim * config.mlp_ratio), config.dropout)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
@@ -230,7 +211,7 @@ class LocalStage(nn.Module):
     """Local blocks, and the way down to the next stage (the last one has none)."""
 
     def __init__(
-        self, stage: Stage, blocks: Sequence[nn.Module], downsample: PatchMerging | None, *, checkpointing: bool
+        self, stage: StagePlan, blocks: Sequence[nn.Module], downsample: PatchMerging | None, *, checkpointing: bool
     ) -> None:
         super().__init__()
         self.map_size = stage.map_size
