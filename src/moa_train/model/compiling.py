@@ -24,7 +24,7 @@ def compile_model(model: nn.Module, mode: str, **options: Any) -> nn.Module:
         options: of ``torch.compile``, such as ``backend``.
     """
     options = {"dynamic": False, **options}
-    if mode == "model" or not any(isinstance(module, BLOCKS) for module in model.modules()):
+    if mode == "model" or not has_blocks(model):
         return cast(nn.Module, torch.compile(model, **options))
     for kind in BLOCKS:
         forward = in_training(kind.forward, torch.compile(kind.forward, **options))
@@ -32,6 +32,11 @@ def compile_model(model: nn.Module, mode: str, **options: Any) -> nn.Module:
             if type(module) is kind:
                 module.forward = MethodType(forward, module)
     return model
+
+
+def has_blocks(model: nn.Module) -> bool:
+    """Return whether a model has blocks that can be compiled one by one."""
+    return any(type(module) in BLOCKS for module in model.modules())
 
 
 def in_training(plain: Callable[..., Tensor], compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:

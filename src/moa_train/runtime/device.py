@@ -17,6 +17,9 @@ def pick_device(name: str = "auto", local_rank: int = 0, local_world_size: int =
     ``auto`` is CUDA where there is any, else the CPU. Of several processes on a machine each takes the GPU of
     its local rank. Raises UserError for a device that is not there.
     """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Before the allocator is first used: memory is mapped as needed, so that changing sizes don't fragment it.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
