@@ -81,13 +81,13 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
         elif not {"--hydra-help", "--shell-completion", "-sc"} & set(arguments):
             check_overrides(arguments, schema)
         # Options first: argparse takes arguments on one side of them only.
-        sys.argv[1:] = sorted(map(_addable, arguments), key=lambda text: "=" in text and not text.startswith("-"))
+        sys.argv[1:] = sorted(map(addable, arguments), key=lambda text: "=" in text and not text.startswith("-"))
         hydra.main(version_base="1.3", config_path="pkg://moa_train.conf", config_name=config_name)(checked)()
 
     sys.exit(_guarded(compose))
 
 
-def _addable(argument: str) -> str:
+def addable(argument: str) -> str:
     """Return an argument in the form that Hydra takes: keys of ``args`` are new to it, as the part defines them."""
     return f"++{argument}" if _ARGS_KEY.match(argument) else argument
 
@@ -97,7 +97,7 @@ _ARGS_KEY = re.compile(r"\w+\.args\.[\w.]+=")
 
 def _own_settings(arguments: Sequence[str], config_name: str) -> list[tuple[str, Any, str]]:
     """Return key, default and help of the settings that the parts named on the command line have."""
-    overrides = [_addable(text) for text in arguments if "=" in text and not text.startswith("-")]
+    overrides = [addable(text) for text in arguments if "=" in text and not text.startswith("-")]
     folders = [f"file://{root.resolve()}" for root in config_roots(arguments)[1:]]
     if not overrides:
         return []
