@@ -90,7 +90,9 @@ def build_run(
         state.nonfinite, state.lr_factor = rolled_back.nonfinite, rolled_back.lr_factor
     record["origin"] = [*starts, {**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}]
 
-    train_step = build_train_step(config, train, state, weak_from, distributed)
+    train_step = build_train_step(
+        config, train, state, weak_from=weak_from, total_steps=plan.total_steps, distributed=distributed
+    )
     tracker = Tracker() if config.replay is not None else _build_tracker(config, run_dir, plan, state.step, distributed)
     if state.step == 0 and config.tracking.images and distributed.is_main:
         _show_inputs(train_step, tracker, config)
