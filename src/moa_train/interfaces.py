@@ -1,7 +1,7 @@
 """What the training engine needs of a model, a batch and a metric. Your own parts implement these."""
 
 from collections.abc import Iterator
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +82,16 @@ class Classifier:
 class Batch(Protocol):
     """A micro-batch: images with labels, and the identity of every sample.
 
-    ``epoch`` and ``index`` stay on the host, because decisions that depend on them must not wait for the device.
+    ``index``, ``epoch`` and ``repeat`` stay on the host, because decisions that depend on them must not wait for the
+    device.
     """
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    @property
+    def images(self) -> Tensor:
+        """Images before augmentation and normalization, uint8, (B, 3, H, W)."""
 
     @property
     def labels(self) -> Tensor:
@@ -96,6 +104,10 @@ class Batch(Protocol):
     @property
     def epoch(self) -> Tensor:
         """Epoch of each sample, int64, (B,)."""
+
+    @property
+    def repeat(self) -> Tensor:
+        """Number of each sample among its repetitions within the epoch, int64, (B,)."""
 
     @property
     def step(self) -> int:
@@ -115,7 +127,7 @@ class Batches(Protocol):
     def __len__(self) -> int:
         """Return the number of batches."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         """Yield each batch once."""
 
 

@@ -25,6 +25,7 @@ from moa_train.plugins import (
 from moa_train.runtime.errors import UserError, nearest
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+SPLITS = ("train", "val", "test")
 
 
 @dataclass
@@ -59,7 +60,7 @@ class ModelConfig:
         4, "side of a patch in pixels (resnet: 4 is the ImageNet stem, 1 and 2 are 3x3 stems)", least=1, fixed=True
     )
     embed_dim: int = knob(96, "channels of the first stage; each patch merging doubles them", least=1, fixed=True)
-    depths: list[int] = knob([2, 2, 8], "number of blocks in each stage (vit: one number)", least=0, fixed=True)
+    depths: list[int] = knob([2, 2, 8], "number of blocks in each stage (vit: one number)", least=1, fixed=True)
     heads: list[int] = knob([3, 6, 12], "attention heads in each stage", least=1, fixed=True)
     window: int = knob(14, "side of a local window in positions (table 4)", least=1, fixed=True)
     mlp_ratio: float = knob(4.0, "hidden width of an MLP relative to its input width", above=0, fixed=True)
@@ -72,6 +73,11 @@ class ModelConfig:
     )
     moa: MoaConfig = field(default_factory=MoaConfig)
     args: dict[str, Any] = knob({}, "settings of your own model: model.args.KEY=VALUE", fixed=True)
+
+    @property
+    def title(self) -> str:
+        """Return the name of the model for folders and tables."""
+        return short_name(self.name) if is_own_code(self.name) else self.variant
 
 
 @dataclass
@@ -218,7 +224,7 @@ class EngineConfig:
         options=("auto", "val", "test", "none"),
     )
     metrics: list[str] = knob(["top1", "top5", "loss"], "metrics computed in evaluation", plugins=METRICS)
-    best_by: str = knob("top1", "metric that chooses the best checkpoint, one of engine.metrics")
+    best_by: str = knob("top1", "metric that chooses the best checkpoint, one of engine.metrics", fixed=True)
     eval_every: str = knob("1 epoch", "interval between evaluations")
     eval_batch_size: int | None = knob(
         None, "examples per forward pass in evaluation (default: 256; 64 on a CPU, to save memory)", least=1
@@ -317,7 +323,7 @@ class EvalConfig:
 
     ckpt: str | None = knob(None, "run folder, checkpoint folder or .safetensors file")
     weights: str = knob("auto", "weights to evaluate; auto: ema if there are any", options=("auto", "model", "ema"))
-    split: str = knob("test", "split to evaluate", options=("train", "val", "test"))
+    split: str = knob("test", "split to evaluate", options=SPLITS)
     root: str | None = knob(None, "folder of the data set, if it has moved")
     batch_size: int | None = knob(None, "examples per forward pass (default: as in training)", least=1)
     workers: int | None = knob(None, "processes that decode image files (default: as in training)", least=0)
@@ -369,8 +375,10 @@ def validate(config: Any) -> None:
     if isinstance(config, RunConfig):
         _check_rules(config)
         for kind, name, values, key in parts(config):
-            if values or is_own_code(name):  # others have defaults only, and need not be imported
-                kind.args(name, values, key)
+            kind.args(name, values, key)
+        check = getattr(DATASETS.load(config.data.name), "check", None)
+        if check is not None:
+            check(config.data)
 
 
 def _check_rules(config: RunConfig) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from moa_train.assembly.model import build_model
+
 from moa_train.assembly.training import load_init
 from moa_train.engine.tensorfile import write_tensors
 from moa_train.runtime.errors import UserError

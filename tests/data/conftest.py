@@ -1,5 +1,8 @@
 """Real images for the tests of the input pipeline: two photographs and handwritten digits, from scikit-learn."""
 
+import inspect
+import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,3 +60,26 @@ def make_tree(tmp_path: Path, photographs: list[Image.Image]) -> Callable[..., P
         return root
 
     return make
+
+
+@pytest.fixture
+def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Return a function that writes a module with this name and source, which can then be imported."""
+
+    def write(name: str, source: str) -> None:
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    return write
+
+
+@pytest.fixture
+def example_of() -> Callable[[object], str]:
+    """Return a function that returns the code of the first example in a docstring."""
+
+    def example(documented: object) -> str:
+        found = re.search(r"::\n\n((?:(?:    .*)?\n)+)", inspect.cleandoc(documented.__doc__ or ""))
+        assert found
+        return textwrap.dedent(found[1])
+
+    return example

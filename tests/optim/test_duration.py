@@ -74,13 +74,13 @@ def test_decimal_amounts_are_exact() -> None:
     # In floats 0.07 * 100 = 7.000000000000001, which would be rounded up to 8.
     assert Duration.parse("0.07 epochs").steps(1, 100) == 7
     assert Duration.parse("7%").steps(1, 1, total_steps=100) == 7
-    assert Duration.parse("1 epoch").distance(128, 50_000) == Fraction(3125, 8)
+    assert Duration.parse("1 epoch").exact_steps(128, 50_000) == Fraction(3125, 8)
 
 
 def test_percent_needs_a_total() -> None:
     assert Duration.parse("5%").steps(512, 7, total_steps=1001) == 51
     assert Duration.parse("100%").steps(512, 7, total_steps=1001) == 1001
-    with pytest.raises(UserError, match="5% of what"):
+    with pytest.raises(UserError, match="cannot be a percentage"):
         Duration.parse("5%").steps(512, 7)
 
 

@@ -98,7 +98,7 @@ def build_run(
     if choice != "none":
         validation = build_validation(config, sources[choice], state, distributed, lambda: stop.requested)
 
-    engine = config.engine
+    engine, best_by = config.engine, short_name(config.engine.best_by)
     trainer = Trainer(
         state=state,
         plan=plan,
@@ -107,8 +107,8 @@ def build_run(
         train_batches=loader.batches,
         evaluate=validation,
         eval_split=choice,
-        metrics=create_metrics(engine),
-        best_by=short_name(engine.best_by),
+        best_by=best_by,
+        higher_is_better=create_metrics(engine)[best_by].higher_is_better,
         batch_size=engine.batch_size,
         store=store,
         tracker=tracker,

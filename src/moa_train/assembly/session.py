@@ -89,7 +89,7 @@ def banner(run: Run, distributed: Distributed, changed: list[str]) -> str:
     batch = config.engine.batch_size
     micro = config.engine.micro_batch_size or batch
     rows = {
-        "model": f"{config.model.variant}, {parameters / 1e6:.2f} M parameters",
+        "model": f"{config.model.title}, {parameters / 1e6:.2f} M parameters",
         "data": ", ".join(f"{len(source):,} {split}" for split, source in run.sources.items())
         + f" images of {len(run.sources['train'].classes)} classes ({config.data.name})",
         "device": f"{distributed.device}, {distributed.world_size} rank(s), "

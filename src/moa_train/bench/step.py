@@ -74,7 +74,7 @@ def _ours(job: Job, config: RunConfig, recomputing: bool) -> Entrant:
     with torch.device("meta"):
         size = image_shape(config.data.image_size)
         macs = count_macs(create_model(config.model, image_size=size, num_classes=job.num_classes), size)
-    return Entrant(config.model.variant + (" checkpointing" if recomputing else ""), build, macs)
+    return Entrant(config.model.title + (" checkpointing" if recomputing else ""), build, macs)
 
 
 def _theirs(job: Job, text: str) -> Entrant:

@@ -35,7 +35,7 @@ def summary(config: RunConfig, overrides: list[str]) -> None:
     size = image_shape(config.data.image_size)
     precision = Precision.resolve(config.runtime.precision, pick_device(config.runtime.device))
     images = config.engine.micro_batch_size or config.engine.batch_size
-    print(f"{config.model.variant} at {size[0]} x {size[1]}, {classes} classes\n")
+    print(f"{config.model.title} at {size[0]} x {size[1]}, {classes} classes\n")
     print(summarize(config.model, image_size=size, num_classes=classes).table())
     memory = training_memory(
         config.model,

@@ -7,6 +7,7 @@ processes that pack at the same time replace each other's equal files.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moa_train.data.arrays import ArraySource
+from moa_train.data.image import EncodedImage, reading
+from moa_train.data.tree import ClassTree
 from moa_train.runtime.errors import UserError
 
 FORMAT = 1
+_log = logging.getLogger(__name__)
 
 
 def pack_paths(root: Path, split: str) -> tuple[Path, Path]:
@@ -78,6 +82,30 @@ def write_pack(
         for path in temporary:
             if path.exists():
                 path.unlink()
+
+
+def pack_tree(tree: ClassTree, root: Path, split: str) -> None:
+    """Decode a class-folder tree of equally sized small images, and write it as a pack.
+
+    Raises:
+        UserError: an image is unreadable or of another size than the first, or the pack cannot be written.
+    """
+    _log.info("Packing the %d images of %s into %s (only once)", len(tree.files), tree.root, root)
+    images: np.ndarray | None = None
+    for row in range(len(tree.files)):
+        path = tree.path(row)
+        with reading(path):
+            image = EncodedImage(path.read_bytes()).decode().numpy()
+        if images is None:
+            images = np.empty((len(tree.files), *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
+            raise UserError(
+                f"{path} is {image.shape[2]} x {image.shape[1]} pixels, the first image is {images.shape[3]} x "
+                f"{images.shape[2]}: a pack needs one size. Use data=folder for images of any size."
+            )
+        images[row] = image
+    assert images is not None  # scan never returns an empty tree
+    write_pack(root, split, images, tree.labels, tree.classes, origin=tree.fingerprint)
 
 
 def read_pack(root: Path, split: str, title: str, image_size: tuple[int, int]) -> ArraySource:

@@ -73,6 +73,17 @@ def scan(root: Path) -> ClassTree:
     return ClassTree(root, classes, np.array(files), np.array(labels, np.int64), ignored)
 
 
+def scan_split(root: Path, split: str) -> ClassTree:
+    """List the images of root/split.
+
+    Raises:
+        UserError: it is missing or empty, or its classes are not those of root/train.
+    """
+    if split != "train" and (root / "train").is_dir():
+        same_classes(root / "train", root / split)
+    return scan(root / split)
+
+
 def _class_folders(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 

@@ -19,11 +19,12 @@ from moa_train.runtime.seed import reseed
 
 
 class TrainStep:
-    """Accumulate, autocast, scale, clip, step, average; all of it or, if the gradient is not finite, nothing.
+    """One update: forward and backward passes, clipping, optimizer step, EMA. Skipped if the gradient is not finite.
 
-    The gradient is that of the mean loss over the global batch, whatever the number of ranks and micro-batches: every
-    micro-batch adds the *sum* of its losses over the global batch size, ranks synchronise once, at the last one, and
-    the result is clipped once. Randomness of the model depends on (seed, step, micro-batch) alone.
+    The gradient is that of the mean loss over the global batch for any number of ranks and micro-batches: every
+    micro-batch contributes the *sum* of its losses divided by the global batch size, the ranks synchronize once, in
+    the last backward pass, and the result is clipped once. Randomness in the model depends on (seed, step, micro-batch)
+    only.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class TrainStep:
         model: nn.Module,
         optimizer: Optimizers,
         *,
-        transform: Callable[[Any, int], tuple[Tensor, Tensor]],
+        transform: Callable[[Batch, int], tuple[Tensor, Tensor]],
         loss: Callable[[Tensor, Tensor], Tensor],
         clip: Callable[[Sequence[Tensor]], Tensor],
         precision: Precision,
@@ -41,7 +42,7 @@ class TrainStep:
         seed: int,
         distributed: Distributed,
     ) -> None:
-        self.bare: nn.Module = getattr(model, "_orig_mod", model)  # that torch.compile was given
+        self.bare: nn.Module = getattr(model, "_orig_mod", model)  # without the wrapper of torch.compile
         self.model = distributed.wrap(model)
         self.guard = GradientGuard(optimizer, precision)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -58,7 +59,7 @@ class TrainStep:
         self.precision = precision
         self.ema = ema
         self.micro_batches = micro_batches
-        self.loss_scale = distributed.world_size / batch_size  # DDP averages over the ranks
+        self.loss_scale = distributed.world_size / batch_size  # because DDP averages over the ranks
         self.seed = seed
         self.distributed = distributed
         self.on_inputs: Callable[[Tensor], None] | None = None
@@ -68,18 +69,21 @@ class TrainStep:
     ) -> dict[str, Tensor] | None:
         """Run update number ``step`` (from 0) on this rank's next micro-batches.
 
-        ``stop``, the same on all ranks, is asked between micro-batches: where it says so nothing has happened, and the
-        result is None. (Where one is a whole step, nobody is asked.)
+        Args:
+            batches: this rank's micro-batches.
+            step: number of the update.
+            stop: called between micro-batches, with the same result on all ranks. If it returns True, the update is
+                abandoned without a trace.
 
         Returns:
-            Scalars that are still on the device: ``loss``, in nats, whose mean over the ranks is that of the global
-            batch, and ``grad_norm``, of the global batch, before clipping.
+            Scalars on the device: ``loss``, in nats, whose mean over the ranks is the loss of the global batch, and
+            ``grad_norm``, the norm of the global gradient before clipping. None if the update was abandoned.
         """
         statistics = [(buffer, buffer.clone()) for buffer in self.statistics]
         total = torch.zeros((), device=self.distributed.device)
         for number in range(self.micro_batches):
             if number and stop():
-                self._forget(statistics)
+                self._abandon(statistics)
                 return None
             batch = next(batches)
             assert batch.step == step, f"the loader delivered step {batch.step} at step {step}"
@@ -90,13 +94,13 @@ class TrainStep:
             total += loss.detach()
         return {"loss": total, "grad_norm": self._update(step, statistics)}
 
-    def _forget(self, statistics: list[tuple[Tensor, Tensor]]) -> None:
+    def _abandon(self, statistics: list[tuple[Tensor, Tensor]]) -> None:
         self.optimizer.zero_grad()
         for buffer, before in statistics:
             buffer.copy_(before)
 
     def _loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """Return a micro-batch's share of the global batch's loss, and its logits."""
+        """Return the contribution of a micro-batch to the loss of the global batch, and its logits."""
         batch = batch.to(self.distributed.device, non_blocking=True)
         images, targets = self.transform(batch, step)
         if self.on_inputs:
@@ -112,12 +116,12 @@ class TrainStep:
             loss = loss * math.nan
         if faults.point("step.gradient"):
             loss.register_hook(lambda gradient: gradient * math.inf)
-        # Times 1, or NaN where the loss is not finite: then no gradient is, whatever its formula, and all ranks know.
+        # The factor is 1, or NaN if the loss is not finite. Then the gradient is NaN too, which all ranks notice.
         return loss * (1 + 0 * loss.detach()), logits
 
     def _update(self, step: int, statistics: list[tuple[Tensor, Tensor]]) -> Tensor:
         scaler = self.precision.scaler
-        whole: Any = self.optimizer  # all parts as one: either all of them skip a step or none
+        whole: Any = self.optimizer  # so that the scaler lets either all optimizers step or none
         scaler.unscale_(whole)
         grad_norm = self.clip(self.parameters)
         admitted = self.guard.admits(step, grad_norm)
@@ -133,11 +137,12 @@ class TrainStep:
         return grad_norm
 
     def trace(self, batches: Iterator[Batch], step: int) -> list[dict[str, Any]]:
-        """Repeat forward and backward pass of update ``step``, change nothing, and tell what is not finite.
+        """Repeat the forward and backward passes of update ``step``, and report what is not finite. Changes nothing.
 
         Returns:
-            For each micro-batch of this rank its number, samples (epoch and index), those whose logits
-            are not finite, and the ``origin``: the first parameter, module or gradient that is not, or None.
+            For each micro-batch of this rank: its number, its samples (epoch and index), the samples whose logits are
+            not finite, and the ``origin``, which is the first parameter, module or gradient that is not finite, or
+            None.
         """
         found, statistics = [], [(buffer, buffer.clone()) for buffer in self.statistics]
         for _ in range(self.micro_batches):

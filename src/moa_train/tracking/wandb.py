@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "WANDB_ERROR_REPORTING": "false",  # without a network, sending error reports delays the exit by 12 seconds
     "WANDB_INIT_TIMEOUT": "20",
     "WANDB_FINISH_TIMEOUT": "20",
+    "WANDB_FINISH_TIMEOUT_RAISES": "true",
 }
 """Defaults of wandb's own environment variables. A variable that the user has set keeps its value."""
 
@@ -126,7 +127,7 @@ class WandB(Logger):
             run.finish()
         except Exception as error:
             log.warning(
-                "Weights & Biases failed: %s\nThe training continues without it. metrics.jsonl has all rows, and "
+                "Weights & Biases failed: %s\nThe training is not affected. metrics.jsonl has all rows, and "
                 "resuming the run logs them again.",
                 error,
             )
@@ -147,4 +148,5 @@ class WandB(Logger):
                 error,
                 self._folder,
             )
+            wandb.teardown()  # the failed attempt still occupies the run ID
             return wandb.init(**{**self._settings, "mode": "offline"})
