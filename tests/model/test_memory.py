@@ -129,9 +129,7 @@ def bytes_of_a_step(
     the memory of a real process.
     """
     with torch.device("meta"):
-        model = create_model(
-            replace(MOA_T, checkpointing=checkpointing), image_size=(size, size), num_classes=1000
-        )
+        model = create_model(replace(MOA_T, checkpointing=checkpointing), image_size=(size, size), num_classes=1000)
     with FakeTensorMode(), PeakMemory() as memory:
         _without_memory(model, "cpu")
         forward = plain(model, MOA_T) if straightforward else model
@@ -172,6 +170,9 @@ def test_a_step_takes_no_more_than_the_straightforward_one_and_half_of_it_with_c
     assert ours < 1.01 * theirs  # temporaries at the peak differ by one or two maps
     assert recomputed <= 0.5 * ours
     for bytes_, checkpointing in ((ours, False), (recomputed, True)):
-        config, geometry = replace(MOA_T, checkpointing=checkpointing), {"image_size": (size, size), "num_classes": 1000}
+        config, geometry = (
+            replace(MOA_T, checkpointing=checkpointing),
+            {"image_size": (size, size), "num_classes": 1000},
+        )
         estimate = training_memory(config, **geometry, batch_size=IMAGES, dtype=dtype)
         assert estimate == pytest.approx(bytes_, rel=0.05)

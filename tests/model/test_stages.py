@@ -137,8 +137,6 @@ def kinds(fields: dict, stages: Sequence[StagePlan]) -> Iterator[str]:
     yield from (kind for kind, holds in zip(KINDS, found, strict=True) if holds)
 
 
-
-
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [

@@ -43,12 +43,10 @@ class TimmModel(Classifier, nn.Module):
     ``drop_rate``) and ``config.checkpointing``; the other settings of the architecture are timm's own.
     """
 
-    def __init__(
-        self, config: ModelConfig, *, image_size: tuple[int, int], num_classes: int, args: TimmArgs | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, image_size: tuple[int, int], num_classes: int, args: TimmArgs) -> None:
         super().__init__()
-        self.variant, self.pretrained = config.variant, args.pretrained if args else None
-        self.arguments = {**supported_arguments(config, args or TimmArgs(), image_size), "num_classes": num_classes}
+        self.variant, self.pretrained = config.variant, args.pretrained
+        self.arguments = {**supported_arguments(config, args, image_size), "num_classes": num_classes}
         self.net = create(self.variant, self.arguments)
         self.net.set_grad_checkpointing(config.checkpointing)
         heads = self.net.get_classifier()  # distilled models have two
