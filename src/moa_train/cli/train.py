@@ -21,7 +21,7 @@ EXAMPLES = """moa-train: train a MOA-Transformer, or a model to compare it with.
   moa-train -m optim.lr=5e-4,1e-3,2e-3                   several runs, one after the other
   moa-train model=swin_t data=cifar100 --cfg job         print the composed configuration, run nothing
   moa-train --config-dir my_conf experiment=mine         a recipe of your own, my_conf/experiment/mine.yaml
-  moa-train model.name=my_package.blocks:build           a model of your own, see docs/DEVELOPMENT.md
+  moa-train model.name=my_package.blocks:Tiny            a model of your own, see docs/DEVELOPMENT.md
   eval "$(moa-train --shell-completion install=bash)"    complete groups, options and keys with the Tab key"""
 
 
