@@ -83,7 +83,7 @@ def build_run(
     # Rank 0 chooses it for all ranks.
     newest = distributed.on_main(lambda: getattr(store.newest(until=config.replay), "step", None))
     # With a checkpoint, the initial weights are no longer needed, and their file may be gone.
-    state = build_state(config, len(train.classes), schedule.peak, precision, config.init if newest is None else None)
+    state = build_state(config, len(train.classes), schedule.peak, precision, fresh=newest is None)
     record: dict[str, Any] = {"config": to_dict(config), "classes": train.classes, "fingerprint": train.fingerprint}
     starts = [] if newest is None else _restore(state, store.at(newest), record, distributed)
     if rolled_back is not None:

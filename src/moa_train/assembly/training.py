@@ -30,15 +30,21 @@ from moa_train.schema import RunConfig, compile_mode, from_dict, image_shape
 log = logging.getLogger(__name__)
 
 
-def build_state(config: RunConfig, num_classes: int, lr: float, precision: Precision, init: str | None) -> TrainState:
-    """Return the state before the first step, on the device of ``precision``: random weights, or those in ``init``."""
+def build_state(config: RunConfig, num_classes: int, lr: float, precision: Precision, *, fresh: bool) -> TrainState:
+    """Return the state before the first step, on the device of ``precision``.
+
+    A ``fresh`` state has the weights in ``config.init`` or those that the model's own settings name, if any. Otherwise
+    weights are random, to be overwritten by a checkpoint.
+    """
     seed_everything(config.runtime.seed)
     model = create_model(config.model, image_size=image_shape(config.data.image_size), num_classes=num_classes)
     model = model.to(precision.device)
     if config.runtime.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if init:
-        load_init(model, Path(init), config)
+    if fresh and config.init:
+        load_init(model, Path(config.init), config)
+    elif fresh:
+        model.load_pretrained()
     decay = config.engine.ema_decay
     optimizer = create_optimizer(config.optim, model, lr)
     return TrainState(model, optimizer, precision, AveragedWeights(model, decay) if decay else None)
