@@ -7,13 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moa_train.engine.loss import soft_cross_entropy
 from moa_train.engine.nonfinite import GradientGuard, NonFinitePolicy, RollBack
 from moa_train.engine.state import TrainState
 from moa_train.engine.step import TrainStep
-from moa_train.optim import AveragedWeights, clip_gradients, create_optimizer
+from moa_train.optim.clip import clip_gradients
+from moa_train.optim.ema import AveragedWeights
+from moa_train.optim.optimizers import create_optimizer
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.precision import Precision
+from moa_train.schema import OptimConfig
 
 CPU = torch.device("cpu")
 
@@ -55,13 +59,15 @@ class Network(nn.Module):
 
 def build(optimizer: str = "adamw", delay: int = 0, body: nn.Module | None = None) -> tuple[TrainStep, TrainState]:
     torch.manual_seed(0)
+    config = OptimConfig(name=optimizer, clip="norm", clip_value=1.0)
     model, precision = Network(body or nn.Linear(8, 8)), Precision.resolve("fp32", CPU)
-    optimizers, ema = create_optimizer(optimizer, model, lr=0.01), AveragedWeights(model, 0.9)
+    optimizers, ema = create_optimizer(config, model, 0.01), AveragedWeights(model, 0.9)
     step = TrainStep(
         model,
         optimizers,
         transform=lambda batch, step: (batch.points, nn.functional.one_hot(batch.index % 3, 3).float()),
-        clip=partial(clip_gradients, mode="norm", limit=1.0),
+        loss=soft_cross_entropy,
+        clip=partial(clip_gradients, config=config),
         precision=precision,
         ema=ema,
         micro_batches=2,
@@ -169,13 +175,13 @@ def test_the_first_that_is_not_finite_is_named(where, body, value):
 def test_a_policy_reports_then_aborts_skips_or_rolls_back(tmp_path: Path):
     alone = Distributed(0, 0, 1, 1, CPU)
     origins = [{"micro": 0, "origin": "module head", "epoch": [0], "index": [7], "bad": [7]}]
-    with pytest.raises(UserError, match=r"step 12 is not finite: first in module head, micro-batch 0 \(rank 0\)"):
+    with pytest.raises(UserError, match=r"step 12 is not finite: the first such value is in module head, micro-batch 0 \(rank 0\)"):
         NonFinitePolicy("abort", 10, 0.5, tmp_path, alone).answer(12, origins, 1, 1.0)
     assert '"index": [' in (tmp_path / "nonfinite-step-00000012.json").read_text()
     skip = NonFinitePolicy("skip", 1, 0.5, tmp_path, alone)
-    assert "Skipped, 1 of at most 1" in skip.answer(12, origins, 1, 1.0)
-    with pytest.raises(UserError, match=r"number 2; engine\.nonfinite_budget=1"):
+    assert "Skipped: number 1 of at most 1" in skip.answer(12, origins, 1, 1.0)
+    with pytest.raises(UserError, match=r"number 2, which exceeds engine\.nonfinite_budget=1"):
         skip.answer(13, origins, 2, 1.0)
-    with pytest.raises(RollBack) as order:
+    with pytest.raises(RollBack) as request:
         NonFinitePolicy("rollback", 3, 0.5, tmp_path, alone).answer(12, origins, 2, 0.5)
-    assert order.value.state == {"nonfinite": 2, "rate_factor": 0.25}
+    assert (request.value.nonfinite, request.value.lr_factor) == (2, 0.25)

@@ -17,7 +17,7 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Module:
 def adamw(model, **more):
     decayed = [(name, p) for name, p in model.named_parameters() if p.ndim > 1]
     rest = [(name, p) for name, p in model.named_parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "rate_scale": 1.0}, {"params": rest, "weight_decay": 0.0, "rate_scale": 0.5}]
+    groups = [{"params": decayed, "lr_scale": 1.0}, {"params": rest, "weight_decay": 0.0, "lr_scale": 0.5}]
     return [torch.optim.AdamW(groups, lr=0.01, **more)]
 
 
@@ -147,11 +147,11 @@ def test_another_optimizer_or_other_parameters_are_named():
     assert "AdamW in the checkpoint, SGD now" in refused(model, MAKERS["sgd"](model), tensors, packed)
     assert "AdamW in the checkpoint, Muon and AdamW now" in refused(model, muon(model), tensors, packed)
     one_group = [torch.optim.AdamW(model.parameters())]
-    assert "in other groups" in refused(model, one_group, tensors, packed)
+    assert "in different groups" in refused(model, one_group, tensors, packed)
     model[3].bias.requires_grad_(False)
     groups = adamw(model)[0].param_groups
     frozen = [torch.optim.AdamW([{**groups[0]}, {**groups[1], "params": groups[1]["params"][:2]}])]
-    assert "AdamW: 3.bias only in the checkpoint" in refused(model, frozen, tensors, packed)
+    assert "AdamW: 3.bias is only in the checkpoint" in refused(model, frozen, tensors, packed)
 
 
 def test_parameters_that_never_had_a_gradient_have_no_state():

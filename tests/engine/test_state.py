@@ -6,9 +6,11 @@ from torch import nn
 
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.state import TrainState, check_form
-from moa_train.optim import AveragedWeights, create_optimizer
+from moa_train.optim.ema import AveragedWeights
+from moa_train.optim.optimizers import create_optimizer
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.precision import Precision
+from moa_train.schema import OptimConfig
 
 CPU = torch.device("cpu")
 
@@ -16,10 +18,9 @@ CPU = torch.device("cpu")
 def state(*, optimizer: str = "adamw", ema: bool = True, width: int = 3, seed: int = 0) -> TrainState:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
-    model.head_name = "2"
     return TrainState(
         model,
-        create_optimizer(optimizer, model, lr=0.1),
+        create_optimizer(OptimConfig(name=optimizer), model, 0.1),
         Precision.resolve("fp32", CPU),
         AveragedWeights(model, 0.9) if ema else None,
     )
@@ -71,7 +72,7 @@ def test_a_rank_without_a_share_of_the_meters_takes_anothers(tmp_path):
 def test_averaged_weights_neither_appear_nor_vanish(tmp_path, saved, now):
     one = state(ema=saved)
     train(one, 1)
-    with pytest.raises(UserError, match="averaged weights") as error:
+    with pytest.raises(UserError, match="EMA weights") as error:
         state(ema=now).restore(save(one, tmp_path).at(1))
     assert "engine.ema_decay" in str(error.value)
 
@@ -79,7 +80,7 @@ def test_averaged_weights_neither_appear_nor_vanish(tmp_path, saved, now):
 def test_rates_and_decay_follow_the_configuration(tmp_path):
     one, other = state(), state()
     train(one, 1)
-    other.optimizer.set_rate(0.025)
+    other.optimizer.set_lr(0.025)
     other.restore(save(one, tmp_path).at(1))
     assert {group["lr"] for group in other.optimizer.param_groups} == {0.025}
 
@@ -87,7 +88,7 @@ def test_rates_and_decay_follow_the_configuration(tmp_path):
 def test_weights_of_another_model_are_refused_with_the_differences(tmp_path):
     one = state()
     train(one, 1)
-    with pytest.raises(UserError, match=r"not of this run's model:\n.*size mismatch for 0\.weight"):
+    with pytest.raises(UserError, match=r"do not fit the model of this run:\n.*size mismatch for 0\.weight"):
         state(width=5).restore(save(one, tmp_path).at(1))
 
 
@@ -98,7 +99,7 @@ def test_a_state_of_another_form_is_refused(tmp_path, key, value):
     train(one, 1)
     store = save(one, tmp_path)
     store.save(1, one.tensors(), {"train": {**store.at(1).state["train"], key: value}})
-    with pytest.raises(UserError, match=r"state\.json lacks|does not fit this run"):
+    with pytest.raises(UserError, match=r"state\.json cannot be restored|does not fit this run"):
         state().restore(store.at(1))
 
 
@@ -114,7 +115,7 @@ def test_a_state_of_another_form_is_refused(tmp_path, key, value):
         ("train.step", True),
         ("train.best", None),
         ("train.meters", {}),
-        ("train.rate_factor", "1"),
+        ("train.lr_factor", "1"),
     ],
 )
 def test_what_is_missing_or_of_another_form_is_named(tmp_path, key, value):
@@ -127,5 +128,5 @@ def test_what_is_missing_or_of_another_form_is_named(tmp_path, key, value):
     section, _, name = key.partition(".")
     whole[section] = {**whole[section], name: value} if name else value
     store.save(1, one.tensors(), whole)
-    with pytest.raises(UserError, match=rf"state\.json is not of this version: {key}"):
+    with pytest.raises(UserError, match=rf"state\.json cannot be resumed: {key}"):
         check_form(store.at(1))
