@@ -72,12 +72,12 @@ def evaluate(
                 faults.point("evaluate.batch")
                 batch = batch.to(distributed.device, non_blocking=True)
                 for name, counted in _count(model, batch, transform, metrics, autocast).items():
-                    sums[name] = sums[name] + counted if name in sums else counted
+                    sums[name] = sums.get(name, 0) + counted
                 samples += len(batch)
             advance(done, rounds)
     finally:
         model.train(was_training)
-    shares = distributed.gather_objects([samples, {name: value.cpu().tolist() for name, value in sums.items()}])
+    shares = distributed.gather_objects([samples, {name: value.tolist() for name, value in sums.items()}])
     total = sum(share[0] for share in shares)
     totals = _add_up([share[1] for share in shares if share[0]])
     counts = {name: int(value) for name, value in totals.items() if value.dtype == torch.int64 and value.dim() == 0}
