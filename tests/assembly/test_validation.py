@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-from moa_train.assembly.validation import check_config, resolve
 from moa_train.assembly.run import build_run
+from moa_train.assembly.validation import check_config, resolve
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals

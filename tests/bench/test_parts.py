@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moa_train.bench import checkpoint, loop, ranks, start
 from moa_train.assembly.run import build_run
+from moa_train.bench import checkpoint, loop, ranks, start
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals

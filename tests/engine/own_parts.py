@@ -24,7 +24,9 @@ class Recall:
     def count(self, logits_BK: Tensor, labels_B: Tensor) -> Tensor:
         """Return hits and samples of each class, int64, (2, classes)."""
         hits_B = logits_BK.argmax(1) == labels_B
-        return torch.stack([labels_B[hits_B].bincount(minlength=self.classes), labels_B.bincount(minlength=self.classes)])
+        return torch.stack(
+            [labels_B[hits_B].bincount(minlength=self.classes), labels_B.bincount(minlength=self.classes)]
+        )
 
     def value(self, totals: Tensor, samples: int) -> float:
         """Return the mean percentage over the classes that occur."""

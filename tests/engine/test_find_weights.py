@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from moa_train.engine.checkpoint import CheckpointStore
-from moa_train.engine.tensorfile import CheckpointError, write_tensors
 from moa_train.engine.find_weights import find_weights
+from moa_train.engine.tensorfile import CheckpointError, write_tensors
 
 
 @pytest.fixture

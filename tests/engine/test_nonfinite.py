@@ -175,7 +175,9 @@ def test_the_first_that_is_not_finite_is_named(where, body, value):
 def test_a_policy_reports_then_aborts_skips_or_rolls_back(tmp_path: Path):
     alone = Distributed(0, 0, 1, 1, CPU)
     origins = [{"micro": 0, "origin": "module head", "epoch": [0], "index": [7], "bad": [7]}]
-    with pytest.raises(UserError, match=r"step 12 is not finite: the first such value is in module head, micro-batch 0 \(rank 0\)"):
+    with pytest.raises(
+        UserError, match=r"step 12 is not finite: the first such value is in module head, micro-batch 0 \(rank 0\)"
+    ):
         NonFinitePolicy("abort", 10, 0.5, tmp_path, alone).answer(12, origins, 1, 1.0)
     assert '"index": [' in (tmp_path / "nonfinite-step-00000012.json").read_text()
     skip = NonFinitePolicy("skip", 1, 0.5, tmp_path, alone)

@@ -23,7 +23,7 @@ from moa_train.optim.optimizers import create_optimizer
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.signals import StopSignals
-from moa_train.schema import ModelConfig, MoaConfig, OptimConfig
+from moa_train.schema import MoaConfig, ModelConfig, OptimConfig
 
 aten = torch.ops.aten
 
