@@ -1,4 +1,4 @@
-"""Durations become steps."""
+"""Durations in the configuration are converted to steps."""
 
 from fractions import Fraction
 

@@ -1,4 +1,4 @@
-"""The state that a run starts from."""
+"""The initial state of a run."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def build(config: RunConfig) -> nn.Module:
     return create_model(config.model, image_size=image_shape(config.data.image_size), num_classes=10)
 
 
-def test_weights_that_do_not_fit_say_which_settings_their_model_has(tiny, tmp_path: Path):
+def test_the_error_for_unsuitable_weights_lists_the_settings_of_their_model(tiny, tmp_path: Path):
     theirs = tiny({"model.depths": "[1,2]", "model.moa.overlap": "0", "model.drop_path": "0.3"})
     weights = build(theirs).state_dict()
     path = tmp_path / "theirs.safetensors"
@@ -30,8 +30,8 @@ def test_weights_that_do_not_fit_say_which_settings_their_model_has(tiny, tmp_pa
         load_init(model, path, ours)
     assert str(caught.value).endswith("\nThe model they belong to has model.depths=[1,2] model.moa.overlap=0.")
 
-    # With the settings that it names, they fit.
-    asked = tiny({"model.depths": "[1,2]", "model.moa.overlap": "0"})
-    model = build(asked)
-    load_init(model, path, asked)
+    # With the settings from the message, they fit.
+    matching = tiny({"model.depths": "[1,2]", "model.moa.overlap": "0"})
+    model = build(matching)
+    load_init(model, path, matching)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())

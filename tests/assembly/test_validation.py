@@ -1,4 +1,4 @@
-"""What is checked early, before data is opened."""
+"""Checks that happen before the data is opened."""
 
 import contextlib
 import re
@@ -33,7 +33,7 @@ from moa_train.runtime.signals import StopSignals
         ("model.heads", "[3,2]", ["heads"]),
     ],
 )
-def test_what_needs_no_data_is_checked_before_it_is_opened(tiny, tmp_path, key, value, fragments):
+def test_errors_that_need_no_data_are_found_before_it_is_opened(tiny, tmp_path, key, value, fragments):
     config = tiny({"data.name": "folder", "data.root": tmp_path / "nowhere", key: value, "data.val_fraction": 0.1})
     with pytest.raises(UserError) as error, Distributed.start("cpu") as alone:
         build_run(config, run_dir=tmp_path, distributed=alone, stop=StopSignals())
@@ -48,7 +48,7 @@ def test_the_defaults_pass(tiny):
     check_config(tiny())
 
 
-def test_a_batch_that_ranks_cannot_share_names_the_nearest(tiny):
+def test_the_error_for_an_indivisible_batch_names_the_nearest_size(tiny):
     three = Distributed(0, 0, 3, 3, torch.device("cpu"))
     with pytest.raises(UserError, match=r"engine\.batch_size=32 cannot be divided among 3 ranks\. Nearest: 33"):
         resolve(tiny(), three)

@@ -30,9 +30,9 @@ NAN, INF = math.nan, math.inf
         ([0.0, 2.0, 2.0], 2, 1),
         ([-INF, -INF, 0.0], 1, 2),
         ([INF, 0.0, INF], 0, 0),
-        ([NAN, 2.0, 1.0], 1, 1),  # a NaN comes before everything ...
+        ([NAN, 2.0, 1.0], 1, 1),  # a NaN ranks before all numbers ...
         ([2.0, 1.0, NAN], 0, 1),
-        ([NAN, 2.0, 1.0], 0, 3),  # ... and at the label it is never a hit, not even among three
+        ([NAN, 2.0, 1.0], 0, 3),  # ... and is never a hit at the label
         ([NAN, NAN, NAN], 1, 3),
     ],
 )
@@ -42,7 +42,7 @@ def test_rank_of_a_label(logits, label, rank):
 
 
 @pytest.mark.parametrize("levels", [3, 1000])
-def test_rank_is_the_place_in_a_stable_sort(levels):
+def test_the_rank_is_the_position_in_a_stable_sort(levels):
     rng = np.random.default_rng(0)
     logits, labels = rng.integers(0, levels, (200, 17)), rng.integers(0, 17, 200)
     order = np.argsort(-logits, axis=1, kind="stable")
@@ -57,7 +57,7 @@ def counted(two_ranks) -> dict[str, dict]:
     return {place: json.loads((two_ranks / f"engine-{place}.json").read_text())["evaluate"] for place in places}
 
 
-def test_counts_are_scikit_learns(counted):
+def test_metrics_are_those_of_scikit_learn(counted):
     alone = counted["1-0"]
     logits, labels = np.array(alone["logits"]), np.array(alone["labels"])
     probabilities = torch.from_numpy(logits).softmax(1).numpy()
@@ -95,7 +95,7 @@ def source(images: int = 5) -> ArraySource:
 
 
 class Leaning(torch.nn.Module):
-    """Says class 0 for images below 3; drops nothing out in eval mode."""
+    """Predicts class 0 for images below 3."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         assert not self.training
@@ -126,7 +126,7 @@ def test_few_classes_and_an_incomplete_batch():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_returns_to_its_mode(training):
+def test_the_model_gets_its_mode_back(training):
     model = Leaning().train(training)
     run(model=model)
     assert model.training == training
@@ -136,7 +136,7 @@ def test_the_model_returns_to_its_mode(training):
     assert failing.training == training
 
 
-def test_a_stop_ends_it_without_a_result():
+def test_a_stop_ends_an_evaluation_without_a_result():
     calls = iter([False, True])
     assert run(stop=lambda: next(calls)) is None
     assert next(calls, "used up") == "used up"

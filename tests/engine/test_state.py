@@ -1,4 +1,4 @@
-"""The state in one object: what it holds, and what it refuses to take over."""
+"""The state of a training: what it saves, restores and refuses."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def save(state: TrainState, folder, *, ranks: int = 1) -> CheckpointStore:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "nadamw", "sgd"])
-def test_restored_it_goes_on_as_if_it_had_never_been_saved(tmp_path, optimizer):
+def test_a_restored_state_continues_like_the_original(tmp_path, optimizer):
     one, other = state(optimizer=optimizer), state(optimizer=optimizer, seed=1)
     train(one, 3)
     one.best, one.evaluated_step = {"step": 2, "top1": 50.0}, 2
@@ -61,7 +61,7 @@ def test_restored_it_goes_on_as_if_it_had_never_been_saved(tmp_path, optimizer):
     assert one.scalars() == other.scalars()
 
 
-def test_a_rank_without_a_share_of_the_meters_takes_anothers(tmp_path):
+def test_an_additional_rank_gets_the_meters_of_another(tmp_path):
     one, third = state(), state()
     train(one, 2)
     third.restore(save(one, tmp_path, ranks=2).at(2), rank=3)
@@ -69,7 +69,7 @@ def test_a_rank_without_a_share_of_the_meters_takes_anothers(tmp_path):
 
 
 @pytest.mark.parametrize(("saved", "now"), [(True, False), (False, True)])
-def test_averaged_weights_neither_appear_nor_vanish(tmp_path, saved, now):
+def test_ema_cannot_be_switched_on_or_off(tmp_path, saved, now):
     one = state(ema=saved)
     train(one, 1)
     with pytest.raises(UserError, match="EMA weights") as error:
@@ -77,7 +77,7 @@ def test_averaged_weights_neither_appear_nor_vanish(tmp_path, saved, now):
     assert "engine.ema_decay" in str(error.value)
 
 
-def test_rates_and_decay_follow_the_configuration(tmp_path):
+def test_the_lr_follows_the_configuration(tmp_path):
     one, other = state(), state()
     train(one, 1)
     other.optimizer.set_lr(0.025)
@@ -94,7 +94,7 @@ def test_weights_of_another_model_are_refused_with_the_differences(tmp_path):
 
 @pytest.mark.parametrize("value", [None, "evil", {}])
 @pytest.mark.parametrize("key", ["optimizer", "meters"])
-def test_a_state_of_another_form_is_refused(tmp_path, key, value):
+def test_a_state_of_the_wrong_type_is_refused(tmp_path, key, value):
     one = state()
     train(one, 1)
     store = save(one, tmp_path)
@@ -118,7 +118,7 @@ def test_a_state_of_another_form_is_refused(tmp_path, key, value):
         ("train.lr_factor", "1"),
     ],
 )
-def test_what_is_missing_or_of_another_form_is_named(tmp_path, key, value):
+def test_entries_that_are_missing_or_of_the_wrong_type_are_named(tmp_path, key, value):
     one = state()
     train(one, 1)
     store = save(one, tmp_path)

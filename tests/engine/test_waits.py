@@ -165,7 +165,7 @@ def test_the_host_waits_where_it_needs_numbers_and_nowhere_else(
 
 
 def a_step(device: torch.device) -> tuple[TrainStep, Iterator[Batch]]:
-    """Return the step of a MOA-Transformer with every source of randomness, and its batches, which are on the device."""
+    """Return the step of a MOA-Transformer with every source of randomness, and its batches on the device."""
     config = ModelConfig(
         embed_dim=32, depths=[2, 2], heads=[1, 2], window=4, drop_path=0.5, dropout=0.1, moa=MoaConfig(reduction=8)
     )
