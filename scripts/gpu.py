@@ -36,7 +36,9 @@ class Report:
         row = {"part": self.part, "what": what, "ok": ok, **facts}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        shown = "  ".join(f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items())
+        shown = "  ".join(
+            f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()
+        )
         print(f"{ {True: 'ok', False: 'WRONG', None: '  '}[ok]:5} {what:<44} {shown}", flush=True)
 
 
@@ -143,12 +145,20 @@ def digits(report: Report, scale: Scale) -> None:
             f"schedule.duration='{scale.steps} steps'", "engine.eval_every='1000 steps'",
             "engine.save_every='1000 steps'",
         )  # fmt: skip
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if not done.returncode else []
+        rows = (
+            [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            if not done.returncode
+            else []
+        )
         losses = [row["loss"] for row in rows if row["kind"] == "train"]
         top1 = [row["top1"] for row in rows if row.get("split") == "test"]
         ok = bool(losses) and (scale.small or (losses[-1] < 2.2 and top1[-1] > 25))
         speed = [row["images_per_second"] for row in rows if row["kind"] == "train"][-1:]
-        facts = {"loss": losses[-1], "top1": top1[-1], "speed": speed[0]} if losses else {"error": (done.stdout + done.stderr)[-1500:]}
+        facts = (
+            {"loss": losses[-1], "top1": top1[-1], "speed": speed[0]}
+            if losses
+            else {"error": (done.stdout + done.stderr)[-1500:]}
+        )
         report.row(" ".join(case), ok, **facts)
 
     with ThreadPoolExecutor(2 if scale.small else 7) as pool:
@@ -207,12 +217,21 @@ def faults(report: Report, scale: Scale) -> None:
         )  # fmt: skip
         if precision == "fp16":  # it's the scale's fault, and the scaler's business
             policy = "scaler"
-        said = {"scaler": "done", "skip": "Skipped, 1 of at most", "rollback": "Rolling back", "abort": "is not finite"}[policy]
+        said = {
+            "scaler": "done",
+            "skip": "Skipped, 1 of at most",
+            "rollback": "Rolling back",
+            "abort": "is not finite",
+        }[policy]
         ok = done.returncode == (2 if policy == "abort" else 0) and said in done.stdout + done.stderr
         report.row(f"{case[0]}, {precision}", ok, code=done.returncode,
                    **({} if ok else {"output": (done.stdout + done.stderr)[-1500:]}))  # fmt: skip
 
-    cases = [(policy, "fp32" if scale.small else name) for policy in ("skip", "rollback", "abort") for name in ("bf16", "fp16")]
+    cases = [
+        (policy, "fp32" if scale.small else name)
+        for policy in ("skip", "rollback", "abort")
+        for name in ("bf16", "fp16")
+    ]
     with ThreadPoolExecutor(2 if scale.small else 6) as pool:
         list(pool.map(run, cases[:: 2 if scale.small else 1]))
 
@@ -228,7 +247,9 @@ def synchronize(scale: Scale) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(function: Callable[[], object], scale: Scale, least: float = 0.25, rounds: int = 3) -> tuple[float, float, float]:
+def seconds(
+    function: Callable[[], object], scale: Scale, least: float = 0.25, rounds: int = 3
+) -> tuple[float, float, float]:
     """Return the median, least and most seconds of a call, each round at least ``least`` seconds long."""
     for _ in range(3):
         function()
@@ -313,10 +334,15 @@ def attention(report: Report, scale: Scale) -> None:
         if scale.small:
             groups = 2
         dtype = torch.bfloat16
-        q, k, v = (torch.randn(groups, heads, tokens, 32, device=scale.device, dtype=dtype, requires_grad=True) for _ in range(3))
+        q, k, v = (
+            torch.randn(groups, heads, tokens, 32, device=scale.device, dtype=dtype, requires_grad=True)
+            for _ in range(3)
+        )
         bias = torch.randn(heads, tokens, tokens, device=scale.device, requires_grad=True)
         upstream = torch.randn_like(q)
-        small = [value.detach().double()[: 4 if value is not bias else None].requires_grad_() for value in (q, k, v, bias)]
+        small = [
+            value.detach().double()[: 4 if value is not bias else None].requires_grad_() for value in (q, k, v, bias)
+        ]
         wanted = torch.autograd.grad((plain(*small) * upstream[:4].double()).sum(), small)
         for way, function in ways.items():
             try:
@@ -355,14 +381,24 @@ def layers(report: Report, scale: Scale) -> None:
         for way, function in ways.items():
             try:
                 median, least, most = seconds(function, scale, 0.03)
-                report.row(f"{what}: {way}", None, ms=1e3 * median, least=1e3 * least, most=1e3 * most, **kernels(function, scale))
+                report.row(
+                    f"{what}: {way}",
+                    None,
+                    ms=1e3 * median,
+                    least=1e3 * least,
+                    most=1e3 * most,
+                    **kernels(function, scale),
+                )
             except Exception as error:
                 report.row(f"{what}: {way}", False, error=repr(error)[:600])
 
     for shape in ((128, 56, 56, 96), (128, 28, 28, 192), (128, 14, 14, 384), (512, 32, 32, 128)):
         if scale.small:
             shape = (2, 8, 8, shape[-1])
-        x, weight = torch.randn(shape, device=device, dtype=bf16, requires_grad=True), torch.ones(shape[-1], device=device, requires_grad=True)
+        x, weight = (
+            torch.randn(shape, device=device, dtype=bf16, requires_grad=True),
+            torch.ones(shape[-1], device=device, requires_grad=True),
+        )
         bias, upstream = torch.zeros_like(weight, requires_grad=True), torch.randn(shape, device=device, dtype=bf16)
 
         def old_norm(x: Any = x, weight: Any = weight, bias: Any = bias, upstream: Any = upstream) -> None:
@@ -412,13 +448,27 @@ def layers(report: Report, scale: Scale) -> None:
             torch.autograd.grad(out, table, upstream)
 
         def unfolded(table: Any = table, side: int = side, upstream: Any = upstream) -> None:
-            out = table.unfold(0, side, 1).unfold(1, side, 1).flip(3, 4).permute(2, 0, 1, 3, 4).reshape(upstream.shape).to(bf16)
+            out = (
+                table.unfold(0, side, 1)
+                .unfold(1, side, 1)
+                .flip(3, 4)
+                .permute(2, 0, 1, 3, 4)
+                .reshape(upstream.shape)
+                .to(bf16)
+            )
             torch.autograd.grad(out, table, upstream)
 
-        ways = {"bf16 gather": lambda: gathered(bf16), "fp32 gather": lambda: gathered(torch.float32), "fp32 unfold": unfolded}
+        ways = {
+            "bf16 gather": lambda: gathered(bf16),
+            "fp32 gather": lambda: gathered(torch.float32),
+            "fp32 unfold": unfolded,
+        }
         compare(f"position table {heads} heads, window {side}", ways)
 
-    x, weight = torch.randn(128 * 56 * 56, 96, device=device, dtype=bf16), torch.randn(384, 96, device=device, dtype=bf16)
+    x, weight = (
+        torch.randn(128 * 56 * 56, 96, device=device, dtype=bf16),
+        torch.randn(384, 96, device=device, dtype=bf16),
+    )
     if not scale.small:
         ones = torch.ones(1, len(x), device=device, dtype=bf16)
         biasless = {"linear without bias": lambda: F.linear(x, weight)}
@@ -633,8 +683,9 @@ def time_step(report: Report, scale: Scale, variant: str, batches: list[int], *o
     import torch
 
     with composed(*overrides or MOA_T):  # imports
-        import moa_train.bench.step
         import timm
+
+        import moa_train.bench.step
     assert timm and moa_train.bench.step
     lock = (report.path.parent / f"{report.part}.lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -652,7 +703,9 @@ def time_step(report: Report, scale: Scale, variant: str, batches: list[int], *o
         del function
 
 
-def several(report: Report, scale: Scale, cases: list[tuple[str, list[int]]], *overrides: str, at_once: int = 3) -> None:
+def several(
+    report: Report, scale: Scale, cases: list[tuple[str, list[int]]], *overrides: str, at_once: int = 3
+) -> None:
     """Time variants, each in a process of its own, since they replace functions."""
 
     def run(case: tuple[str, list[int]]) -> None:
@@ -683,11 +736,13 @@ def warm_up(report: Report, scale: Scale) -> None:
     path = report.path.with_name("warm-attention.jsonl")
     command = [sys.executable, __file__, "--run", "attention", "--file", str(path), *["--small"] * scale.small]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for number, variant in enumerate(COMPILED[: 1 if scale.small else 4]):  # each with a lock of its own: at the same time
+    for number, variant in enumerate(
+        COMPILED[: 1 if scale.small else 4]
+    ):  # each with a lock of its own: at the same time
         report.path.with_name(f"warm_up{number}").mkdir(exist_ok=True)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(
-            lambda number: several(Report(f"warm_up", report.path.with_name(f"warm_up{number}") / "rows.jsonl"), scale,
+            lambda number: several(Report("warm_up", report.path.with_name(f"warm_up{number}") / "rows.jsonl"), scale,
                                    [(COMPILED[number], [128])]), range(1 if scale.small else 4)))  # fmt: skip
     first.wait()
 
@@ -730,7 +785,11 @@ def copies(report: Report, scale: Scale) -> None:
             host.to("cuda", non_blocking=True)
         matrix @ matrix
 
-    for what, function in {"product alone": lambda: matrix @ matrix, "in turn": in_turn, "on a side stream": ahead}.items():
+    for what, function in {
+        "product alone": lambda: matrix @ matrix,
+        "in turn": in_turn,
+        "on a side stream": ahead,
+    }.items():
         median, least, most = seconds(function, scale, 0.1)
         report.row(f"copy of 128 images: {what}", None, ms=1e3 * median, least=1e3 * least, most=1e3 * most)
 
@@ -742,7 +801,9 @@ def run_part(name: str, limit: float, out: Path, work: Path, small: bool) -> lis
     """Run one part in a process group of its own, show what it prints, and return its rows."""
     path = work / f"{name}.jsonl"
     command = [sys.executable, __file__, "--run", name, "--file", str(path)] + ["--small"] * small
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     late = threading.Event()
 
     def stop() -> None:
@@ -793,11 +854,18 @@ def main() -> int:
     left = lambda: options.budget - (time.monotonic() - start)  # noqa: E731
     checks = [name for name in options.parts if name in CHECKS]
     with ThreadPoolExecutor(len(checks) or 1) as pool:
-        for found in pool.map(lambda name: run_part(name, min(CHECKS[name][0], left()) * (20 if options.small else 1), options.out, work, options.small), checks):
+        for found in pool.map(
+            lambda name: run_part(
+                name, min(CHECKS[name][0], left()) * (20 if options.small else 1), options.out, work, options.small
+            ),
+            checks,
+        ):
             rows += found
     for name in options.parts:
         if name in TIMES and left() > 5:
-            rows += run_part(name, min(TIMES[name][0], left()) * (20 if options.small else 1), options.out, work, options.small)
+            rows += run_part(
+                name, min(TIMES[name][0], left()) * (20 if options.small else 1), options.out, work, options.small
+            )
             (options.out / "GPU.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     (options.out / "GPU.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     wrong = [row for row in rows if row["ok"] is False]

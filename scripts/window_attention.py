@@ -14,7 +14,9 @@ def forward_kernel(Q, K, V, B, O, scale, L, N: tl.constexpr, D: tl.constexpr, BM
     in_rows, in_cols = rows[:, None] < L, cols[:, None] < L
     q = tl.load(Q + at_rows, mask=in_rows, other=0.0)
     k = tl.load(K + at_cols, mask=in_cols, other=0.0)
-    bias = tl.load(B + (group % N) * L * L + rows[:, None] * L + cols[None, :], mask=in_rows & (cols[None, :] < L), other=0.0)
+    bias = tl.load(
+        B + (group % N) * L * L + rows[:, None] * L + cols[None, :], mask=in_rows & (cols[None, :] < L), other=0.0
+    )
     s = tl.dot(q, tl.trans(k)) * (scale * 1.4426950408889634) + bias.to(tl.float32) * 1.4426950408889634
     s = tl.where(cols[None, :] < L, s, float("-inf"))
     p = tl.exp2(s - tl.max(s, 1)[:, None])
@@ -25,7 +27,23 @@ def forward_kernel(Q, K, V, B, O, scale, L, N: tl.constexpr, D: tl.constexpr, BM
 
 @triton.jit
 def backward_q_kernel(
-    Q, K, V, B, dO, dQ, dB, LSE, DELTA, scale, G, L, per, N: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+    Q,
+    K,
+    V,
+    B,
+    dO,
+    dQ,
+    dB,
+    LSE,
+    DELTA,
+    scale,
+    G,
+    L,
+    per,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
 ):
     n, chunk = tl.program_id(1), tl.program_id(2)
     rows, cols, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
@@ -34,9 +52,12 @@ def backward_q_kernel(
     at = rows[:, None] * L + cols[None, :]
     bias = tl.load(B + n * L * L + at, mask=in_both, other=0.0)
     total = tl.zeros((BM, BN), tl.float32)
-    for g in range(0, tl.minimum(per, G - chunk * per)):
+    for g in range(tl.minimum(per, G - chunk * per)):
         group = (chunk.to(tl.int64) * per + g) * N + n
-        at_rows, at_cols = group * L * D + rows[:, None] * D + d[None, :], group * L * D + cols[:, None] * D + d[None, :]
+        at_rows, at_cols = (
+            group * L * D + rows[:, None] * D + d[None, :],
+            group * L * D + cols[:, None] * D + d[None, :],
+        )
         q, do = tl.load(Q + at_rows, mask=in_rows, other=0.0), tl.load(dO + at_rows, mask=in_rows, other=0.0)
         k, v = tl.load(K + at_cols, mask=in_cols, other=0.0), tl.load(V + at_cols, mask=in_cols, other=0.0)
         s = tl.dot(q, tl.trans(k)) * (scale * 1.4426950408889634) + bias.to(tl.float32) * 1.4426950408889634
@@ -86,7 +107,9 @@ class Attend(torch.autograd.Function):
         q, k, v, bias = q.contiguous(), k.contiguous(), v.contiguous(), bias.contiguous()
         out, BN = torch.empty_like(q), max(16, triton.next_power_of_2(L))
         BM = min(64, BN)
-        forward_kernel[(triton.cdiv(L, BM), G * N)](q, k, v, bias, out, D**-0.5, L, N, D, BM, BN, num_warps=8 if BN > 64 else 1)
+        forward_kernel[(triton.cdiv(L, BM), G * N)](
+            q, k, v, bias, out, D**-0.5, L, N, D, BM, BN, num_warps=8 if BN > 64 else 1
+        )
         context.save_for_backward(q, k, v, bias)
         return out
 
@@ -105,8 +128,25 @@ class Attend(torch.autograd.Function):
         partial = torch.empty(chunks, N, L, L, device=q.device)
         lse, delta = torch.empty(2, G, N, L, device=q.device).unbind()
         backward_q_kernel[(tiles, N, chunks)](
-            q, k, v, bias, upstream, dq, partial, lse, delta, D**-0.5, G, L, per, N, D, BM, BN,
-            num_warps=4 if BN > 64 else 1, num_stages=2,
+            q,
+            k,
+            v,
+            bias,
+            upstream,
+            dq,
+            partial,
+            lse,
+            delta,
+            D**-0.5,
+            G,
+            L,
+            per,
+            N,
+            D,
+            BM,
+            BN,
+            num_warps=4 if BN > 64 else 1,
+            num_stages=2,
         )
         BM = min(32, BN)
         backward_kv_kernel[(triton.cdiv(L, BM), G * N)](

@@ -56,7 +56,11 @@ def test_blocks_of_a_stage_share_one_graph_whatever_their_rates(checkpointing):
 @pytest.mark.parametrize(("backend", "checkpointing"), [("aot_eager", False), ("aot_eager", True), ("inductor", True)])
 def test_gradients_are_those_of_the_eager_model(backend, checkpointing):
     """Without chance: compiled code draws other random numbers."""
-    plain, model, images = build(drop_path=0.0), build(drop_path=0.0, checkpointing=checkpointing), torch.randn(3, 3, 16, 16)
+    plain, model, images = (
+        build(drop_path=0.0),
+        build(drop_path=0.0, checkpointing=checkpointing),
+        torch.randn(3, 3, 16, 16),
+    )
     for module in (plain, model):
         for part in module.modules():
             if hasattr(part, "rate"):
