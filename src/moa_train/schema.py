@@ -98,6 +98,13 @@ class DataConfig:
         options=("fail", "quarantine"),
     )
     unreadable_budget: int = knob(100, "quarantine: different unreadable files of a rank before it fails", least=0)
+    max_pixels: int = knob(100_000_000, "images with more pixels than this are refused as unreadable", least=1)
+    range: list[float] | None = knob(
+        None,
+        "[LOW,HIGH]: gray levels of black and white in images of more than 8 bits per channel (default: the full range "
+        "of 16-bit images; floating-point and 32-bit images are refused)",
+        fixed=True,
+    )
     eval_crop: float = knob(0.875, "evaluation: side of the central crop over the resized image's", above=0, most=1)
 
 
@@ -331,12 +338,13 @@ def _check_rules(config: RunConfig) -> None:
         ("augment.scale", augment.scale, 2),
         ("augment.ratio", augment.ratio, 2),
         ("optim.betas", optim.betas, 2),
+        ("data.range", data.range, 2),
         ("data.mean", data.mean, 3),
         ("data.std", data.std, 3),
     ):
         if entries is not None and len(entries) != length:
             raise UserError(f"{key}={entries} must have {length} entries.")
-        if entries and key.startswith("augment") and entries[0] > entries[1]:
+        if entries and key.startswith(("augment", "data.range")) and entries[0] > entries[1]:
             raise UserError(f"{key}={entries}: the lower end exceeds the upper one.")
     micro = engine.micro_batch_size
     if micro and engine.batch_size % micro:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from moa_train.build.data import statistics
 from moa_train.data import Source
 from moa_train.data.arrays import ArraySource
+from moa_train.data.image import open_image
 from moa_train.schema import RunConfig, image_shape
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -55,7 +56,7 @@ class PillowImages(Dataset):
         if self.source.in_memory:
             return Image.fromarray(self.pixels[index])
         with Path(self.source.name(index)).open("rb") as file:
-            return Image.open(file).convert("RGB")
+            return open_image(file).convert("RGB")
 
 
 def timm(

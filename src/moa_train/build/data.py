@@ -19,6 +19,7 @@ from moa_train.data import (
     open_source,
 )
 from moa_train.data.datasets import has_split
+from moa_train.data.image import Decoding
 from moa_train.runtime.device import available_cores
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
@@ -34,6 +35,7 @@ def build_source(config: DataConfig, split: str) -> Source:
         root=config.root,
         val_fraction=config.val_fraction,
         download=config.download,
+        decoding=Decoding(config.max_pixels, (config.range[0], config.range[1]) if config.range else None),
     )
     if split == "train" and config.limit and config.limit < len(source):
         # Evenly spaced: the samples of a folder come class by class.

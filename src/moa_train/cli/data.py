@@ -6,9 +6,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import Exit
+
+if TYPE_CHECKING:
+    from moa_train.data.image import Decoding
 
 FOUND = 1
 """Exit code of `moa-data check` when it found something."""
@@ -43,18 +47,21 @@ def parser() -> argparse.ArgumentParser:
     pack = _command(commands, "pack", run_pack, "write small images of one size as memory-mapped arrays")
     pack.add_argument("source", metavar="SRC", type=Path, help=root)
     pack.add_argument("out", metavar="OUT", type=Path, help="folder for pack-train.npy and so on; may be SRC")
+    _add_decoding(pack)
 
     check = _command(commands, "check", run_check, "find unreadable, duplicate and leaking images; exit with 1 if any")
     check.add_argument("root", metavar="ROOT", type=Path, help=root + "; or a folder of class folders")
     check.add_argument("--workers", type=_whole, default=0, help="processes that decode (default: 0, none)")
     check.add_argument("--show", type=_whole, default=10, help="findings printed of each kind (default: 10)")
     check.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this file")
+    _add_decoding(check)
 
     stats = _command(commands, "stats", run_stats, "compute the mean and deviation of each channel over train")
     stats.add_argument("root", metavar="ROOT", type=Path, help=root)
     stats.add_argument("--image-size", type=_whole, default=224, help="side of the central crop (default: 224)")
     stats.add_argument("--samples", type=_whole, default=10_000, help="images used at most (default: 10000; 0: all)")
     stats.add_argument("--workers", type=_whole, default=0, help="processes that decode (default: 0, none)")
+    _add_decoding(stats)
     return result
 
 
@@ -67,7 +74,7 @@ def run_pack(options: argparse.Namespace) -> int:
         raise UserError(f"{options.source}: no folder {', '.join(SPLITS[:-1])} or {SPLITS[-1]} in it.")
     for split in splits:
         tree = scan_split(options.source, split)
-        pack_tree(tree, options.out, split)
+        pack_tree(tree, options.out, split, _decoding(options))
         print(f"{options.out}/pack-{split}.npy: {len(tree.files):,} images of {len(tree.classes)} classes")
     return Exit.FINISHED
 
@@ -76,7 +83,7 @@ def run_check(options: argparse.Namespace) -> int:
     """Scan a data set and print what is wrong with it."""
     from moa_train.data.check import check
 
-    report = check(options.root, options.workers, _progress())
+    report = check(options.root, options.workers, _progress(), _decoding(options))
     if options.json:
         options.json.write_text(json.dumps(asdict(report), indent=1) + "\n")
     for split, count in report.images.items():
@@ -106,7 +113,13 @@ def run_stats(options: argparse.Namespace) -> int:
 
     if not options.image_size:
         raise UserError("--image-size 0: must be at least 1. Usual: 224.")
-    source = open_source("folder", split="train", root=options.root, image_size=(options.image_size,) * 2)
+    source = open_source(
+        "folder",
+        split="train",
+        root=options.root,
+        image_size=(options.image_size,) * 2,
+        decoding=_decoding(options),
+    )
     if 0 < options.samples < len(source):
         source = source.subset(np.linspace(0, len(source) - 1, options.samples).astype(np.int64), source.title)
     mean, std = channel_statistics(EvalLoader(source, batch_size=64, workers=options.workers))
@@ -125,6 +138,28 @@ def _command(
     command = commands.add_parser(name, help=purpose, description=purpose)
     command.set_defaults(command=run)
     return command
+
+
+def _add_decoding(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--range",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="gray levels of black and white in images of more than 8 bits per channel, as data.range",
+    )
+    command.add_argument(
+        "--max-pixels",
+        type=_whole,
+        default=100_000_000,
+        help="images with more pixels are unreadable, as data.max_pixels (default: 100000000)",
+    )
+
+
+def _decoding(options: argparse.Namespace) -> "Decoding":
+    from moa_train.data.image import Decoding
+
+    return Decoding(options.max_pixels, tuple(options.range) if options.range else None)
 
 
 def _whole(text: str) -> int:

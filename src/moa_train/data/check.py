@@ -5,13 +5,14 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
 
 from moa_train.data.datasets import SPLITS
-from moa_train.data.image import EncodedImage, reading
+from moa_train.data.image import Decoding, EncodedImage, reading
 from moa_train.data.pack import is_packed, read_pack, verify_pack
 from moa_train.data.tree import same_classes, scan
 from moa_train.runtime.errors import UserError
@@ -50,13 +51,19 @@ class _Item:
     name: str
 
 
-def check(root: Path, workers: int = 0, progress: Callable[[int], None] = lambda images: None) -> Report:
+def check(
+    root: Path,
+    workers: int = 0,
+    progress: Callable[[int], None] = lambda images: None,
+    decoding: Decoding | None = None,
+) -> Report:
     """Decode and compare every image below ``root``.
 
     Args:
         root: folder with class-folder trees or packs of splits, or one class-folder tree.
         workers: processes that decode; 0 decodes here.
         progress: called with the number of images done.
+        decoding: limits and value range, as in training.
 
     Raises:
         UserError: there is no data set, a class folder is empty, the splits' classes differ, or a pack is damaged.
@@ -65,7 +72,7 @@ def check(root: Path, workers: int = 0, progress: Callable[[int], None] = lambda
     report, equal, done = Report(), defaultdict[bytes, list[_Item]](list), 0
     for split in splits or [""]:
         report.images[split or root.name] = 0
-        for item, digest in _digests(root, split, workers, report):
+        for item, digest in _digests(root, split, workers, report, decoding):
             if isinstance(digest, bytes):
                 equal[digest].append(item)
             else:
@@ -82,7 +89,9 @@ def check(root: Path, workers: int = 0, progress: Callable[[int], None] = lambda
     return report
 
 
-def _digests(root: Path, split: str, workers: int, report: Report) -> Iterator[tuple[_Item, bytes | str]]:
+def _digests(
+    root: Path, split: str, workers: int, report: Report, decoding: Decoding | None
+) -> Iterator[tuple[_Item, bytes | str]]:
     if split and is_packed(root, split):
         verify_pack(root, split)
         pack = read_pack(root, split, f"{root.name}/{split}", (1, 1))
@@ -95,18 +104,19 @@ def _digests(root: Path, split: str, workers: int, report: Report) -> Iterator[t
     report.ignored[split or root.name] = tree.ignored
     items = (_Item(split, tree.classes[label], str(tree.path(row))) for row, label in enumerate(tree.labels))
     paths = (os.fspath(tree.path(row)) for row in range(len(tree.files)))
+    digest_file = partial(_digest_file, decoding)
     if not workers:
-        yield from zip(items, map(_digest_file, paths), strict=True)
+        yield from zip(items, map(digest_file, paths), strict=True)
         return
     with Pool(workers) as pool:
-        yield from zip(items, pool.imap(_digest_file, paths, chunksize=32), strict=True)
+        yield from zip(items, pool.imap(digest_file, paths, chunksize=32), strict=True)
 
 
-def _digest_file(path: str) -> bytes | str:
+def _digest_file(decoding: Decoding | None, path: str) -> bytes | str:
     """Return the hash of a file's pixels, or why it cannot be decoded."""
     try:
         with reading(Path(path)):
-            return _digest(EncodedImage(Path(path).read_bytes()).decode().numpy())
+            return _digest(EncodedImage.of(Path(path), decoding).decode().numpy())
     except UserError as error:
         return str(error)
 

@@ -11,7 +11,7 @@ from moa_train.data.arrays import ArraySource
 from moa_train.data.cifar import ARCHIVES, fetch, pack_archive
 from moa_train.data.digits import open_digits
 from moa_train.data.files import FileSource
-from moa_train.data.image import EncodedImage, reading
+from moa_train.data.image import Decoding, EncodedImage, reading
 from moa_train.data.pack import check_origin, is_packed, read_pack, write_pack
 from moa_train.data.source import Source
 from moa_train.data.split import hold_out
@@ -42,6 +42,7 @@ def open_source(
     root: str | Path | None = None,
     val_fraction: float = 0.0,
     download: bool = False,
+    decoding: Decoding | None = None,
 ) -> Source:
     """Open one split of a data set.
 
@@ -63,6 +64,7 @@ def open_source(
         root: folder of the data set; ``data/NAME`` by default. digits need none.
         val_fraction: part of train that is the split ``val`` and not in the split ``train``.
         download: fetch cifar10 or cifar100 if root does not hold it.
+        decoding: limits and value range of image files.
 
     Raises:
         UserError: the data is missing, empty, inconsistent or damaged, or there is no such split.
@@ -80,8 +82,8 @@ def open_source(
             "Set data.val_fraction=0, or rename val/ to test/ if it is to be the test split."
         )
     if split == "test" or (split == "val" and own_val):
-        return _open(name, split, folder, title, image_size, download)
-    train = _open(name, "train", folder, title, image_size, download)
+        return _open(name, split, folder, title, image_size, download, decoding)
+    train = _open(name, "train", folder, title, image_size, download, decoding)
     if val_fraction:
         kept, held = hold_out(train.labels, val_fraction)
         return train.subset(kept if split == "train" else held, title)
@@ -101,19 +103,29 @@ def has_split(name: str, split: str, root: str | Path | None = None, val_fractio
     return split != "val" or val_fraction > 0
 
 
-def _open(name: str, split: str, root: Path, title: str, image_size: tuple[int, int], download: bool) -> Source:
+def _open(
+    name: str,
+    split: str,
+    root: Path,
+    title: str,
+    image_size: tuple[int, int],
+    download: bool,
+    decoding: Decoding | None,
+) -> Source:
     if name == "digits":
         return open_digits(split, image_size)
     if name == "imagenet":
-        return _open_files(root, "val" if split == "test" else split, title, image_size)
+        return _open_files(root, "val" if split == "test" else split, title, image_size, decoding)
     if name == "folder":
         if is_packed(root, split):
             return read_pack(root, split, title, image_size)
-        return _open_files(root, split, title, image_size)
-    return _open_cifar(name, split, root, title, image_size, download)
+        return _open_files(root, split, title, image_size, decoding)
+    return _open_cifar(name, split, root, title, image_size, download, decoding)
 
 
-def _open_files(root: Path, split: str, title: str, image_size: tuple[int, int]) -> FileSource:
+def _open_files(
+    root: Path, split: str, title: str, image_size: tuple[int, int], decoding: Decoding | None
+) -> FileSource:
     if not (root / split).is_dir():
         found = [other for other in SPLITS if (root / other).is_dir()]
         raise UserError(
@@ -121,11 +133,17 @@ def _open_files(root: Path, split: str, title: str, image_size: tuple[int, int])
             + (f"{root} has {', '.join(found)}. " if found else "Set data.root to the folder of the data set. ")
             + f"Images are expected as {root / split}/CLASS/NAME.jpg."
         )
-    return FileSource(title, scan_split(root, split), image_size)
+    return FileSource(title, scan_split(root, split), image_size, decoding=decoding)
 
 
 def _open_cifar(
-    name: str, split: str, root: Path, title: str, image_size: tuple[int, int], download: bool
+    name: str,
+    split: str,
+    root: Path,
+    title: str,
+    image_size: tuple[int, int],
+    download: bool,
+    decoding: Decoding | None,
 ) -> ArraySource:
     tree = scan_split(root, split) if (root / split).is_dir() else None
     archive = ARCHIVES[name]
@@ -133,7 +151,7 @@ def _open_cifar(
         if tree is not None:
             check_origin(root, split, tree.fingerprint)
     elif tree is not None:
-        pack_tree(tree, root, split)
+        pack_tree(tree, root, split, decoding)
     elif (root / archive.filename).is_file():
         pack_archive(archive, root / archive.filename, root)
     elif download:
@@ -157,7 +175,7 @@ def scan_split(root: Path, split: str) -> ClassTree:
     return scan(root / split)
 
 
-def pack_tree(tree: ClassTree, root: Path, split: str) -> None:
+def pack_tree(tree: ClassTree, root: Path, split: str, decoding: Decoding | None = None) -> None:
     """Decode a class-folder tree of equally sized small images, and write it as a pack.
 
     Raises:
@@ -168,7 +186,7 @@ def pack_tree(tree: ClassTree, root: Path, split: str) -> None:
     for row in range(len(tree.files)):
         path = tree.path(row)
         with reading(path):
-            image = EncodedImage(path.read_bytes()).decode().numpy()
+            image = EncodedImage.of(path, decoding).decode().numpy()
         if images is None:
             images = np.empty((len(tree.files), *image.shape), np.uint8)
         if image.shape != images.shape[1:]:

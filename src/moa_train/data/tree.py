@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from moa_train.data.fingerprint import Labels, fingerprint
 from moa_train.runtime.errors import UserError
 
-IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".tif", ".tiff"])
+IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".tif", ".tiff"])
 
 
 @dataclass(frozen=True)
