@@ -1,5 +1,7 @@
 """Real images for the tests of the input pipeline: two photographs and handwritten digits, from scikit-learn."""
 
+import multiprocessing
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,3 +59,24 @@ def make_tree(tmp_path: Path, photographs: list[Image.Image]) -> Callable[..., P
         return root
 
     return make
+
+
+@pytest.fixture
+def peak() -> Callable[[Callable[[], object]], float]:
+    """Return a function that runs an action in a process of its own and returns the megabytes of memory it added."""
+
+    def measure(action: Callable[[], object]) -> float:
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+
+        def run() -> None:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            action()
+            sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+        process = multiprocessing.get_context("fork").Process(target=run)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        return float(receiver.recv())
+
+    return measure

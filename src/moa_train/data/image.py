@@ -29,6 +29,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 MAX_REDUCTION = 8  # the JPEG decoder can return images up to this factor smaller
 
 _MAX_SCANS = 30  # of a progressive JPEG of the largest size: each scan costs a pass over all pixels
+_STRIP = 1 << 20  # pixels copied at a time
 _BYTES_PER_PIXEL = 8  # of an uncompressed file: 4 channels of 16 bits
 _TILE_WIDTH, _TILE_LENGTH, _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 322, 323, 262, 258, 339  # tags of TIFF
 
@@ -95,7 +96,7 @@ class EncodedImage:
             elif self._image.mode in ("RGB", "L"):
                 pixels_HWC = _decode_jpeg(self._data, self.height, self.width)
         if pixels_HWC is None:
-            pixels_HWC = np.array(_to_rgb(self._image, self._decoding.value_range))
+            pixels_HWC = _copy(_to_rgb(self._image, self._decoding.value_range))
         return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
 
     def _check_limits(self, header_end: int) -> None:
@@ -170,6 +171,9 @@ def _to_rgb(image: Image.Image, value_range: tuple[float, float] | None) -> Imag
         return Image.fromarray(_to_8_bits(image, tags, value_range)).convert("RGB")
     if set(tags.get(_SAMPLE_FORMAT, ())) - {1, 4}:  # not unsigned; Pillow reads them as if they were
         raise UserError("signed 8-bit values are not supported; convert them to unsigned values")
+    if image.mode == "RGB":
+        image.load()
+        return image  # convert would return a copy
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # without this step Pillow warns
     return image.convert("RGB")
@@ -194,6 +198,19 @@ def _to_8_bits(image: Image.Image, tags: Any, value_range: tuple[float, float] |
         white = (1 << tags.get(_BITS, (16,))[0]) - 1
         result = (values.clip(0, white).astype(np.uint32) * 255 // white).astype(np.uint8)
     return 255 - result if tags.get(_PHOTOMETRIC) == 0 else result  # 0: white is zero
+
+
+def _copy(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the pixels of an RGB image, copied in strips: all at once would take three times the memory."""
+    width, height = image.size
+    rows = max(1, _STRIP // width)
+    if rows >= height:
+        return np.array(image)
+    pixels_HWC = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        bottom = min(height, top + rows)
+        pixels_HWC[top:bottom] = np.asarray(image.crop((0, top, width, bottom)))
+    return pixels_HWC
 
 
 @contextmanager
