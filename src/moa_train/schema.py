@@ -87,6 +87,13 @@ class DataConfig:
     val_fraction: float = knob(
         0.0, "part of train held out as validation split, 0 to 0.5", least=0, most=0.5, fixed=True
     )
+    hold_out: str = knob(
+        "position",
+        "how val_fraction chooses images of class-folder trees: name, by a hash of the file's name, so that adding or "
+        "removing a file moves no other; position, in the sorted list, as in runs of older versions",
+        options=("name", "position"),
+        fixed=True,
+    )
     limit: int | None = knob(None, "train on so many evenly spaced images only (default: all)", least=1, fixed=True)
     workers: int | None = knob(None, "processes a rank that decode files (default: its cores, up to 8)", least=0)
     mean: list[float] | None = knob(None, "channel means in 0..1 (default: the data set's own)", least=0, most=1)

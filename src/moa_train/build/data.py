@@ -35,6 +35,7 @@ def build_source(config: DataConfig, split: str) -> Source:
         root=config.root,
         val_fraction=config.val_fraction,
         download=config.download,
+        rule=config.hold_out,
         decoding=Decoding(config.max_pixels, (config.range[0], config.range[1]) if config.range else None),
     )
     if split == "train" and config.limit and config.limit < len(source):

@@ -67,13 +67,17 @@ def parser() -> argparse.ArgumentParser:
 
 def run_pack(options: argparse.Namespace) -> int:
     """Pack every split of a class-folder tree."""
-    from moa_train.data.datasets import SPLITS, pack_tree, scan_split
+    from moa_train.data.datasets import pack_tree, scan_split
+    from moa_train.data.tree import SPLITS, check_split_names, compare_classes
 
     splits = [split for split in SPLITS if (options.source / split).is_dir()]
     if not splits:
         raise UserError(f"{options.source}: no folder {', '.join(SPLITS[:-1])} or {SPLITS[-1]} in it.")
-    for split in splits:
-        tree = scan_split(options.source, split)
+    check_split_names(options.source)
+    trees = [scan_split(options.source, split) for split in splits]
+    for tree in trees[1:]:
+        compare_classes(str(trees[0].root), trees[0].classes, str(tree.root), tree.classes)
+    for split, tree in zip(splits, trees, strict=True):
         pack_tree(tree, options.out, split, _decoding(options))
         print(f"{options.out}/pack-{split}.npy: {len(tree.files):,} images of {len(tree.classes)} classes")
     return Exit.FINISHED
@@ -94,6 +98,9 @@ def run_check(options: argparse.Namespace) -> int:
         "groups of equal images within a split": report.duplicates,
         "groups of equal images in different splits": report.leaks,
         "of those groups, with different classes": report.conflicts,
+        "images with hardly any contrast": report.flat,
+        "links that lead nowhere or to a folder that contains them": report.broken,
+        "images that differ from those in the pack": report.stale,
     }
     for kind, findings in kinds.items():
         print(f"{len(findings):10,} {kind}")

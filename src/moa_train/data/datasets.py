@@ -1,7 +1,7 @@
 """The data sets by name, their splits kept apart."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,14 +12,21 @@ from moa_train.data.cifar import ARCHIVES, fetch, pack_archive
 from moa_train.data.digits import open_digits
 from moa_train.data.files import FileSource
 from moa_train.data.image import Decoding, EncodedImage, reading
-from moa_train.data.pack import check_origin, is_packed, read_pack, write_pack
-from moa_train.data.source import Source
-from moa_train.data.split import hold_out
-from moa_train.data.tree import ClassTree, same_classes, scan
+from moa_train.data.pack import check_origin, is_packed, packed_classes, read_pack, write_pack
+from moa_train.data.source import Source, align
+from moa_train.data.split import RULES, hold_out, hold_out_by_name
+from moa_train.data.tree import (
+    SPLITS,
+    ClassTree,
+    check_plausible,
+    check_split_names,
+    class_folders,
+    compare_classes,
+    scan,
+)
 from moa_train.runtime.errors import UserError, choose
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "folder")
-SPLITS = ("train", "val", "test")
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +50,8 @@ def open_source(
     val_fraction: float = 0.0,
     download: bool = False,
     decoding: Decoding | None = None,
+    rule: str = "name",
+    classes: Sequence[str] | None = None,
 ) -> Source:
     """Open one split of a data set.
 
@@ -55,16 +64,20 @@ def open_source(
     folder   root/train                                root/val, or part of it root/test
     ======== ========================================= ======================= ==========================
 
-    Parts of train are held out by ``val_fraction``: stratified, and the same whatever the run's seed.
+    ``val_fraction`` holds out a part of train: stratified, and the same for every seed of a run.
 
     Args:
         name: one of ``DATASETS``.
         split: one of ``SPLITS``.
-        image_size: height and width of the images that loaders make of it.
+        image_size: height and width of the images that loaders return.
         root: folder of the data set; ``data/NAME`` by default. digits need none.
         val_fraction: part of train that is the split ``val`` and not in the split ``train``.
         download: fetch cifar10 or cifar100 if root does not hold it.
         decoding: limits and value range of image files.
+        rule: one of ``RULES``: how the images of the split ``val`` are chosen. Sources without file names, and cifar10
+            and cifar100, always use the position.
+        classes: those of a model that is evaluated. A test or validation split may then lack some of them; without, it
+            needs the classes of train.
 
     Raises:
         UserError: the data is missing, empty, inconsistent or damaged, or there is no such split.
@@ -73,8 +86,12 @@ def open_source(
         raise UserError(choose("data.name", name, DATASETS))
     if split not in SPLITS:
         raise UserError(choose("split", split, SPLITS))
+    if rule not in RULES:
+        raise UserError(choose("hold_out", rule, RULES))
     folder = Path(root) if root is not None else Path("data") / name
     title = f"{name}/{split}"
+    if name in ("folder", "imagenet"):
+        check_split_names(folder)
     own_val = name == "folder" and (is_packed(folder, "val") or (folder / "val").is_dir())
     if own_val and val_fraction:
         raise UserError(
@@ -82,10 +99,18 @@ def open_source(
             "Set data.val_fraction=0, or rename val/ to test/ if it is to be the test split."
         )
     if split == "test" or (split == "val" and own_val):
-        return _open(name, split, folder, title, image_size, download, decoding)
+        source = _open(name, split, folder, title, image_size, download, decoding)
+        if classes is not None:
+            return align(source, classes)
+        if name != "digits":
+            check_classes(folder, "val" if name == "imagenet" else split, source.classes)
+        return source
     train = _open(name, "train", folder, title, image_size, download, decoding)
     if val_fraction:
-        kept, held = hold_out(train.labels, val_fraction)
+        if rule == "name" and train.files is not None and name not in ARCHIVES:
+            kept, held = hold_out_by_name(train.files.tolist(), train.labels, val_fraction)
+        else:
+            kept, held = hold_out(train.labels, val_fraction)
         return train.subset(kept if split == "train" else held, title)
     if split == "val":
         raise UserError(
@@ -96,7 +121,7 @@ def open_source(
 
 @_permitted()
 def has_split(name: str, split: str, root: str | Path | None = None, val_fraction: float = 0.0) -> bool:
-    """Say whether a data set has a split, without opening it (or fetching it)."""
+    """Return whether a data set has a split, without opening or downloading it."""
     folder = Path(root) if root is not None else Path("data") / name
     if name == "folder" and (split == "test" or (split == "val" and not val_fraction)):
         return is_packed(folder, split) or (folder / split).is_dir()
@@ -118,6 +143,8 @@ def _open(
         return _open_files(root, "val" if split == "test" else split, title, image_size, decoding)
     if name == "folder":
         if is_packed(root, split):
+            if (root / split).is_dir():
+                check_origin(root, split, scan_split(root, split))
             return read_pack(root, split, title, image_size)
         return _open_files(root, split, title, image_size, decoding)
     return _open_cifar(name, split, root, title, image_size, download, decoding)
@@ -131,6 +158,7 @@ def _open_files(
         raise UserError(
             f"{root / split}: there is no such folder. "
             + (f"{root} has {', '.join(found)}. " if found else "Set data.root to the folder of the data set. ")
+            + (f"Did you mean data.root={root.parent}? " if root.name in SPLITS and not found else "")
             + f"Images are expected as {root / split}/CLASS/NAME.jpg."
         )
     return FileSource(title, scan_split(root, split), image_size, decoding=decoding)
@@ -146,10 +174,12 @@ def _open_cifar(
     decoding: Decoding | None,
 ) -> ArraySource:
     tree = scan_split(root, split) if (root / split).is_dir() else None
+    if tree is not None:
+        check_classes(root, split, tree.classes)
     archive = ARCHIVES[name]
     if is_packed(root, split):
         if tree is not None:
-            check_origin(root, split, tree.fingerprint)
+            check_origin(root, split, tree)
     elif tree is not None:
         pack_tree(tree, root, split, decoding)
     elif (root / archive.filename).is_file():
@@ -164,14 +194,25 @@ def _open_cifar(
     return read_pack(root, split, title, image_size)
 
 
+def check_classes(root: Path, split: str, classes: Sequence[str]) -> None:
+    """Check that the classes of a split are those of train in the same folder, whether train is packed or not.
+
+    Raises:
+        UserError: the names or their order differ.
+    """
+    if is_packed(root, "train"):
+        compare_classes(str(root / "train"), packed_classes(root, "train"), str(root / split), classes)
+    elif (root / "train").is_dir():
+        compare_classes(str(root / "train"), class_folders(root / "train"), str(root / split), classes)
+
+
 def scan_split(root: Path, split: str) -> ClassTree:
     """List the images of root/split.
 
     Raises:
-        UserError: it is missing or empty, or its classes are not those of root/train.
+        UserError: it is missing or empty, or its folders are not likely to be classes.
     """
-    if split != "train" and (root / "train").is_dir():
-        same_classes(root / "train", root / split)
+    check_plausible(root / split, split)
     return scan(root / split)
 
 
@@ -196,4 +237,4 @@ def pack_tree(tree: ClassTree, root: Path, split: str, decoding: Decoding | None
             )
         images[row] = image
     assert images is not None  # scan never returns an empty tree
-    write_pack(root, split, images, tree.labels, tree.classes, origin=tree.fingerprint)
+    write_pack(root, split, images, tree.labels, tree.classes, tree.fingerprint, tree.files)

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moa_train.data.counter import Floats, sample_keys
@@ -50,6 +51,11 @@ class FileSource:
     def name(self, index: int) -> str:
         """Return the path of the file."""
         return str(self.tree.path(self.rows[index]))
+
+    @property
+    def files(self) -> NDArray[np.bytes_]:
+        """Paths of the files, relative to the folder of the split."""
+        return self.tree.files[self.rows]
 
     def subset(self, rows: Indices, title: str) -> "FileSource":
         """Return the source of these samples."""
