@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# CIFAR-100 from scratch on two CPU cores in half an hour. Its curve and figures: docs/RESULTS.md.
+# Trains on CIFAR-100 from scratch, in half an hour on two CPU cores. Results: docs/RESULTS.md.
 #
 #   scripts/reproduce_cifar100_cpu.sh data/cifar100 data.download=true
 #
-# The first argument is the folder of the data set (a pack, a class-folder tree, or the place to download to), the others
-# are passed on. Typed again after an interruption, it goes on where it was.
+# The first argument is the data folder: a pack, a class-folder tree, or the folder to download to. All other arguments
+# are passed to moa-train. Run the same command again after an interruption to resume.
 set -euo pipefail
 
 root=${1:?"usage: $0 DATA_FOLDER [key=value ...]"}

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The first run of the README: a small MOA on scikit-learn's handwritten digits, offline, about a minute on two cores.
+# Trains a small MOA on scikit-learn's handwritten digits, as in the README: offline, about a minute on two cores.
 #
 #   scripts/reproduce_digits.sh [key=value ...]
 set -euo pipefail
 
 run_dir=outputs/digits-$(date +%Y%m%d-%H%M%S)
 moa-train run_dir="$run_dir" "$@"
-# The separate command rebuilds model and data from the checkpoint, and returns the same counts.
+# The second command rebuilds the model and the data from the checkpoint and returns the same counts.
 moa-eval ckpt="$run_dir"

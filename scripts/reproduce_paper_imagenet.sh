@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The published recipe of MOA-T on ImageNet-1K: 300 epochs, batch 512, on all GPUs of this machine.
+# Trains MOA-T on ImageNet-1K with the published recipe (300 epochs, batch size 512), on all GPUs of this machine.
 #
 #   scripts/reproduce_paper_imagenet.sh /data/imagenet
 #
-# The first argument is a folder with class folders below train/ and val/, the others are passed on. Typed again after an
-# interruption, it goes on where it was. This project has not had the hardware to run it to its end.
+# The first argument is a folder with class folders in train/ and val/. All other arguments are passed to moa-train. Run
+# the same command again after an interruption to resume. This project has not had the hardware for the complete run.
 set -euo pipefail
 
 root=${1:?"usage: $0 DATA_FOLDER [key=value ...]"}

@@ -1,10 +1,10 @@
-"""Measure how long a run takes to save and leave when it is told to: seconds from signal to end of all processes.
+"""Measure how long a run takes to save and exit: the seconds from the signal to the end of all processes.
 
     python scripts/time_stop.py --times 6 --ranks 2 experiment=cifar100_cpu data.root=CIFAR100
     python scripts/time_stop.py --times 6 engine.eval_every='1 step'     # mostly evaluating
 
-SIGTERM, SIGINT and SIGUSR1 take turns, at a random moment of the first seconds of the loop. With several ranks,
-torchrun gets them.
+SIGTERM, SIGINT and SIGUSR1 are sent in turn, at a random moment in the first seconds of the training loop. With several
+ranks, they are sent to torchrun.
 """
 
 import argparse
@@ -22,7 +22,7 @@ RUN = ("-m", "moa_train.cli.train", "tracking.log_every=1", "tracking.progress=p
 
 
 def stop_once(number: signal.Signals, delay: float, ranks: int, overrides: list[str]) -> float:
-    """Start a run, stop it ``delay`` seconds after its first step, and return the seconds that it took to end."""
+    """Start a run, stop it ``delay`` seconds after its first step, and return the seconds until it ends."""
     with tempfile.TemporaryDirectory() as folder:
         run, log = Path(folder) / "run", Path(folder) / "log.txt"
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -39,17 +39,17 @@ def stop_once(number: signal.Signals, delay: float, ranks: int, overrides: list[
         process.wait()
         seconds = time.monotonic() - start
         said = log.read_text()
-        if "; saved. To go on" not in said:
-            raise SystemExit(f"The run was not stopped:\n{said[-3000:]}")
+        if "Stopped at step" not in said:
+            raise SystemExit(f"The run did not stop and save. End of its output:\n{said[-3000:]}")
         return seconds
 
 
 def main() -> None:
-    """Print one line."""
+    """Print the median and the range in one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=6, help="stops; the three signals take turns")
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--within", type=float, default=3.0, help="latest moment of the signal, seconds into the loop")
+    parser.add_argument("--times", type=int, default=6, help="number of stops; the three signals are sent in turn")
+    parser.add_argument("--ranks", type=int, default=1, help="number of processes")
+    parser.add_argument("--within", type=float, default=3.0, help="latest signal, seconds after the first step")
     options, overrides = parser.parse_known_args()
     draw = random.Random(0)
     seconds = [

@@ -1,9 +1,9 @@
-"""Run the fault catalogue again and again, each time with another seed; print what was injected and what passed.
+"""Run the fault catalogue repeatedly, each time with a different seed; print how many faults were injected and passed.
 
     python scripts/torture.py                      three rounds from a random seed
     python scripts/torture.py --rounds 10 --seed 1 -k "killed or stop"
 
-The seed of every round is printed: pytest tests/faults --fault-seed SEED repeats it.
+The seed of each round is printed; pytest tests/faults --fault-seed SEED repeats that round.
 """
 
 import argparse
@@ -20,11 +20,11 @@ ROW = re.compile(r"^\| (\d+) \| (.+) \| (\d+) \| (\d+) \|$", re.MULTILINE)
 
 
 def main() -> int:
-    """Print a table in Markdown; return 1 if anything failed."""
+    """Print a Markdown table and return 1 if any test failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="times to run the catalogue")
+    parser.add_argument("--rounds", type=int, default=3, help="number of times to run the catalogue")
     parser.add_argument("--seed", type=int, default=None, help="seed of the first round (default: random)")
-    options, further = parser.parse_known_args()  # the rest is for pytest
+    options, further = parser.parse_known_args()  # passed to pytest
     first = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     tries, passed = defaultdict[int, int](int), defaultdict[int, int](int)
     titles: dict[int, str] = {}

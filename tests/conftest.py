@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-# Whoever starts the tests in the background or under nohup has them, and all they start, ignore these two.
+# In the background or under nohup, this process and its children would ignore these two signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -33,7 +33,7 @@ TINY = {
     "engine.eval_every": "4 steps",
     "engine.save_every": "4 steps",
     "tracking.log_every": "3",
-    "tracking.tensorboard": "false",
+    "tracking.loggers": "[]",
     "tracking.progress": "plain",
     "tracking.images": "0",
     "runtime.device": "cpu",
@@ -50,10 +50,10 @@ def overrides(changes: dict[str, Any]) -> list[str]:
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Any]:
     """A function from changes, such as ``{"optim.lr": 1e-4}``, to a tiny run's configuration."""
-    from moa_train.cli.resume import overlaid
+    from moa_train.cli.train import with_overrides
     from moa_train.schema import RunConfig
 
-    return lambda changes=(): overlaid(RunConfig(), overrides(dict(changes)))
+    return lambda changes=(): with_overrides(RunConfig(), overrides(dict(changes)))
 
 
 @pytest.fixture(scope="session")

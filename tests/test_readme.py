@@ -30,7 +30,7 @@ MODULES = {"train": "train", "evaluate": "eval", "data": "data", "model": "model
 def commands(text: str) -> Iterator[str]:
     """Yield the command lines of a text: lines that start with a command of this project, without their comments."""
     names = r"moa-(?:train|eval|data|model|bench)|torchrun|sbatch|scripts/\S+|make|python -m"
-    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+    for line in re.sub(r" *\\\n\s*", " ", text).splitlines():
         if found := re.match(rf"(?:#   |#? {{0,6}})((?:{names})(?: +\S.*)?$)", line):
             command = re.split(r"  +[^- ]|\s#\s", found[1])[0]  # what follows two spaces explains
             yield " ".join(command.split())

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from moa_train.assembly.inputs import build_source, statistics
 from moa_train.bench import input as input_part
 from moa_train.bench import input_peers
-from moa_train.build.data import build_source, statistics
 from moa_train.data import Normalize
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.seed import seed_everything

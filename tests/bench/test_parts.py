@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moa_train.assembly.run import build_run
 from moa_train.bench import checkpoint, loop, ranks, start
-from moa_train.build.run import build_run
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals
 from moa_train.tracking.jsonl import read_rows
 
-LOGGED = {"tracking.tensorboard": "true", "tracking.log_every": "2"}
+LOGGED = {"tracking.loggers": "[tensorboard]", "tracking.log_every": "2"}
 
 
 def test_the_trainer_and_the_bare_loop_take_turns(job, tmp_path, monkeypatch):

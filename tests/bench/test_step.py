@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moa_train.assembly.model import model_fields
 from torch import nn
 
 from moa_train.bench import memory, plain, step
 from moa_train.bench.peers import build_peer, check_peer, read_arguments
-from moa_train.build.model import model_fields
 from moa_train.model.summary import summarize
 from moa_train.optim import create_optimizer
 from moa_train.runtime.errors import UserError

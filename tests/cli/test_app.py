@@ -204,7 +204,7 @@ def test_help_shows_examples_groups_and_every_knob(tried):
         (line,) = (line for line in text.splitlines() if line.strip().startswith(f"{key}="))
         assert item.metadata["help"].split("\n")[0][:30] in line
     assert "  optim.lr=0.0009" in text
-    assert "[paper, released]" in text
+    assert "[paper, published]" in text
 
 
 def test_help_may_be_cut_short_by_a_pager():

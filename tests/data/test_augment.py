@@ -3,6 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from moa_train.data.preview import preview
 from scipy import stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,7 +12,6 @@ from torchvision.transforms import v2
 from moa_train.data.augment import BatchAugment, Normalize
 from moa_train.data.batch import Batch, images_at_once
 from moa_train.data.mix import Mixer
-from moa_train.data.preview import preview
 from moa_train.runtime.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -1,21 +1,46 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from moa_train.assembly.inputs import open_splits
 from moa_train.data.arrays import ArraySource
-from moa_train.data.datasets import DATASETS, has_split, open_source, pack_tree
+from moa_train.data.dataset import available_splits, open_split
+from moa_train.data.datasets import pack_tree
 from moa_train.data.pack import write_pack
+from moa_train.data.source import Source, align
 from moa_train.data.split import hold_out
 from moa_train.data.tree import scan
+from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
-from moa_train.schema import RunConfig
+from moa_train.schema import DataConfig, RunConfig
 
 SIZE = (16, 16)
+NAMES = ("digits", "cifar10", "cifar100", "imagenet", "folder")
+
+
+def configuration(name: str, root: Path | None = None, **settings: Any) -> DataConfig:
+    settings |= {"image_size": list(settings.pop("image_size", SIZE))}
+    return DataConfig(name=name, root=None if root is None else str(root), **settings)
+
+
+def open_source(name: str, *, split: str, **settings: Any) -> Source:
+    return open_split(configuration(name, **settings), split)
+
+
+def open_every_split(name: str, root: Path) -> dict[str, Source]:
+    config = RunConfig(data=configuration(name, root))
+    with Distributed.start("cpu") as alone:
+        return open_splits(config, alone)[0]
+
+
+def has_split(name: str, split: str, root: Path, val_fraction: float = 0.0) -> bool:
+    return split in available_splits(configuration(name, root, val_fraction=val_fraction))
 
 
 def test_digits_are_scikit_learns_kept_apart() -> None:
@@ -113,11 +138,11 @@ def test_a_folder_has_the_splits_it_has(
                 open_source("folder", split=split, image_size=SIZE, root=root, val_fraction=fraction)
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_without_a_validation_split_the_error_says_how_to_get_one(name: str, make_tree: Callable[..., Path]) -> None:
     root = make_tree(splits=("train", "test"), size=(32, 32))
     assert not has_split(name, "val", root)
-    with pytest.raises(UserError, match=r"no validation split\. Hold out a part of train, .*val_fraction=0\.1"):
+    with pytest.raises(UserError, match=r"no validation split\. Hold out a part of .*val_fraction=0\.1"):
         open_source(name, split="val", image_size=SIZE, root=root)
 
 
@@ -133,9 +158,10 @@ def test_splits_need_the_same_classes(make_tree: Callable[..., Path]) -> None:
     root = make_tree(splits=("train", "val", "test"), size=(32, 32))
     (root / "val" / "bee").rename(root / "val" / "wasp")
     (root / "test" / "bee").rename(root / "test" / "wasp")
-    for name, split in (("imagenet", "test"), ("folder", "val"), ("cifar10", "test")):
+    for name in ("imagenet", "folder", "cifar10"):
         with pytest.raises(UserError, match=r"different classes: only in train: bee; only in (val|test): wasp"):
-            open_source(name, split=split, image_size=SIZE, root=root)
+            open_every_split(name, root)
+    assert not (root / "pack-test.npy").exists()
 
 
 def pack(root: Path, out: Path, *splits: str) -> None:
@@ -173,10 +199,9 @@ def test_splits_need_the_same_classes_in_any_form(
             pack(source, root, split)
         else:
             shutil.copytree(source / split, root / split)
-    for name, split in (("folder", "val"), ("folder", "test"), ("cifar10", "test")):
-        assert len(open_source(name, split="train", image_size=SIZE, root=root)) == 2
-        with pytest.raises(UserError, match=rf"train and .*{split} have different classes: only in"):
-            open_source(name, split=split, image_size=SIZE, root=root)
+    for name in ("folder", "cifar10"):
+        with pytest.raises(UserError, match=r"train and .*(val|test) have different classes: only in"):
+            open_every_split(name, root)
 
 
 def test_the_order_of_classes_is_compared(tmp_path: Path) -> None:
@@ -184,7 +209,7 @@ def test_the_order_of_classes_is_compared(tmp_path: Path) -> None:
     write_pack(tmp_path, "train", images, np.arange(2), ["b", "a"])
     write_pack(tmp_path, "val", images, np.arange(2), ["a", "b"])
     with pytest.raises(UserError, match="their order differs"):
-        open_source("folder", split="val", image_size=SIZE, root=tmp_path)
+        open_every_split("folder", tmp_path)
 
 
 def test_trees_that_are_not_likely_to_be_meant_are_refused(make_tree: Callable[..., Path], tmp_path: Path) -> None:
@@ -204,7 +229,7 @@ def test_trees_that_are_not_likely_to_be_meant_are_refused(make_tree: Callable[.
             open_source(name, split="train", image_size=SIZE, root=other)
 
 
-HELD_OUT = {"val_fraction": 0.25, "image_size": SIZE}
+HELD_OUT = {"val_fraction": 0.25, "hold_out": "name"}
 
 
 def split_of(root: Path, **settings: object) -> dict[str, str]:
@@ -236,15 +261,13 @@ def test_runs_of_older_versions_keep_their_split(make_tree: Callable[..., Path])
     train = open_source("folder", split="train", image_size=SIZE, root=root)
     kept, held = hold_out(train.labels, 0.25)
     for split, rows in (("train", kept), ("val", held)):
-        part = open_source("folder", split=split, root=root, rule="position", val_fraction=0.25, image_size=SIZE)
+        part = open_source("folder", split=split, root=root, val_fraction=0.25)
         assert [part.name(row) for row in range(len(part))] == [train.name(row) for row in rows]
     assert RunConfig().data.hold_out == "position"  # what configurations have that do not name it
     pack(root, root, "train")
     for name in ("cifar10", "cifar100"):  # the rows of published numbers
-        part = open_source(name, split="val", root=root, val_fraction=0.25, image_size=SIZE)
-        assert part.name(0) == f"{name}/val/{held[0]}"
-    with pytest.raises(UserError, match="hold_out=names is not known"):
-        open_source("folder", split="val", root=root, rule="names", val_fraction=0.25, image_size=SIZE)
+        part = open_source(name, split="val", root=root, val_fraction=0.25, hold_out="name")
+        assert [part.name(row) for row in range(len(part))] == [f"{name}/val/{row}" for row in held]
 
 
 def test_a_model_is_evaluated_on_the_classes_that_are_there(
@@ -255,15 +278,16 @@ def test_a_model_is_evaluated_on_the_classes_that_are_there(
         if packed:
             pack(root, root, "test")
         for name in ("folder", "cifar10"):
-            source = open_source(name, split="test", root=root, image_size=SIZE, classes=["ant", "bee", "cat", "dog"])
+            whole = open_source(name, split="test", root=root)
+            source = align(whole, ["ant", "bee", "cat", "dog"])
             assert source.labels.tolist() == [1, 1, 3, 3]
             assert source.classes == ["ant", "bee", "cat", "dog"]
             assert f"{name}/test has no images of 2 of the 4 classes: ant, cat" in caplog.text
             caplog.clear()
             with pytest.raises(UserError, match=r"the model and .*test have different classes: .*only in test: dog"):
-                open_source(name, split="test", root=root, image_size=SIZE, classes=["ant", "bee", "cat"])
-    same = open_source("folder", split="test", root=root, image_size=SIZE, classes=["bee", "dog"])
-    assert same.labels.tolist() == [0, 0, 1, 1]
+                align(whole, ["ant", "bee", "cat"])
+    assert align(whole, ["bee", "dog"]) is whole
+    assert align(whole, ["dog", "bee"]).labels.tolist() == [1, 1, 0, 0]
     assert not caplog.text
 
 
@@ -274,7 +298,7 @@ def test_a_model_is_evaluated_on_the_classes_that_are_there(
         ("folder", "there is no such folder. Set data.root"),
         ("cifar10", r"does not hold cifar10: .*cifar-10-binary\.tar\.gz\. Add data\.download=true"),
         ("cifar100", r"does not hold cifar100: .*data\.download=true"),
-        ("cifar", "data.name=cifar is not known. Did you mean 'cifar10'"),
+        ("cifar", "data set=cifar is not known. Did you mean 'cifar10'"),
     ],
 )
 def test_missing_data_is_named_with_the_remedy(tmp_path: Path, name: str, message: str) -> None:

@@ -115,7 +115,7 @@ def one(name: str, image: Tensor, level: float) -> Tensor:
             return getattr(peer, f"adjust_{name}")(image, level)
         case "colour":
             return peer.adjust_saturation(image, level)
-    from moa_train.data.geometry import warp  # checked against torchvision in test_geometry
+    from moa_train.data.affine import warp  # checked against torchvision in test_geometry
 
     return warp(image, torch.tensor([affine_map(name, level, 32, 32)]), FILL)
 

@@ -15,10 +15,14 @@ from PIL import EpsImagePlugin, Image
 
 from moa_train.bench.input_peers import PillowImages
 from moa_train.cli.data import main
-from moa_train.data import EvalLoader, Order, TrainLoader, open_source
 from moa_train.data.check import check
+from moa_train.data.dataset import open_split
 from moa_train.data.image import FORMATS, Decoding, EncodedImage, reading
+from moa_train.data.loader import EvalLoader, TrainLoader
+from moa_train.data.order import Order
+from moa_train.data.view import RandomResizedCrop
 from moa_train.runtime.errors import UserError
+from moa_train.schema import DataConfig
 
 SOURCE = Path(__file__).parents[2] / "src"
 NAMES = ("9.png", "9.jpg", "9.jpeg", "9.jfif", "9.gif", "9.bmp", "9.ppm", "9.webp", "9.tif", "9.PNG")
@@ -66,15 +70,14 @@ def test_postscript_is_not_an_image_in_any_command(
     assert "9.PNG: unreadable image (not a valid file of a supported format" in capsys.readouterr().err
     assert len(check(root, workers=2).unreadable) == 2 * len(NAMES)
 
-    train = open_source("folder", split="train", root=root, image_size=(16, 16))
+    config = DataConfig(name="folder", root=str(root), image_size=16, unreadable="quarantine")
+    train, order, view = open_split(config, "train"), Order(12, 12, 0), RandomResizedCrop((16, 16))
     for workers in (0, 1):
-        loader = TrainLoader(
-            train, order=Order(len(train), 12, 0), micro_batch_size=12, workers=workers, unreadable="quarantine"
-        )
+        loader = TrainLoader(train, config, order=order, view=view, micro_batch_size=12, workers=workers)
         next(loader.batches())
         assert len(loader.quarantined) == len(NAMES)
         with pytest.raises(UserError, match="supported format"):
-            list(EvalLoader(open_source("folder", split="test", root=root, image_size=(16, 16)), batch_size=4))
+            list(EvalLoader(open_split(config, "test"), batch_size=4, workers=workers))
     with pytest.raises(OSError):
         PillowImages(train).open([train.name(row).endswith("9.gif") for row in range(len(train))].index(True))
     assert not started.exists()

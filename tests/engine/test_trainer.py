@@ -51,7 +51,7 @@ def test_a_run_writes_its_rows_and_checkpoints(straight, outcome):
         {"engine__eval_every": "1 step", "tracking__log_every": 1},
         {"engine__eval_every": "5 steps", "engine__save_every": "1 step", "tracking__log_every": 7},
         {"engine__eval_split": "none", "engine__save_every": "100%", "tracking__images": 4},
-        {"engine__eval_batch_size": 7, "tracking__tensorboard": "true", "engine__keep_every": "3 steps"},
+        {"engine__eval_batch_size": 7, "tracking__loggers": "[tensorboard]", "engine__keep_every": "3 steps"},
     ],
     ids=lambda changes: " ".join(changes),
 )

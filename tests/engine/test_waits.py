@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moa_train.build.run import build_run
+from moa_train.assembly.run import build_run
 from moa_train.data import Batch
 from moa_train.engine.step import TrainStep
 from moa_train.model import create_model
@@ -106,9 +106,9 @@ def forget_found_inf(part: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 EVERYTHING = {
     "augment.crop": "pad", "augment.flip": 0.5, "augment.randaugment_ops": 2, "augment.randaugment_magnitude": 9,
     "augment.erasing": 0.25, "augment.cutmix": 1.0, "augment.label_smoothing": 0.1, "model.drop_path": 0.5,
-    "model.moa.drop_path": 0.5, "engine.micro_batch_size": 16, "tracking.images": 4, "tracking.tensorboard": "true",
+    "model.moa.drop_path": 0.5, "engine.micro_batch_size": 16, "tracking.images": 4,
+    "tracking.loggers": "[tensorboard]", "tracking.log_every": 4,
     "schedule.duration": "7 steps", "engine.eval_every": "3 steps", "engine.save_every": "3 steps",
-    "tracking.log_every": 4,
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ PATIENCE = 240.0
 
 TRAIN, EVALUATE = "moa_train.cli.train", "moa_train.cli.evaluate"
 PRELOADED = (
-    *(TRAIN, EVALUATE, "moa_train.build.run", "moa_train.tracking.tensorboard"),
+    *(TRAIN, EVALUATE, "moa_train.assembly.run", "moa_train.tracking.tensorboard"),
     *("sklearn.datasets", "torch._dynamo"),
 )
 
@@ -32,7 +32,7 @@ TINY = (
     "data=digits data.limit=96 data.val_fraction=0.05 data.image_size=16 "
     "model.embed_dim=32 model.depths=[1,1] model.heads=[1,2] model.window=4 model.moa.reduction=8 "
     "runtime=exact runtime.device=cpu runtime.threads=1 engine.batch_size=16 engine.micro_batch_size=8 "
-    "tracking.tensorboard=false tracking.log_every=1 tracking.progress=plain "
+    "tracking.loggers=[] tracking.log_every=1 tracking.progress=plain "
     "engine.save_every='3 steps' engine.eval_every='5 steps' schedule.duration='18 steps' schedule.warmup=0%"
 )
 """18 updates, 6 an epoch, with averaged weights, Muon, augmentation and stochastic depth: all that has state."""

@@ -257,7 +257,7 @@ def test_killed_while_tensorboard_writes(tmp_path, draw, inject):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
-    command = f"{TINY} run_dir={run} resume=auto tracking.tensorboard=true"
+    command = f"{TINY} run_dir={run} resume=auto tracking.loggers=[tensorboard]"
     for _ in range(3):
         Job(command, tmp_path, faults=f"step.loss=kill@{draw.randint(4, 6)}").codes()
         inject()

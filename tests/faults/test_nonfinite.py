@@ -62,10 +62,10 @@ def test_rollback_repeats_from_the_checkpoint_at_half_the_rate(tmp_path, whole, 
     steps = train_rows(run)
     before = train_rows(whole)
     assert [row["step"] for row in steps] == list(range(1, 19))
-    back = next(i for i, (now, then) in enumerate(zip(steps, before, strict=True)) if now["rate"] != then["rate"])
+    back = next(i for i, (now, then) in enumerate(zip(steps, before, strict=True)) if now["lr"] != then["lr"])
     assert back <= step
     for now, then in zip(steps[back:], before[back:], strict=True):
-        assert now["rate"] == pytest.approx(then["rate"] / 2)
+        assert now["lr"] == pytest.approx(then["lr"] / 2)
 
 
 @pytest.mark.fault(8)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from moa_train.model.geometry import plan_stages
+from moa_train.model.stages import plan_stages
 from moa_train.model.summary import PeakMemory, summarize, training_memory
 
 IMAGENET = {"image_size": (224, 224), "num_classes": 1000, "patch_size": 4, "window": 14}

@@ -14,37 +14,37 @@ from moa_train.tracking.jsonl import JsonLines, read_rows
 
 
 def write(path: Path, steps: range, first_step: int = 0) -> None:
-    writer = JsonLines(path, first_step)
+    logger = JsonLines(path, first_step)
     for step in steps:
-        writer.log_step(step, {"loss": 1 / (step + 1), "rate": 1e-3})
-    writer.close()
+        logger.log_step(step, {"loss": 1 / (step + 1), "lr": 1e-3})
+    logger.close()
 
 
 def test_rows(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    writer = JsonLines(path)
-    writer.log_step(3, {"loss": 0.1 + 0.2, "rate": 1e-3})
-    writer.log_eval(3, {"top1": 50.0, "best": True}, "val")
-    text = path.read_text()  # before it is closed
+    logger = JsonLines(path)
+    logger.log_step(3, {"loss": 0.1 + 0.2, "lr": 1e-3})
+    logger.log_eval(3, {"top1": 50.0, "best": True}, "val")
+    text = path.read_text()  # while it is open
     assert [json.loads(line) for line in text.splitlines()] == [
-        {"kind": "train", "step": 3, "loss": 0.1 + 0.2, "rate": 1e-3},
+        {"kind": "train", "step": 3, "loss": 0.1 + 0.2, "lr": 1e-3},
         {"kind": "eval", "step": 3, "split": "val", "top1": 50.0, "best": True},
     ]
-    writer.close()
+    logger.close()
     assert read_rows(path) == [json.loads(line) for line in text.splitlines()]
 
 
-def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:
+def test_numbers_that_json_cannot_express(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    writer = JsonLines(path)
-    writer.log_step(1, {"loss": math.nan, "grad_norm": math.inf, "rate": -math.inf, "epoch": 1.0})
-    writer.close()
+    logger = JsonLines(path)
+    logger.log_step(1, {"loss": math.nan, "grad_norm": math.inf, "lr": -math.inf, "epoch": 1.0})
+    logger.close()
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
 
     row = json.loads(path.read_text(), parse_constant=refuse)
-    assert row == {"kind": "train", "step": 1, "loss": None, "grad_norm": None, "rate": None, "epoch": 1.0}
+    assert row == {"kind": "train", "step": 1, "loss": None, "grad_norm": None, "lr": None, "epoch": 1.0}
 
 
 def test_a_resume_writes_no_step_twice(tmp_path: Path) -> None:
@@ -56,11 +56,11 @@ def test_a_resume_writes_no_step_twice(tmp_path: Path) -> None:
     assert resumed.read_bytes() == straight.read_bytes()
     write(resumed, range(20), first_step=0)
     assert resumed.read_bytes() == straight.read_bytes()
-    assert list(tmp_path.glob("*partial*")) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed.jsonl", "straight.jsonl"]
 
 
 @pytest.mark.parametrize("size", [1, 10, 40])
-def test_a_half_written_line_is_dropped(tmp_path: Path, size: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_partial_line_is_dropped(tmp_path: Path, size: int, caplog: pytest.LogCaptureFixture) -> None:
     straight, cut = tmp_path / "straight.jsonl", tmp_path / "cut.jsonl"
     write(straight, range(10))
     write(cut, range(5))
@@ -73,7 +73,9 @@ def test_a_half_written_line_is_dropped(tmp_path: Path, size: int, caplog: pytes
 
 
 @pytest.mark.parametrize("damage", [b"\x00\xff\xfe", b"[1, 2]", b'{"step": "three"}', b"", b"{}", b'{"step": 1'])
-def test_a_damaged_line_is_left_out_and_named(tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_line_is_skipped_and_reported(
+    tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, range(5))
     lines = path.read_bytes().splitlines()
@@ -81,16 +83,16 @@ def test_a_damaged_line_is_left_out_and_named(tmp_path: Path, damage: bytes, cap
     path.write_bytes(b"\n".join(lines) + b"\n")
     with caplog.at_level(logging.WARNING):
         assert [row["step"] for row in read_rows(path)] == [0, 1, 3, 4]
-    assert [record.getMessage() for record in caplog.records] == [f"{path}: line 3 is damaged and left out."]
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: line 3 is damaged. It is skipped."]
 
 
-def test_a_left_over_of_a_kill_while_it_was_rewound(tmp_path: Path) -> None:
+def test_rows_of_older_versions_with_the_former_name_of_lr(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    write(path, range(5))
-    (tmp_path / "metrics.jsonl.partial").write_text('{"kind": "train", "st')
-    write(path, range(3, 5), first_step=3)
-    assert [row["step"] for row in read_rows(path)] == [0, 1, 2, 3, 4]
-    assert not (tmp_path / "metrics.jsonl.partial").exists()
+    path.write_text('{"kind": "train", "step": 1, "loss": 2.0, "rate": 0.1, "memory": 3}\n')
+    expected = {"kind": "train", "step": 1, "loss": 2.0, "lr": 0.1, "memory": 3}
+    assert read_rows(path) == [expected]
+    JsonLines(path, first_step=2).close()
+    assert json.loads(path.read_text()) == expected
 
 
 KILLED = """
@@ -98,14 +100,14 @@ import sys
 from pathlib import Path
 from moa_train.tracking.jsonl import JsonLines
 path, first = Path(sys.argv[1]), int(sys.argv[2])
-writer = JsonLines(path, first)
+logger = JsonLines(path, first)
 for step in range(first, 10**9):
-    writer.log_step(step, {"loss": step / 7, "text": "x" * 5000})
+    logger.log_step(step, {"loss": step / 7, "text": "x" * 5000})
 """
 
 
 def test_sigkill_while_writing(tmp_path: Path) -> None:
-    """Killed twice at some moment: what is there is whole, in order, and without gaps."""
+    """After each of two kills at a random moment, the rows are complete, in order and without gaps."""
     path, first = tmp_path / "metrics.jsonl", 0
     for _ in range(2):
         process = subprocess.Popen([sys.executable, "-c", KILLED, str(path), str(first)])

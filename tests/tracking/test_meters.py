@@ -4,21 +4,21 @@ import math
 import pytest
 import torch
 
-from moa_train.tracking.meters import RunningMeans, Speed
+from moa_train.tracking.meters import HALF_LIFE, RunningMeans, Speed
 
 
 def test_means_since_the_last_read() -> None:
     means = RunningMeans()
     for value in (1.0, 2.0, 6.0):
-        means.add({"loss": torch.tensor(value, requires_grad=True) * 1, "rate": value / 2})
-    means.add({"loss": torch.tensor(3.0)})  # rate was not observed this time
-    assert means.read() == {"loss": 3.0, "rate": 1.5}
+        means.add({"loss": torch.tensor(value, requires_grad=True) * 1, "lr": value / 2})
+    means.add({"loss": torch.tensor(3.0)})  # lr is not observed this time
+    assert means.read() == {"loss": 3.0, "lr": 1.5}
     assert means.read() == {}
     means.add({"loss": torch.tensor(5.0)})
     assert means.read() == {"loss": 5.0}
 
 
-def test_what_is_not_finite_is_seen() -> None:
+def test_nan_is_not_hidden() -> None:
     means = RunningMeans()
     for value in (1.0, math.nan, 2.0):
         means.add({"loss": torch.tensor(value)})
@@ -26,12 +26,12 @@ def test_what_is_not_finite_is_seen() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_stored_and_restored_in_between_to_the_bit(dtype: torch.dtype) -> None:
+def test_saving_and_loading_in_between_changes_no_bit(dtype: torch.dtype) -> None:
     values = torch.randn(40, generator=torch.Generator().manual_seed(0)).to(dtype)
     straight, resumed = RunningMeans(), RunningMeans()
     for number, value in enumerate(values):
-        straight.add({"loss": value, "rate": number / 7})
-        resumed.add({"loss": value, "rate": number / 7})
+        straight.add({"loss": value, "lr": number / 7})
+        resumed.add({"loss": value, "lr": number / 7})
         if number % 13 == 0:
             state = json.loads(json.dumps(resumed.state_dict()))
             resumed = RunningMeans()
@@ -46,10 +46,10 @@ def test_adding_does_not_wait_for_the_device() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            means.add({"loss": loss, "rate": 1.0})
+            means.add({"loss": loss, "lr": 1.0})
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert means.read() == {"loss": 1.0, "rate": 1.0}
+    assert means.read() == {"loss": 1.0, "lr": 1.0}
 
 
 class Clock:
@@ -62,7 +62,7 @@ class Clock:
 
 def test_steady_speed() -> None:
     clock = Clock()
-    speed = Speed(half_life=10.0, clock=clock)
+    speed = Speed(clock=clock)
     assert (speed.rate, speed.seconds_left(5)) == (None, None)
     speed.restart()
     for _ in range(50):
@@ -74,10 +74,10 @@ def test_steady_speed() -> None:
 
 def test_a_new_speed_has_half_the_weight_after_one_half_life() -> None:
     clock = Clock()
-    speed = Speed(half_life=10.0, clock=clock)
+    speed = Speed(clock=clock)
     speed.restart()
-    for seconds, count in ((1000, 100), (10, 200)):  # at 100 a second for long, then at 200
-        for _ in range(seconds * 10):
+    for seconds, count in ((1000, 100), (HALF_LIFE, 200)):  # 100 per second for long, then 200
+        for _ in range(int(seconds * 10)):
             clock.now += 0.1
             speed.tick(count / 10)
     assert speed.rate == pytest.approx(150, rel=0.01)
@@ -97,7 +97,7 @@ def test_pauses_do_not_count() -> None:
 
 
 def test_the_first_tick_only_starts_the_clock() -> None:
-    """The first step takes compilation and warm-up along; it would spoil the estimate."""
+    """The first step includes compilation and warmup, which would distort the estimate."""
     clock = Clock()
     speed = Speed(clock=clock)
     clock.now += 60

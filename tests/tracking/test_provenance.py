@@ -50,7 +50,7 @@ def test_commit_diff_and_untracked_files_of_the_checkout(checkout):
     assert state["untracked"] == ["new.py"]
 
 
-def test_somebody_elses_checkout_around_an_installed_package_is_not_taken_for_its_own(checkout):
+def test_the_checkout_of_another_project_around_an_installed_package_is_ignored(checkout):
     (checkout / ".gitignore").write_text("site-packages\n")
     (checkout / "site-packages/moa_train").mkdir(parents=True)
     (checkout / "site-packages/moa_train/code.py").write_text("")
@@ -79,11 +79,11 @@ def test_every_start_adds_a_record_and_equal_diffs_share_a_file(tmp_path):
     assert diff.read_text() == "+a\n"
     assert records[0]["code"] == records[1]["code"] == {"sha256": "x", "commit": "c", "diff_file": diff.name}
     assert "diff_file" not in records[2]["code"]
-    assert record["code"]["diff"] == "+a\n"  # the caller's is untouched
+    assert record["code"]["diff"] == "+a\n"  # the caller's record is unchanged
     assert sorted(path.name for path in tmp_path.iterdir()) == [diff.name, "provenance.json"]
 
 
-def test_a_damaged_record_is_set_aside_not_lost(tmp_path):
+def test_a_damaged_file_is_renamed_not_lost(tmp_path):
     (tmp_path / "provenance.json").write_text('[{"command": "one"')
     assert provenance.read(tmp_path) == []
     provenance.write(tmp_path, {"command": "two", "code": {}})
@@ -100,7 +100,7 @@ def test_the_command_line_can_be_typed_again(tmp_path):
     assert shlex.split(done.stdout) == words
 
 
-def test_of_several_runs_a_command_has_its_own_arguments(monkeypatch):
+def test_each_of_several_runs_has_its_own_arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["moa-train", "-m", "optim.lr=1,2"])
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "moa_train.cli.train", "-m", "optim.lr=1,2"])
     assert provenance.command(["optim.lr=1"]) == "python -m moa_train.cli.train optim.lr=1"
@@ -118,8 +118,8 @@ def test_of_several_runs_a_command_has_its_own_arguments(monkeypatch):
         (["python", "/bin/moa-train", "a=b"], ["--no-python", "python", "/bin/moa-train", "a=b"]),
     ],
 )
-def test_torchrun_stands_before_it(monkeypatch, worker, typed):
-    """Torchrun starts its workers with -u, unless --no-python gave it a program."""
+def test_the_command_includes_torchrun(monkeypatch, worker, typed):
+    """Torchrun starts its workers with -u, except with --no-python."""
     monkeypatch.setattr(sys, "orig_argv", worker)
     for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
@@ -127,12 +127,12 @@ def test_torchrun_stands_before_it(monkeypatch, worker, typed):
     assert shlex.split(provenance.command()) == [*prefix, *typed]
 
 
-def test_the_digest_of_the_code_is_that_of_its_files():
+def test_the_digest_covers_the_files_of_the_package():
     source = Path(provenance.__file__).parents[1]
     assert provenance.source_digest() == provenance.source_digest(source)
 
 
-def test_another_byte_or_name_is_another_digest(tmp_path):
+def test_a_changed_byte_or_name_changes_the_digest(tmp_path):
     digests = set()
     for name, content in (("a.py", "x"), ("a.py", "y"), ("b.py", "y"), ("sub/b.py", "y")):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -13,16 +13,16 @@ from moa_train.tracking.report import Curves, draw, main, table
 
 def make_run(folder: Path, epochs: int = 40) -> Path:
     folder.mkdir()
-    writer = JsonLines(folder / "metrics.jsonl")
+    logger = JsonLines(folder / "metrics.jsonl")
     for step in range(1, 10 * epochs + 1):
         epoch = step / 10
         if step % 5 == 0:
-            writer.log_step(step, {"epoch": epoch, "loss": 4 / (1 + epoch)})
+            logger.log_step(step, {"epoch": epoch, "loss": 4 / (1 + epoch)})
         if step % 10 == 0:
             top1 = 90.0 - (epoch - 30) ** 2 / 20  # best at 30
-            writer.log_eval(step, {"epoch": epoch, "loss": 3 / epoch, "top1": top1, "top5": 95.0}, "val")
-    writer.log_eval(10 * epochs, {"top1": 80.0}, "test")
-    writer.close()
+            logger.log_eval(step, {"epoch": epoch, "loss": 3 / epoch, "top1": top1, "top5": 95.0}, "val")
+    logger.log_eval(10 * epochs, {"top1": 80.0}, "test")
+    logger.close()
     return folder
 
 
@@ -50,9 +50,9 @@ def test_table_has_first_last_and_best(tmp_path: Path) -> None:
 def test_runs_without_evaluations_or_losses(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    writer = JsonLines(folder / "metrics.jsonl")
-    writer.log_step(1, {"loss": float("nan")})
-    writer.close()
+    logger = JsonLines(folder / "metrics.jsonl")
+    logger.log_step(1, {"loss": float("nan")})
+    logger.close()
     assert table(Curves.read(folder)) == "run: no evaluations."
 
 
@@ -65,16 +65,16 @@ def test_picture(tmp_path: Path) -> None:
     assert 0.02 < np.mean(picture.min(axis=1) < 200) < 0.3  # mostly white, not all white
 
 
-def test_a_single_evaluation_is_seen(tmp_path: Path) -> None:
+def test_a_single_evaluation_is_visible(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "run").mkdir()
-    writer = JsonLines(tmp_path / "run" / "metrics.jsonl")
-    writer.log_eval(8, {"epoch": 1.0, "loss": 2.0, "top1": 50.0}, "test")
-    writer.close()
+    logger = JsonLines(tmp_path / "run" / "metrics.jsonl")
+    logger.log_eval(8, {"epoch": 1.0, "loss": 2.0, "top1": 50.0}, "test")
+    logger.close()
     draw([Curves.read(tmp_path / "run")], tmp_path / "curves.png")
     picture = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(int)
     height, width, _ = picture.shape
-    top_right = picture[: height // 2, width // 2 :]  # the legend, of the same colour, is below
+    top_right = picture[: height // 2, width // 2 :]  # the legend has the same color but is below
     assert (np.abs(top_right - (0, 0x72, 0xB2)).max(axis=-1) < 10).sum() > 20
 
 
@@ -82,9 +82,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(make_run(tmp_path / "run"))]) == 0
     assert capsys.readouterr().out.startswith("run\n\n| epoch |")
     assert main([str(tmp_path)]) == 2
-    assert "holds no metrics.jsonl" in capsys.readouterr().err
+    assert "has no metrics.jsonl" in capsys.readouterr().err
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match="no rows yet"):
+    with pytest.raises(UserError, match="has no rows yet"):
         Curves.read(tmp_path)
 
 
@@ -95,4 +95,4 @@ def test_without_matplotlib_the_message_says_what_to_install(tmp_path: Path) -> 
         f"from moa_train.tracking.report import main; sys.exit(main([{str(run)!r}, '--png', 'x.png']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "Drawing needs matplotlib: pip install 'moa-train[plot]'.\n")
+    assert (done.returncode, done.stderr) == (2, "Drawing curves needs matplotlib: pip install 'moa-train[plot]'.\n")

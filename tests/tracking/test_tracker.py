@@ -11,12 +11,16 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moa_train.runtime.errors import UserError
-from moa_train.tracking import open_tracker
+from moa_train.tracking.csv_file import CsvFile
 from moa_train.tracking.jsonl import read_rows
+from moa_train.tracking.tensorboard import TensorBoard
+from moa_train.tracking.tracker import open_tracker
 
 
 def train(run_dir: Path, steps: range, stream: io.StringIO, resumed_step: int = 0) -> None:
-    tracker = open_tracker(run_dir, total_steps=30, steps_per_epoch=10, resumed_step=resumed_step, stream=stream)
+    tracker = open_tracker(
+        run_dir, total_steps=30, steps_per_epoch=10, resumed_step=resumed_step, loggers=[TensorBoard], stream=stream
+    )
     if not resumed_step:
         tracker.log_images(0, torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
     for step in steps:
@@ -28,7 +32,7 @@ def train(run_dir: Path, steps: range, stream: io.StringIO, resumed_step: int = 
     tracker.say("the end")
 
 
-def test_every_writer_is_told_and_a_resume_continues(tmp_path: Path) -> None:
+def test_every_logger_receives_everything_and_a_resume_continues(tmp_path: Path) -> None:
     stream = io.StringIO()
     train(tmp_path, range(1, 18), stream)
     train(tmp_path, range(11, 31), stream, resumed_step=10)
@@ -42,14 +46,16 @@ def test_every_writer_is_told_and_a_resume_continues(tmp_path: Path) -> None:
     assert stream.getvalue().count("the end") == 2
 
 
-def test_a_run_that_starts_over_hides_what_was_there(tmp_path: Path) -> None:
+def test_a_run_that_starts_again_replaces_its_rows(tmp_path: Path) -> None:
     for _ in range(2):
         train(tmp_path, range(1, 6), io.StringIO())
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
-def test_other_ranks_write_nothing(tmp_path: Path, capfd: object) -> None:
-    tracker = open_tracker(tmp_path, total_steps=30, steps_per_epoch=10, is_main=False)
+def test_other_ranks_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tracker = open_tracker(
+        tmp_path, total_steps=30, steps_per_epoch=10, is_main=False, loggers=[TensorBoard, CsvFile], profile_steps=1
+    )
     tracker.advance(1)
     tracker.log_step(1, {"loss": 1.0})
     tracker.log_eval(1, {"top1": 1.0})
@@ -57,23 +63,16 @@ def test_other_ranks_write_nothing(tmp_path: Path, capfd: object) -> None:
     tracker.say("nothing")
     tracker.close({"top1": 1.0})
     assert list(tmp_path.iterdir()) == []
-    assert capfd.readouterr() == ("", "")  # type: ignore[attr-defined]
-
-
-def test_tensorboard_can_be_switched_off(tmp_path: Path) -> None:
-    tracker = open_tracker(tmp_path, total_steps=3, steps_per_epoch=3, tensorboard=False, stream=io.StringIO())
-    tracker.log_step(1, {"loss": 1.0})
-    tracker.close({"top1": 1.0})
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert capfd.readouterr() == ("", "")
 
 
 FULL = """
 import io, sys
 from pathlib import Path
-from moa_train.tracking import open_tracker
-tracker = open_tracker(
-    Path(sys.argv[1]), total_steps=10**6, steps_per_epoch=10, tensorboard=sys.argv[2] == "True", stream=io.StringIO()
-)
+from pkgutil import resolve_name
+from moa_train.tracking.tracker import open_tracker
+loggers = [resolve_name(f"moa_train.tracking.{name}") for name in sys.argv[2:]]
+tracker = open_tracker(Path(sys.argv[1]), total_steps=10**6, steps_per_epoch=10, loggers=loggers, stream=io.StringIO())
 try:
     for step in range(1, 10**6):
         tracker.log_step(step, {"loss": 1.0})
@@ -82,15 +81,19 @@ finally:
 """
 
 
-@pytest.mark.parametrize("tensorboard", [True, False])
-def test_a_full_disk_is_named_at_once_and_what_was_written_stays(tmp_path: Path, tensorboard: bool) -> None:
+@pytest.mark.parametrize(
+    ("loggers", "name"),
+    [([], r"metrics\.jsonl"), (["tensorboard:TensorBoard"], r"tensorboard/events\.out\.\S+")],
+)
+def test_a_full_disk_is_reported_at_once_and_keeps_the_rows_before(
+    tmp_path: Path, loggers: list[str], name: str
+) -> None:
     def fill() -> None:  # files of the child may not grow beyond 2,000 bytes
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 
-    command = [sys.executable, "-c", FULL, str(tmp_path), str(tensorboard)]
+    command = [sys.executable, "-c", FULL, str(tmp_path), *loggers]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, preexec_fn=fill)
-    name = r"tensorboard/events\.out\.\S+" if tensorboard else r"metrics\.jsonl"
     pattern = rf"moa_train\.runtime\.errors\.UserError: {tmp_path}/{name} cannot be written: File too large\..*"
     assert re.fullmatch(pattern, done.stderr.splitlines()[-1])
     steps = [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")]
@@ -103,7 +106,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics.jsonl cannot be written: Not a directory"):
         open_tracker(tmp_path / "file", total_steps=3, steps_per_epoch=3)
     (tmp_path / "tensorboard").touch()
-    tracker = open_tracker(tmp_path, total_steps=3, steps_per_epoch=3, stream=io.StringIO())
+    tracker = open_tracker(tmp_path, total_steps=3, steps_per_epoch=3, loggers=[TensorBoard], stream=io.StringIO())
     with pytest.raises(UserError, match=r"tensorboard cannot be written: File exists"):
         tracker.log_step(1, {"loss": 1.0})
     tracker.close()

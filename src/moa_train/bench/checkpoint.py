@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
+from moa_train.assembly.training import build_state
 from moa_train.bench import plain
 from moa_train.bench.job import Job
 from moa_train.bench.report import Row, Table
 from moa_train.bench.timing import Measure, alternate, synchronize
-from moa_train.build.state import build_state
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.state import TrainState
 from moa_train.runtime.precision import Precision
@@ -45,7 +45,7 @@ def _measure(job: Job, precision: Precision) -> Table:
         size = sum(path.stat().st_size for path in newest.path.iterdir())
     rows = [Row(name, "ms", [1e3 * value for value in taken]) for name, taken in seconds.items()]
     waits, whole, *_, theirs = rows
-    title = f"{config.model.variant}, {config.optim.name}, {size / 2**20:.1f} MiB of files, in the system's cache"
+    title = f"{config.model.title}, {config.optim.name}, {size / 2**20:.1f} MiB of files, in the system's cache"
     return Table("checkpoint", title, [*rows, waits.over(theirs), whole.over(theirs)])
 
 

@@ -8,6 +8,7 @@ are augmented as configured, with ``infer`` they are prepared for evaluation.
 import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
@@ -18,24 +19,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moa_train.assembly.inputs import (
+    build_augment,
+    build_eval_loader,
+    build_eval_transform,
+    build_train_loader,
+    build_train_transform,
+)
 from moa_train.bench import input_peers
 from moa_train.bench.job import Job
 from moa_train.bench.peers import need
 from moa_train.bench.report import Row, Table
 from moa_train.bench.timing import alternate, timed
-from moa_train.build.data import (
-    build_augment,
-    build_eval_loader,
-    build_eval_transform,
-    build_source,
-    build_train_loader,
-    build_train_transform,
-)
-from moa_train.data import Mixer, Source
 from moa_train.data.batch import images_at_once
 from moa_train.data.counter import sample_keys
+from moa_train.data.dataset import open_split
 from moa_train.data.files import FileSource
 from moa_train.data.image import EncodedImage
+from moa_train.data.mix import Mixer
+from moa_train.data.source import Source
 from moa_train.schema import RunConfig, image_shape
 
 BATCHES = 8
@@ -49,7 +51,7 @@ def prepare(job: Job) -> Callable[[], Iterator[Table]]:
     names = [name for name in job.against if "/" not in name]
     for name in names:
         need(name)
-    source = build_source(job.config.data, "train")
+    source = open_split(job.config.data, "train")
     batches = job.batches or [job.config.engine.micro_batch_size or job.config.engine.batch_size]
 
     def measure() -> Iterator[Table]:
@@ -101,7 +103,7 @@ def _ours(job: Job, config: RunConfig, source: Source, mode: str) -> Pipeline:
         for batch in chain.from_iterable(repeat(evaluation)):
             there = batch.to(job.device, non_blocking=True)
             yield prepare(there), there.labels
-    augment = build_train_transform(config, source, off_step=sys.maxsize)
+    augment = build_train_transform(config, source, weak_from=sys.maxsize)
     for batch in build_train_loader(config, source, job.alone).batches():
         yield augment(batch.to(job.device, non_blocking=True), batch.step)
 
@@ -134,8 +136,8 @@ def _stages(
     some = images_at_once(images)
     pixels = images[:some]
     if mode == "train":
-        for name, stage in augment.stages.items():
-            stages[name] = (partial(stage, pixels, keys[:some]), len(pixels))
+        for name, op in augment.ops.items():
+            stages[name] = (partial(op, pixels, keys[:some]), len(pixels))
     stages["normalize"] = (partial(augment.normalize, pixels), len(pixels))
     if mode == "train":
         normal, labels = augment.normalize(images), batch.labels.to(job.device)
@@ -143,8 +145,8 @@ def _stages(
             stages["erase"] = (partial(augment.erase, normal[:some], keys[:some]), len(pixels))
         for name in ("mixup", "cutmix"):
             if alpha := getattr(config.augment, name):
-                only = {"mixup": 0.0, "cutmix": 0.0, name: alpha}
-                mixer = Mixer(num_classes=len(source.classes), **only)
+                only = replace(config.augment, **{"mixup": 0.0, "cutmix": 0.0, "mix_prob": 1.0, name: alpha})
+                mixer = Mixer(only, len(source.classes))
                 stages[name] = (partial(mixer, normal, labels, (config.runtime.seed, 0, 0)), size)
     return stages
 

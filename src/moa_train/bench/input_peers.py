@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from moa_train.build.data import statistics
-from moa_train.data import Source
 from moa_train.data.arrays import ArraySource
 from moa_train.data.image import open_image
-from moa_train.schema import RunConfig, image_shape
+from moa_train.data.source import Source
+from moa_train.plugins import DATASETS
+from moa_train.schema import DataConfig, RunConfig, image_shape
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -57,6 +57,12 @@ class PillowImages(Dataset):
             return Image.fromarray(self.pixels[index])
         with Path(self.source.name(index)).open("rb") as file:
             return open_image(file).convert("RGB")
+
+
+def statistics(config: DataConfig) -> tuple[list[float], list[float]]:
+    """Return the channel means and standard deviations that images are normalized with."""
+    known = DATASETS.load(config.name)
+    return list(config.mean or known.mean), list(config.std or known.std)
 
 
 def timm(

@@ -18,13 +18,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from moa_train.assembly.inputs import open_splits
+from moa_train.assembly.run import Run, build_run
+from moa_train.assembly.validation import check_config
 from moa_train.bench import plain
 from moa_train.bench.job import Job
 from moa_train.bench.report import Row, Table
 from moa_train.bench.timing import synchronize
-from moa_train.build.check import check_config
-from moa_train.build.data import open_splits
-from moa_train.build.run import Run, build_run
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.signals import StopSignals
 from moa_train.schema import RunConfig
@@ -45,7 +45,7 @@ def training(config: RunConfig, steps: int) -> RunConfig:
     """Return the configuration of a run of so many steps as they are anywhere in the run; nothing is evaluated."""
     config = copy.deepcopy(config)
     config.run_dir = config.resume = config.replay = config.init = config.engine.stop_after = None
-    config.schedule.duration, config.schedule.warmup, config.augment.off = f"{steps} steps", "0%", "0%"
+    config.schedule.duration, config.schedule.warmup, config.augment.weak_for = f"{steps} steps", "0%", "0%"
     config.engine.eval_split, config.engine.ema_decay = "none", 0.0
     config.tracking.progress, config.tracking.profile_steps = "plain", 0
     return config
@@ -91,7 +91,7 @@ def _compare(job: Job, config: RunConfig) -> Table:
         run.trainer.tracker.close()
     rows = [Row(name, "ms", [1e3 * value / job.steps for value in taken]) for name, taken in seconds.items()]
     batch = f"batch {config.engine.batch_size} = {bare.passes} x {config.engine.micro_batch_size}"
-    title = f"{config.model.variant}, {config.data.name}, {bare.precision.name}, {batch}, turns of {job.steps} steps"
+    title = f"{config.model.title}, {config.data.name}, {bare.precision.name}, {batch}, turns of {job.steps} steps"
     saves = f"a save each, a log row every {config.tracking.log_every}"
     return Table("loop", f"{title}, {saves}", [*rows, rows[0].over(rows[1])])
 

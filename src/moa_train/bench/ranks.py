@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
+from moa_train.assembly.inputs import open_splits
+from moa_train.assembly.process import set_up_process
+from moa_train.assembly.run import build_run
+from moa_train.assembly.validation import check_config
 from moa_train.bench.job import Job
 from moa_train.bench.loop import before_each_step, training
 from moa_train.bench.report import Row, Table
 from moa_train.bench.timing import alternate, synchronize
-from moa_train.build.check import check_config
-from moa_train.build.data import open_splits
-from moa_train.build.run import build_run
-from moa_train.build.runtime import build_runtime
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals
@@ -43,7 +43,7 @@ def prepare(job: Job) -> Callable[[], Iterator[Table]]:
         raise UserError(f"--ranks {ranks} cannot share engine.batch_size={batch}: it must be a multiple.")
     config = training(job.config, steps=WARMUP + job.steps + 1)
     config.engine.micro_batch_size, config.engine.save_every = batch // ranks, config.schedule.duration
-    config.tracking.tensorboard = False
+    config.tracking.loggers = []
     check_config(config)
     open_splits(config, job.alone)
     alone = copy.deepcopy(config)
@@ -64,7 +64,7 @@ def _compare(job: Job, config: RunConfig, alone: RunConfig) -> Table:
     one = Row.rate("N x one process" if cuda else "one process", seconds["one"], job.steps * config.engine.batch_size)
     each = "a GPU each" if cuda else f"{config.runtime.threads} of {alone.runtime.threads} threads each"
     batch = f"batch {config.engine.batch_size}, turns of {job.steps} steps"
-    title = f"{config.model.variant}, {config.data.name}, {each}, {batch}"
+    title = f"{config.model.title}, {config.data.name}, {each}, {batch}"
     return Table("ranks", title, [several, one, several.over(one)])
 
 
@@ -88,7 +88,7 @@ def worker(folder: Path, steps: int) -> None:
     """Be one of the processes."""
     config: RunConfig = from_dict(json.loads((folder / "config.json").read_text()))
     with Distributed.start(config.runtime.device, config.runtime.timeout) as distributed:
-        build_runtime(config.runtime, distributed)
+        set_up_process(config.runtime, distributed)
         run = build_run(config, run_dir=folder, distributed=distributed, stop=StopSignals())
         marks: list[float] = []
 

@@ -6,18 +6,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 
+from moa_train.assembly.inputs import open_splits
+from moa_train.assembly.validation import check_config
 from moa_train.bench.job import Job
 from moa_train.bench.report import Row, Table
 from moa_train.bench.timing import alternate
-from moa_train.build.check import check_config
-from moa_train.build.data import open_splits
-from moa_train.build.model import model_fields
+from moa_train.schema import image_shape
 
 LEAST = """
 import json, sys, torch, torchvision
-from moa_train.model import create_model
-create_model(**json.loads(sys.argv[1]))
+from moa_train.model.registry import create_model
+from moa_train.schema import ModelConfig, from_dict
+config, size, classes = json.loads(sys.argv[1])
+create_model(from_dict(config, ModelConfig, "model."), image_size=tuple(size), num_classes=classes)
 print("built", flush=True)
 """
 
@@ -31,7 +34,7 @@ def prepare(job: Job) -> Callable[[], Iterator[Table]]:
 
 def _compare(job: Job) -> Table:
     config = job.config
-    fields = {"name": config.model.name, **model_fields(config.model, config.data, job.num_classes)}
+    model = [asdict(config.model), image_shape(config.data.image_size), job.num_classes]
 
     def product() -> float:
         with tempfile.TemporaryDirectory() as folder:
@@ -43,10 +46,10 @@ def _compare(job: Job) -> Table:
             ]
             return until("step 1/", ["-m", "moa_train.cli.train", *job.overrides, *settings])
 
-    measures = {"first step": product, "imports, model": lambda: until("built", ["-c", LEAST, json.dumps(fields)])}
+    measures = {"first step": product, "imports, model": lambda: until("built", ["-c", LEAST, json.dumps(model)])}
     alternate(measures, 1)  # to warm up the system's cache
     rows = [Row(name, "s", seconds) for name, seconds in alternate(measures, job.rounds).items()]
-    return Table("start", f"{config.model.variant}, {config.data.name}", [*rows, rows[0].over(rows[1])])
+    return Table("start", f"{config.model.title}, {config.data.name}", [*rows, rows[0].over(rows[1])])
 
 
 def until(mark: str, arguments: Sequence[str]) -> float:

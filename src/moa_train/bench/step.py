@@ -16,14 +16,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from moa_train.assembly.training import build_state
 from moa_train.bench import memory, plain
 from moa_train.bench.job import Job
 from moa_train.bench.peers import build_peer, check_peer
 from moa_train.bench.report import Row, Table
 from moa_train.bench.timing import alternate, timed
-from moa_train.build.model import build_model
-from moa_train.build.state import build_state
-from moa_train.optim import clip_gradients
+from moa_train.model.registry import create_model
+from moa_train.optim.clip import clip_gradients
 from moa_train.optim.optimizers import Optimizers
 from moa_train.runtime.precision import Precision
 from moa_train.schema import RunConfig, image_shape
@@ -72,8 +72,9 @@ def _ours(job: Job, config: RunConfig, recomputing: bool) -> Entrant:
         return state.model, state.optimizer
 
     with torch.device("meta"):
-        macs = count_macs(build_model(config.model, config.data, job.num_classes), image_shape(config.data.image_size))
-    return Entrant(config.model.variant + (" checkpointing" if recomputing else ""), build, macs)
+        size = image_shape(config.data.image_size)
+        macs = count_macs(create_model(config.model, image_size=size, num_classes=job.num_classes), size)
+    return Entrant(config.model.title + (" checkpointing" if recomputing else ""), build, macs)
 
 
 def _theirs(job: Job, text: str) -> Entrant:
@@ -103,7 +104,7 @@ def _compare(job: Job, entrants: list[Entrant], mode: str, precision: Precision,
     noise = torch.Generator().manual_seed(config.runtime.seed)
     images = torch.randn(batch, 3, *size, generator=noise).to(device, memory_format=layout)
     targets = torch.rand(batch, job.num_classes, generator=noise).softmax(dim=1).to(device)
-    clip = partial(clip_gradients, mode=config.optim.clip, limit=config.optim.clip_value)
+    clip = partial(clip_gradients, config=config.optim)
 
     side = 8192 if device.type == "cuda" else 2048
     matrix = torch.randn(side, side, dtype=precision.dtype, device=device)

@@ -6,12 +6,14 @@ import difflib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -25,10 +27,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 import moa_train.conf
 from moa_train import __version__
+from moa_train.knobs import in_words, knobs
+from moa_train.plugins import args_type
 from moa_train.runtime.cpu import wait_briefly
 from moa_train.runtime.errors import LostRankError, UserError, choose
 from moa_train.runtime.signals import Exit
-from moa_train.schema import knobs, validate
+from moa_train.schema import parts, validate
 
 CONF = Path(moa_train.conf.__file__).parent
 GROUPS = {folder.name: folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "__pycache__"}
@@ -46,7 +50,7 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
     """
     store = ConfigStore.instance()
     store.store(name=f"{config_name}_schema", node=schema)
-    store.store(group="hydra/help", name=f"{config_name}_help", node=_help(schema, examples))
+    store.store(group="hydra/help", name=f"{config_name}_help", node={})
 
     def checked(config: DictConfig) -> None:
         # Inside Hydra's task, so that --help, --cfg and multirun stay Hydra's.
@@ -59,6 +63,8 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
 
     wait_briefly()
     arguments = sys.argv[1:]
+    # A user's own modules lie next to the recipe or in the current folder; last, so that they never hide a library.
+    sys.path += [str(root.resolve()) for root in config_roots(arguments)[1:]] + [str(Path.cwd())]
     if "--version" in arguments:
         print(f"moa-train {__version__}")
         sys.exit(Exit.FINISHED)
@@ -69,13 +75,42 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions arrive as they are: whose they are is told apart here
 
     def compose() -> None:
-        if not {"--help", "-h", "--hydra-help", "--shell-completion", "-sc"} & set(arguments):
+        if {"--help", "-h"} & set(arguments):
+            text = _help(schema, examples, _own_settings(arguments, config_name))
+            store.store(group="hydra/help", name=f"{config_name}_help", node=text)
+        elif not {"--hydra-help", "--shell-completion", "-sc"} & set(arguments):
             check_overrides(arguments, schema)
         # Options first: argparse takes arguments on one side of them only.
-        sys.argv[1:] = sorted(arguments, key=lambda text: "=" in text and not text.startswith("-"))
+        sys.argv[1:] = sorted(map(_addable, arguments), key=lambda text: "=" in text and not text.startswith("-"))
         hydra.main(version_base="1.3", config_path="pkg://moa_train.conf", config_name=config_name)(checked)()
 
     sys.exit(_guarded(compose))
+
+
+def _addable(argument: str) -> str:
+    """Return an argument in the form that Hydra takes: keys of ``args`` are new to it, as the part defines them."""
+    return f"++{argument}" if _ARGS_KEY.match(argument) else argument
+
+
+_ARGS_KEY = re.compile(r"\w+\.args\.[\w.]+=")
+
+
+def _own_settings(arguments: Sequence[str], config_name: str) -> list[tuple[str, Any, str]]:
+    """Return key, default and help of the settings that the parts named on the command line have."""
+    overrides = [_addable(text) for text in arguments if "=" in text and not text.startswith("-")]
+    folders = [f"file://{root.resolve()}" for root in config_roots(arguments)[1:]]
+    if not overrides:
+        return []
+    with hydra.initialize_config_module("moa_train.conf", version_base="1.3"):
+        composed = hydra.compose(config_name, [*overrides, *([f"hydra.searchpath={folders}"] if folders else [])])
+    described = []
+    for kind, name, _, key in parts(OmegaConf.to_object(composed)):
+        settings = args_type(kind.load(name)) if kind.may_have_args(name) else None
+        for item in fields(settings) if settings else ():
+            default = item.default_factory() if item.default_factory is not MISSING else item.default
+            shown = "REQUIRED" if default is MISSING else default
+            described.append((f"{key}.{item.name}", shown, item.metadata.get("help", "")))
+    return described
 
 
 def arguments_of_one_run(overrides: Sequence[str]) -> list[str] | None:
@@ -136,6 +171,8 @@ def _check_override(
         return
     if override.is_delete():
         raise UserError(f"{text}: nothing can be removed. What is left out has its default.")
+    if _ARGS_KEY.match(f"{key}=") and key.split(".args.")[0] + ".args" in items:
+        return  # checked by the part that has this setting
     known = key in GROUPS or key in items
     if not known and key in {head for name in items for head in _sections(name)}:
         return  # a whole section, as in model.moa={overlap:1,reduction:16}
@@ -179,21 +216,12 @@ def _similar(key: str, keys: list[str]) -> str:
     return f" Keys of {head}: {', '.join(known[len(head) + 1 :] for known in inside)}." if inside else " See --help."
 
 
-_NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-
-
 def _check_type(key: str, value: Any, schema: type, kind: Any) -> None:
     try:
         OmegaConf.update(OmegaConf.structured(schema), key, value)
     except OmegaConfBaseException:
         shown = "null" if value is None else value
-        raise UserError(f"{key}={shown} is not of the right type: it must be {_in_words(kind)}.") from None
-
-
-def _in_words(kind: Any) -> str:
-    if get_origin(kind) is list:
-        return f"a list, [x,y,...], each entry {_in_words(get_args(kind)[0])}"
-    return " or ".join(_NOUNS.get(part) or _in_words(part) for part in get_args(kind) or (kind,))
+        raise UserError(f"{key}={shown} is not of the right type: it must be {in_words(kind)}.") from None
 
 
 def _check_option(group: str, option: Any, roots: Sequence[Path]) -> None:
@@ -234,7 +262,7 @@ def _explain(text: str) -> None:
             path.write_text(json.dumps({"message": text, "timestamp": str(int(when))}))
 
 
-def _help(schema: type, examples: str) -> dict[str, str]:
+def _help(schema: type, examples: str, own: Sequence[tuple[str, Any, str]]) -> dict[str, str]:
     lines: list[str] = []
     section = ""
     for key, item, value in knobs(schema()):
@@ -243,8 +271,10 @@ def _help(schema: type, examples: str) -> dict[str, str]:
             lines.append("")
             section = head
         rule = item.metadata
-        options = f" [{', '.join(rule['options'])}]" if rule["options"] else ""
+        names = (*rule["plugins"].table, "package.module:name") if rule["plugins"] else rule["options"]
+        options = f" [{', '.join(names)}]" if names else ""
         lines.append(f"  {key + '=' + _shown(value):<44}{rule['help']}{options}")
+    lines += ["", *(f"  {key + '=' + _shown(value):<44}{text}" for key, value, text in own)] if own else []
     above, below = (text.replace("$", "$$") for text in (examples, "\n".join(lines)))  # of Hydra's template
     return {
         "app_name": Path(sys.argv[0]).name,

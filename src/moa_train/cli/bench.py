@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 
 from moa_train.cli import app
-from moa_train.cli.model import CLASSES
+from moa_train.plugins import DATASETS
 from moa_train.runtime.errors import UserError, choose
 from moa_train.runtime.signals import Exit
 from moa_train.schema import RunConfig, to_dict
@@ -49,20 +49,20 @@ def bench(options: argparse.Namespace, config: RunConfig, overrides: list[str]) 
     """Check everything, then measure part after part, and print and write each table when it is there."""
     import torch
 
+    from moa_train.assembly.process import set_up_process
     from moa_train.bench import report
     from moa_train.bench.job import Job
-    from moa_train.build.data import build_source
-    from moa_train.build.runtime import build_runtime
+    from moa_train.data.dataset import open_split
     from moa_train.runtime.device import pick_device
     from moa_train.runtime.distributed import Distributed
 
     device = pick_device(config.runtime.device)
-    build_runtime(config.runtime, Distributed(0, 0, 1, 1, device))
+    set_up_process(config.runtime, Distributed(0, 0, 1, 1, device))
     job = Job(
         config,
         [*options.config_dir, *overrides],
         compose,
-        CLASSES.get(config.data.name) or len(build_source(config.data, "train").classes),
+        DATASETS.load(config.data.name).num_classes or len(open_split(config.data, "train").classes),
         device,
         rounds=options.rounds,
         seconds=options.seconds,

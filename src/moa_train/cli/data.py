@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import Exit
+from moa_train.schema import DataConfig
 
 if TYPE_CHECKING:
     from moa_train.data.image import Decoding
@@ -68,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
 def run_pack(options: argparse.Namespace) -> int:
     """Pack every split of a class-folder tree."""
     from moa_train.data.datasets import pack_tree, scan_split
-    from moa_train.data.tree import SPLITS, check_split_names, compare_classes
+    from moa_train.data.tree import check_split_names, compare_classes
+    from moa_train.schema import SPLITS
 
     splits = [split for split in SPLITS if (options.source / split).is_dir()]
     if not splits:
@@ -115,18 +117,20 @@ def run_stats(options: argparse.Namespace) -> int:
     """Print channel statistics as settings of data."""
     import numpy as np
 
-    from moa_train.data import EvalLoader, open_source
+    from moa_train.data.dataset import open_split
+    from moa_train.data.loader import EvalLoader
     from moa_train.data.statistics import channel_statistics
 
     if not options.image_size:
         raise UserError("--image-size 0: must be at least 1. Usual: 224.")
-    source = open_source(
-        "folder",
-        split="train",
-        root=options.root,
-        image_size=(options.image_size,) * 2,
-        decoding=_decoding(options),
+    config = DataConfig(
+        name="folder",
+        root=str(options.root),
+        image_size=options.image_size,
+        max_pixels=options.max_pixels,
+        range=options.range,
     )
+    source = open_split(config, "train")
     if 0 < options.samples < len(source):
         source = source.subset(np.linspace(0, len(source) - 1, options.samples).astype(np.int64), source.title)
     mean, std = channel_statistics(EvalLoader(source, batch_size=64, workers=options.workers))
@@ -166,7 +170,7 @@ def _add_decoding(command: argparse.ArgumentParser) -> None:
 def _decoding(options: argparse.Namespace) -> "Decoding":
     from moa_train.data.image import Decoding
 
-    return Decoding(options.max_pixels, tuple(options.range) if options.range else None)
+    return Decoding.of(DataConfig(max_pixels=options.max_pixels, range=options.range))
 
 
 def _whole(text: str) -> int:

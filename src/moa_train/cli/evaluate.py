@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moa_train.cli import app
+from moa_train.plugins import check_trusted
 from moa_train.runtime.errors import UserError
-from moa_train.schema import DataConfig, EvalConfig, RunConfig, from_dict
+from moa_train.schema import DataConfig, EvalConfig, RunConfig, from_dict, image_shape, own_code
 
 if TYPE_CHECKING:
-    from moa_train.data import Source
-    from moa_train.engine.weights import FoundWeights
+    from moa_train.data.source import Source
+    from moa_train.engine.find_weights import FoundWeights
 
 EXAMPLES = """moa-eval: accuracy and loss of trained weights, by exact counts.
 
@@ -28,11 +29,13 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     """Evaluate, print and write the result."""
     if not config.ckpt:
         raise UserError("moa-eval needs ckpt=PATH: a run folder, a checkpoint folder or a .safetensors file.")
-    from moa_train.build.evaluation import build_evaluation
-    from moa_train.build.model import build_model
-    from moa_train.build.runtime import build_runtime
-    from moa_train.engine.weights import find_weights
-    from moa_train.model.weights import load_weights
+    from moa_train.assembly.evaluation import build_evaluation
+    from moa_train.assembly.outcome import describe
+    from moa_train.assembly.process import set_up_process
+    from moa_train.data.source import align
+    from moa_train.engine.find_weights import find_weights
+    from moa_train.model.load import load_weights
+    from moa_train.model.registry import create_model
     from moa_train.runtime.distributed import Distributed
     from moa_train.tracking.provenance import reproduce
 
@@ -43,38 +46,66 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
         print(reproduce(json.loads(metadata.get("origin", "[]"))) or f"{found.path} does not say what made it.")
         return
     run = overlay(described(metadata, found.path), config)
+    check_trusted(own_code(run), config.code, str(found.path))
     with Distributed.start(config.device) as distributed:
-        build_runtime(run.runtime, distributed)
+        set_up_process(run.runtime, distributed)
         source = open_split(run.data, config.split)
+        check_held_out(run.data, config.split, metadata, found)
         classes = json.loads(metadata["classes"])
+        if metadata.get("named") != "false" and set(source.classes) <= set(classes):
+            source = align(source, classes)
         # Published weights do not name their classes: then their number has to do.
         if source.classes != classes and (metadata.get("named") != "false" or len(classes) != len(source.classes)):
             raise UserError(
                 f"The weights know {len(classes)} classes ({', '.join(classes[:3])}, ...), the data has "
                 f"{len(source.classes)} ({', '.join(source.classes[:3])}, ...). Set root= to the data they belong to."
             )
-        model = build_model(run.model, run.data, len(classes))
+        size = image_shape(run.data.image_size)
+        model = create_model(run.model, image_size=size, num_classes=len(classes))
         load_weights(model, weights)
         evaluation = build_evaluation(run, source, distributed, stream=sys.stderr)  # standard output is JSON alone
         result = evaluation(model.to(distributed.device))
     if distributed.is_main and result is not None:
         outcome = {"split": config.split, **result.as_dict(), "weights": str(found.path), "data": source.describe()}
         write(outcome, Path(config.output) if config.output else default_output(found, config.split))
-        print(f"{result.top1:.2f} % top-1 on {result.total:,} images, {found.description}", file=sys.stderr)
+        print(f"{describe(result, config.split)}; {found.description}", file=sys.stderr)
 
 
 def open_split(data: DataConfig, split: str) -> "Source":
     """Open the split to evaluate, with the messages of this command."""
-    from moa_train.build.data import build_source, has_split
+    from moa_train.data.dataset import available_splits, create_dataset
+    from moa_train.data.dataset import open_split as open_source
 
-    splits = [name for name in ("train", "val", "test") if has_split(data.name, name, data.root, data.val_fraction)]
+    splits, root = available_splits(data), create_dataset(data).root.absolute()
+    if data.root and not root.is_dir():
+        raise UserError(f"{root}: there is no such folder. Set root= to the folder of the data set.")
     if split not in splits:
         hint = " (its folder val/, the benchmark's, is split=test)" if data.name == "imagenet" else ""
-        raise UserError(f"split={split}: these weights left {data.name} with {' and '.join(splits)} only{hint}.")
+        where = f" in {root}" if data.root else ""
+        raise UserError(f"split={split}: {data.name} has only {' and '.join(splits)}{where}{hint}.")
     try:
-        return build_source(data, split)
+        return open_source(data, split)
     except UserError as error:  # they are written for moa-train, where the key is a longer one
         raise UserError(str(error).replace("data.root", "root")) from error
+
+
+def check_held_out(data: DataConfig, split: str, metadata: dict[str, str], found: "FoundWeights") -> None:
+    """Check that a validation split is held out of the images that the weights were trained on.
+
+    Raises:
+        UserError: the training images have changed since, and how.
+    """
+    from moa_train.assembly.validation import check_same_data, training_record
+    from moa_train.data.dataset import open_split as open_source
+
+    names = {"classes", "fingerprint", "counts"} & set(metadata)
+    before: dict[str, Any] = {name: json.loads(metadata[name]) for name in names}
+    if "fingerprint" not in before and found.checkpoint is not None:  # of an older version
+        before = found.checkpoint.state
+    if split == "val" and data.val_fraction and "fingerprint" in before:
+        remedy = "The split val is held out of them: restore them (root=FOLDER), or evaluate another split."
+        limit = json.loads(metadata["config"])["data"].get("limit")
+        check_same_data(before, training_record(open_source(replace(data, limit=limit), "train")), remedy)
 
 
 def described(metadata: dict[str, str], path: Path) -> RunConfig:

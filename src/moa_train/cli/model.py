@@ -3,19 +3,17 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moa_train.cli import app
+from moa_train.plugins import DATASETS
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import Exit
 from moa_train.schema import RunConfig, image_shape, to_dict
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}
+    from moa_train.model.published_weights import PublishedModel
 
 EXAMPLES = """moa-model summary: shapes, parameters, multiply-accumulates and memory of a model, without building it.
 
@@ -28,25 +26,25 @@ def summary(config: RunConfig, overrides: list[str]) -> None:
     """Print what the configured model costs, for the micro-batch that one process would train on."""
     import torch
 
-    from moa_train.build.data import build_source
-    from moa_train.build.model import model_fields
+    from moa_train.data.dataset import open_split
     from moa_train.model.summary import summarize, training_memory
     from moa_train.runtime.device import pick_device
     from moa_train.runtime.precision import Precision
 
-    classes = CLASSES.get(config.data.name) or len(build_source(config.data, "train").classes)
-    fields = model_fields(config.model, config.data, classes)
+    classes = DATASETS.load(config.data.name).num_classes or len(open_split(config.data, "train").classes)
+    size = image_shape(config.data.image_size)
     precision = Precision.resolve(config.runtime.precision, pick_device(config.runtime.device))
     images = config.engine.micro_batch_size or config.engine.batch_size
-    print(f"{config.model.variant} at {' x '.join(map(str, image_shape(config.data.image_size)))}, {classes} classes\n")
-    print(summarize(config.model.name, **fields).table())
+    print(f"{config.model.title} at {size[0]} x {size[1]}, {classes} classes\n")
+    print(summarize(config.model, image_size=size, num_classes=classes).table())
     memory = training_memory(
-        config.model.name,
+        config.model,
+        image_size=size,
+        num_classes=classes,
         batch_size=images,
         dtype=precision.dtype,
         states=(1 if config.optim.name in ("sgd", "muon") else 2) + (config.engine.ema_decay > 0),
         device=precision.device.type if torch.cuda.is_available() else "cpu",
-        **fields,
     )
     print(f"\na training step of {images} images in {precision.name}: about {memory / 2**30:.2f} GiB")
 
@@ -59,41 +57,34 @@ def convert(source: Path, target: Path, image_size: int | None = None) -> int:
     if not target.parent.is_dir():
         raise UserError(f"There is no folder {target.parent} to write {target.name} to.")
     if source.suffix == ".safetensors":
-        from moa_train.engine.weights import find_weights
-        from moa_train.model.published import write_published
+        from moa_train.engine.find_weights import find_weights
+        from moa_train.model.published_weights import write_published
 
         weights, metadata = find_weights(source).load()
         write_published(target, weights, json.loads(metadata.get("config", "{}")))
     else:
         from moa_train.engine.tensorfile import write_tensors
-        from moa_train.model.published import published_fields, read_published
+        from moa_train.model.load import load_weights
+        from moa_train.model.published_weights import published_model, read_published
         from moa_train.model.registry import create_model
-        from moa_train.model.weights import load_weights
 
         weights = read_published(source)
-        fields = published_fields(weights, (image_size, image_size) if image_size else None)
-        model = create_model("moa", **fields)
-        load_weights(model, weights)  # everything has to fit before anything is written
-        write_tensors(target, model.state_dict(), header(fields, weights))
+        found = published_model(weights, (image_size, image_size) if image_size else None)
+        model = create_model(found.config, image_size=found.image_size, num_classes=found.num_classes)
+        load_weights(model, weights)  # everything must fit before anything is written
+        write_tensors(target, model.state_dict(), header(found))
     print(f"wrote {target}: {len(weights)} tensors")
     return Exit.FINISHED
 
 
-def header(fields: Mapping[str, Any], weights: Mapping[str, "Tensor"]) -> dict[str, str]:
+def header(found: "PublishedModel") -> dict[str, str]:
     """Return the header of a weights file, from which ``moa-eval`` and ``init=`` rebuild the model.
 
-    The published files name no classes; ImageNet's are its folders in sorted order, as published.
+    Published files do not name their classes; they are ImageNet's folders in sorted order.
     """
-    config = RunConfig()
-    model = config.model
-    for name in ("patch_size", "embed_dim", "depths", "heads", "window", "mlp_ratio"):
-        value = fields[name]
-        setattr(model, name, list(value) if isinstance(value, tuple) else value)
-    model.variant, model.moa.form, model.moa.enabled = "published", "released", fields["moa_enabled"]
-    model.moa.overlap = fields.get("moa_overlap", model.moa.overlap)
-    model.moa.reduction = fields.get("moa_reduction", model.moa.reduction)
-    config.data.name, config.data.image_size = "imagenet", list(fields["image_size"])
-    classes = [f"class {number}" for number in range(fields["num_classes"])]
+    config = RunConfig(model=found.config)
+    config.data.name, config.data.image_size = "imagenet", list(found.image_size)
+    classes = [f"class {number}" for number in range(found.num_classes)]
     return {"format": "1", "config": json.dumps(to_dict(config)), "classes": json.dumps(classes), "named": "false"}
 
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 
 from moa_train.data.counter import Floats, Hashes, Purpose, uniform
-from moa_train.runtime.errors import UserError
 
 Range = tuple[float, float]
 _TRIES = 10
@@ -46,10 +45,3 @@ def random_box(size: tuple[int, int], scale: Range, ratio: Range, numbers: Float
     height = min(size[0], max(1, round(size[1] / ratio[0])))
     width = min(size[1], max(1, round(size[0] * ratio[1])))
     return Box((size[0] - height) // 2, (size[1] - width) // 2, height, width)
-
-
-def check_ranges(scale: Range, ratio: Range) -> None:
-    """Raise a UserError unless the ranges of area and shape are possible."""
-    for what, (low, high), most in (("scale", scale, 1.0), ("ratio", ratio, math.inf)):
-        if not 0 < low <= high <= most:
-            raise UserError(f"{what}={[low, high]}: a range needs 0 < low <= high <= {most:g}.")

@@ -15,8 +15,9 @@ from moa_train.data.arrays import ArraySource
 from moa_train.data.datasets import check_classes, scan_split
 from moa_train.data.image import Decoding, EncodedImage, reading
 from moa_train.data.pack import check_origin, is_packed, read_pack, verify_pack
-from moa_train.data.tree import SPLITS, ClassTree, check_plausible, check_split_names, scan
+from moa_train.data.tree import ClassTree, check_plausible, check_split_names, scan
 from moa_train.runtime.errors import UserError
+from moa_train.schema import SPLITS
 
 MIN_CONTRAST = 16
 """Images with less between their lowest and highest value (of 255) are reported."""

@@ -9,11 +9,15 @@ import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moa_train.data.pack import write_pack
+from moa_train.data.dataset import DataSet
 from moa_train.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from moa_train.data.source import Source
 
 _PIXELS = 3 * 32 * 32
 
@@ -42,8 +46,47 @@ class Archive:
         return self.url.rpartition("/")[2]
 
 
-ARCHIVES = {
-    "cifar10": Archive(
+class Cifar(DataSet):
+    """Images of 32 x 32 pixels: a pack, class folders, or the original archive, which ``data.download`` fetches."""
+
+    archive: Archive
+    downloads = True
+    holds_out_by_name = False  # published numbers depend on the rows
+
+    def read(self, split: str) -> "Source":
+        """Open the pack of a split, after making it from class folders or the archive where there is none yet."""
+        from moa_train.data.datasets import check_classes, pack_tree, scan_split
+        from moa_train.data.image import Decoding
+        from moa_train.data.pack import check_origin, is_packed, read_pack
+
+        root, archive = self.root, self.archive
+        tree = scan_split(root, split) if (root / split).is_dir() else None
+        if is_packed(root, split):
+            if tree is not None:
+                check_origin(root, split, tree)
+        elif tree is not None:
+            check_classes(root, split, tree.classes)
+            pack_tree(tree, root, split, Decoding.of(self.config))
+        elif (root / archive.filename).is_file():
+            pack_archive(archive, root / archive.filename, root)
+        elif self.config.download:
+            pack_archive(archive, fetch(archive, root), root)
+        else:
+            raise UserError(
+                f"{root} does not hold {self.name}: no pack-{split}.npy, no folder {split}/CLASS/, no "
+                f"{archive.filename}. Add data.download=true to download it, or set data.root to a folder that holds "
+                "one of them."
+            )
+        return read_pack(root, split, f"{self.name}/{split}", self.image_size)
+
+
+class Cifar10(Cifar):
+    """60,000 images of 10 classes, 10,000 of them for testing."""
+
+    mean = (0.4914, 0.4822, 0.4465)
+    std = (0.2470, 0.2435, 0.2616)
+    num_classes = 10
+    archive = Archive(
         url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         md5="c32a1d4ab5d03f1284b67883e8d87530",
         splits={
@@ -52,15 +95,22 @@ ARCHIVES = {
         },
         names="cifar-10-batches-bin/batches.meta.txt",
         label_bytes=1,
-    ),
-    "cifar100": Archive(
+    )
+
+
+class Cifar100(Cifar):
+    """60,000 images of 100 classes, 10,000 of them for testing."""
+
+    mean = (0.5071, 0.4865, 0.4409)
+    std = (0.2673, 0.2564, 0.2762)
+    num_classes = 100
+    archive = Archive(
         url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
         md5="03b5dce01913d631647c71ecec9e9cb8",
         splits={"train": ("cifar-100-binary/train.bin",), "test": ("cifar-100-binary/test.bin",)},
         names="cifar-100-binary/fine_label_names.txt",
         label_bytes=2,
-    ),
-}
+    )
 
 
 def fetch(archive: Archive, root: Path) -> Path:
@@ -91,6 +141,8 @@ def pack_archive(archive: Archive, path: Path, root: Path) -> None:
     Raises:
         UserError: the file's MD5 is not the archive's.
     """
+    from moa_train.data.pack import write_pack
+
     with path.open("rb") as file:
         md5 = hashlib.file_digest(file, "md5").hexdigest()
     if md5 != archive.md5:

@@ -21,10 +21,12 @@ Whole: TypeAlias = NDArray[np.int64]
 
 
 class Purpose(IntEnum):
-    """The word after a sample's key: what a draw is for. Values are part of a run's identity; never renumber them."""
+    """The word after a sample's key: what a draw is for. Values are part of a run's identity; never renumber them.
+
+    2 was used once. Your own augmentations use numbers from 1000.
+    """
 
     FILE_CROP = 1
-    FILE_FILTER = 2
     CROP = 3
     FLIP = 4
     RANDAUGMENT = 5

@@ -1,28 +1,38 @@
-"""The digits of scikit-learn: 1,797 real scans of handwritten digits, which ship with the library."""
+"""The digits of scikit-learn: 1,797 real scans of handwritten digits, which come with the library."""
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moa_train.data.arrays import ArraySource
-from moa_train.data.split import hold_out
+from moa_train.data.dataset import DataSet
+
+if TYPE_CHECKING:
+    from moa_train.data.source import Source
 
 TEST_FRACTION = 0.2
 
 
-def open_digits(split: str, image_size: tuple[int, int]) -> ArraySource:
-    """Open the part that trains (four fifths of each class) or the ``test`` part (the other fifth).
+class Digits(DataSet):
+    """Scans of 8 x 8 pixels with 17 levels of gray, enlarged to the image size as batches are gathered."""
 
-    The scans are 8 x 8 with 17 levels of grey. They are kept like that and enlarged, with three equal channels, as
-    batches are gathered.
-    """
-    table = _read()
-    images = np.round(table[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)[:, None]
-    labels = table[:, 64].astype(np.int64)
-    rest, test = hold_out(labels, TEST_FRACTION, purpose=1)
-    classes = [str(digit) for digit in range(10)]
-    return ArraySource(f"digits/{split}", images, labels, classes, image_size, test if split == "test" else rest)
+    mean = (0.309, 0.309, 0.309)
+    std = (0.349, 0.349, 0.349)
+    num_classes = 10
+
+    def read(self, split: str) -> "Source":
+        """Open the training part (four fifths of each class) or the test part (the other fifth)."""
+        from moa_train.data.arrays import ArraySource
+        from moa_train.data.split import hold_out
+
+        table = _read()
+        images = np.round(table[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)[:, None]
+        labels = table[:, 64].astype(np.int64)
+        rest, test = hold_out(labels, TEST_FRACTION, purpose=1)
+        classes = [str(digit) for digit in range(10)]
+        rows = test if split == "test" else rest
+        return ArraySource(f"{self.name}/{split}", images, labels, classes, self.image_size, rows)
 
 
 def _read() -> np.ndarray:
@@ -32,7 +42,7 @@ def _read() -> np.ndarray:
     path = Path(package.origin if package and package.origin else "").parent / "datasets" / "data" / "digits.csv.gz"
     if path.exists():
         return np.loadtxt(path, delimiter=",")
-    from sklearn.datasets import load_digits  # where it keeps the file elsewhere
+    from sklearn.datasets import load_digits  # for a version that keeps the file elsewhere
 
     digits = load_digits()
     return np.column_stack([digits.data, digits.target])

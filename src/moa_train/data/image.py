@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from moa_train.runtime.errors import UserError
+from moa_train.schema import DataConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Formats that are decoded in process. JPEG 2000, WebP and AVIF need a Pillow that was built with them."""
@@ -46,6 +47,11 @@ class Decoding:
 
     max_pixels: int = 100_000_000
     value_range: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "Decoding":
+        """Return the settings of a configuration."""
+        return cls(config.max_pixels, (config.range[0], config.range[1]) if config.range else None)
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:

@@ -17,38 +17,32 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from moa_train.data.arrays import ArraySource
-from moa_train.data.augment import CROPS
 from moa_train.data.batch import Batch
 from moa_train.data.order import Draw, Order, micro_batches
 from moa_train.data.source import Source
-from moa_train.data.view import CentreCrop, RandomResizedCrop, View
-from moa_train.runtime.errors import UserError, choose
-
-POLICIES = ("fail", "quarantine")
+from moa_train.data.view import CentreCrop, View
+from moa_train.runtime.errors import UserError
+from moa_train.schema import DataConfig
 
 _POLL = 5.0
 _log = logging.getLogger(__name__)
 
 
 class TrainLoader:
-    """Endless micro-batches of one rank, in the order that (seed, step) alone decides.
+    """Endless micro-batches of one rank, in an order that (seed, step) alone determines.
 
-    Sources in memory are gathered here, a whole micro-batch at once; files are read by worker processes, a
-    micro-batch each. What a batch holds depends on neither the number of workers nor the step that was started with.
+    Sources in memory are gathered here, a whole micro-batch at once; files are read by worker processes, one
+    micro-batch each. What a batch holds depends on neither the number of workers nor the step that a session starts at.
 
     Args:
         source: training split.
-        order: who comes when; its seed is that of random crops, too.
-        micro_batch_size: images a batch; divides the order's batch size.
+        config: what to do about unreadable files (``unreadable``, ``unreadable_budget``).
+        order: order of the samples; its seed is also that of random crops.
+        view: makes pixels of a file; sources in memory have no use for it.
+        micro_batch_size: images per batch; divides the order's batch size.
         rank: of this process.
         world_size: number of processes.
-        workers: processes that read files; 0 reads them here. Sources in memory need none.
-        crop: ``resized`` cuts random rectangles out of files as they are read. Otherwise, and for sources in memory,
-            images only get their size here, and ``BatchAugment`` crops.
-        scale, ratio, interpolation: of the random resized crop.
-        unreadable: ``fail`` at the first image that cannot be read, or ``quarantine`` it: the next readable file
-            takes its place, the same one whenever and wherever it is drawn.
-        quarantine_budget: number of different unreadable files at which quarantine fails, too.
+        workers: processes that read files; 0 reads them in this process. Sources in memory need none.
         pin_memory: hand out batches in page-locked memory.
         timeout: seconds to wait for a worker.
     """
@@ -56,33 +50,22 @@ class TrainLoader:
     def __init__(
         self,
         source: Source,
+        config: DataConfig,
         *,
         order: Order,
+        view: View,
         micro_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
-        crop: str = "resized",
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        interpolation: str = "bicubic",
-        unreadable: str = "fail",
-        quarantine_budget: int = 100,
         pin_memory: bool = False,
         timeout: float = 600.0,
     ) -> None:
-        if crop not in CROPS:
-            raise UserError(choose("crop", crop, CROPS))
-        if unreadable not in POLICIES:
-            raise UserError(choose("unreadable", unreadable, POLICIES))
-        view: View = CentreCrop(source.image_size, 1.0)
-        if crop == "resized":
-            view = RandomResizedCrop(source.image_size, scale, ratio, interpolation)
         self.order, self.micro_batch_size = order, micro_batch_size
         self._share = micro_batches(order.batch_size, micro_batch_size, rank, world_size)
         self.view = view
-        self._read = _Reader(source, order.seed, view, substitute=unreadable == "quarantine")
-        self._budget, self._unreadable = quarantine_budget, dict[str, None]()
+        self._read = _Reader(source, order.seed, view, substitute=config.unreadable == "quarantine")
+        self._budget, self._unreadable = config.unreadable_budget, dict[str, None]()
         self._start = partial(_start, self._read, workers=workers, pin_memory=pin_memory, timeout=timeout)
 
     @property
@@ -143,8 +126,6 @@ class EvalLoader:
         pin_memory: bool = False,
         timeout: float = 600.0,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"eval batch_size={batch_size}: must be at least 1.")
         self.source, self.batch_size = source, batch_size
         self._chunks = range(rank, -(-len(source) // batch_size), world_size)
         self.view = CentreCrop(source.image_size, crop_ratio, interpolation)

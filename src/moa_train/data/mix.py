@@ -7,44 +7,23 @@ import torch
 from torch import Tensor
 
 from moa_train.data.batch import images_at_once
-from moa_train.runtime.errors import UserError
+from moa_train.schema import AugmentConfig
 
 
 class Mixer:
-    """Blend each image of a micro-batch with the one at the opposite place, and its target likewise.
+    """Blend each image of a micro-batch with the one at the mirrored position in the batch, and its target likewise.
 
-    One proportion serves the whole micro-batch. It is drawn on the host by a generator of its own, from the key of
-    the micro-batch: the same at any number of ranks and on any device.
+    One proportion applies to the whole micro-batch. It is drawn on the host from the key of the micro-batch, so it is
+    the same for any number of ranks and on any device.
 
     Args:
-        mixup: alpha of the Beta distribution of mixup's proportion (Zhang et al. 2018); 0 is off.
-        cutmix: alpha for cutmix (Yun et al. 2019); 0 is off.
-        prob: probability that a micro-batch is mixed at all.
-        switch_prob: probability of cutmix where both are on.
-        smoothing: probability mass that targets spread over all classes.
+        config: alphas of the Beta distributions of mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019),
+            probabilities, and label smoothing.
         num_classes: K.
     """
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        mixup: float = 0.8,
-        cutmix: float = 1.0,
-        prob: float = 1.0,
-        switch_prob: float = 0.5,
-        smoothing: float = 0.1,
-    ) -> None:
-        for what, value in (("mixup", mixup), ("cutmix", cutmix)):
-            if not (value >= 0 and math.isfinite(value)):
-                raise UserError(f"{what}={value}: the alpha of a Beta distribution, 0 (off) or more.")
-        for what, value in (("mix_prob", prob), ("mix_switch_prob", switch_prob)):
-            if not 0 <= value <= 1:
-                raise UserError(f"{what}={value}: a probability lies between 0 and 1.")
-        if not 0 <= smoothing < 1:
-            raise UserError(f"label_smoothing={smoothing}: must be at least 0 and less than 1. Usual: 0.1.")
-        self.mixup, self.cutmix, self.prob, self.switch_prob = mixup, cutmix, prob, switch_prob
-        self.smoothing, self.num_classes = smoothing, num_classes
+    def __init__(self, config: AugmentConfig, num_classes: int) -> None:
+        self.config, self.num_classes = config, num_classes
 
     def __call__(
         self, images: Tensor, labels: Tensor, key: tuple[int, int, int], strong: bool = True
@@ -60,26 +39,27 @@ class Mixer:
         Returns:
             Images, and targets as float32 B K whose rows sum to 1.
         """
-        targets = self.smooth(labels)
+        config, targets = self.config, self.smooth(labels)
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
         mixes, switch = rng.random(2)
-        if not strong or not (self.mixup or self.cutmix) or mixes >= self.prob:
+        if not strong or not (config.mixup or config.cutmix) or mixes >= config.mix_prob:
             return images, targets
-        if self.cutmix and (not self.mixup or switch < self.switch_prob):
+        if config.cutmix and (not config.mixup or switch < config.mix_switch_prob):
             height, width = images.shape[-2:]
-            box, kept = cutmix_box(height, width, float(rng.beta(self.cutmix, self.cutmix)), rng)
+            box, kept = cutmix_box(height, width, float(rng.beta(config.cutmix, config.cutmix)), rng)
             blend(images[..., *box], 1.0)
         else:
-            kept = float(rng.beta(self.mixup, self.mixup))
+            kept = float(rng.beta(config.mixup, config.mixup))
             blend(images, 1 - kept)
         blend(targets, 1 - kept)
         return images, targets
 
     def smooth(self, labels: Tensor) -> Tensor:
-        """Return one-hot targets, float32 B K, with ``smoothing`` spread evenly over all classes."""
-        rest = self.smoothing / self.num_classes
+        """Return one-hot targets, float32 B K, with ``label_smoothing`` spread evenly over all classes."""
+        smoothing = self.config.label_smoothing
+        rest = smoothing / self.num_classes
         targets = torch.full((len(labels), self.num_classes), rest, device=labels.device)
-        return targets.scatter_(1, labels[:, None], 1 - self.smoothing + rest)
+        return targets.scatter_(1, labels[:, None], 1 - smoothing + rest)
 
 
 def cutmix_box(height: int, width: int, kept: float, rng: np.random.Generator) -> tuple[tuple[slice, slice], float]:

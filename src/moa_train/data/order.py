@@ -1,6 +1,5 @@
-"""Who sees which sample when: a pure function of (seed, step)."""
+"""The order of the samples, as a pure function of (seed, step)."""
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -40,17 +39,12 @@ class Order:
         batch_size: global batch G, over all ranks and micro-batches.
         seed: of the permutations.
         repeats: copies of a sample in a pass, each augmented in its own way.
-        shuffle: False keeps the data set's order.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, repeats: int = 1, shuffle: bool = True) -> None:
+    def __init__(self, length: int, batch_size: int, seed: int, repeats: int = 1) -> None:
         if length < 1:
             raise UserError("The training split is empty: there is nothing to train on. Check data.root.")
-        for what, value in (("batch_size", batch_size), ("repeats", repeats)):
-            if value < 1:
-                raise UserError(f"{what}={value}: must be at least 1. Nearest: {what}=1.")
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.repeats, self.shuffle = repeats, shuffle
+        self.length, self.batch_size, self.seed, self.repeats = length, batch_size, seed, repeats
 
     def step(self, step: int) -> Draw:
         """Return the G samples of an optimizer step."""
@@ -60,8 +54,8 @@ class Order:
         """Return which samples stand at these positions of the stream."""
         epoch, within = np.divmod(positions, self.length * self.repeats)
         place, repeat = np.divmod(within, self.repeats)
-        index = place if not self.shuffle else np.empty_like(place)
-        for one in np.unique(epoch) if self.shuffle else ():
+        index = np.empty_like(place)
+        for one in np.unique(epoch):
             inside = epoch == one
             index[inside] = _pass(self.length, self.seed, int(one))[place[inside]]
         return Draw(epoch, index, repeat)
@@ -72,16 +66,6 @@ def _pass(length: int, seed: int, epoch: int) -> Indices:
     order = permutation(length, seed, epoch)
     order.flags.writeable = False  # shared by every caller
     return order
-
-
-def steps_for_epochs(epochs: float, length: int, batch_size: int) -> int:
-    """Return the steps of ``epochs`` times ``length`` samples, the last one full: ceil(E N / G)."""
-    return math.ceil(epochs * length / batch_size - 1e-9)  # 0.1 epochs of 10 is one sample, not two
-
-
-def epochs_at(step: int, length: int, batch_size: int) -> float:
-    """Return how many times ``length`` samples have been drawn before this step: t G / N."""
-    return step * batch_size / length
 
 
 def micro_batches(batch_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1) -> range:

@@ -12,10 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from moa_train.data import photometric
+from moa_train.data.affine import warp
 from moa_train.data.batch import send
 from moa_train.data.counter import Floats, Hashes, Purpose, Whole, normal, uniform
-from moa_train.data.geometry import warp
-from moa_train.runtime.errors import UserError
+from moa_train.schema import AugmentConfig
 
 MAX_MAGNITUDE = 10.0
 PROBABILITY = 0.5
@@ -76,20 +76,13 @@ class RandAugment:
     """Random operations on batches of uint8 images.
 
     Args:
-        ops: layers, operations an image at most.
-        magnitude: mean strength, 0 to 10.
-        std: deviation of the strength.
-        fill: values of places that come from outside the image, C.
+        config: number of layers (operations per image at most), mean and standard deviation of the strength.
+        fill: values of pixels that come from outside the image, C.
     """
 
-    def __init__(self, ops: int, magnitude: float, std: float, fill: Tensor) -> None:
-        if ops < 0:
-            raise UserError(f"randaugment_ops={ops}: must be 0 (off) or more. Usual: 2.")
-        if not 0 <= magnitude <= MAX_MAGNITUDE:
-            raise UserError(f"randaugment_magnitude={magnitude}: must lie between 0 and 10. Usual: 9.")
-        if not std >= 0:
-            raise UserError(f"randaugment_std={std}: must be at least 0. Usual: 0.5.")
-        self.ops, self.magnitude, self.std, self.fill = ops, magnitude, std, fill
+    def __init__(self, config: AugmentConfig, fill: Tensor) -> None:
+        self.ops, self.fill = config.randaugment_ops, fill
+        self.magnitude, self.std = config.randaugment_magnitude, config.randaugment_std
 
     def __call__(self, images: Tensor, keys: Hashes) -> Tensor:
         """Augment uint8 images B 3 H W, whose samples have these keys."""

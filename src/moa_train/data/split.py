@@ -11,9 +11,6 @@ from numpy.typing import NDArray
 from moa_train.data.counter import permutation
 from moa_train.runtime.errors import UserError
 
-RULES = ("name", "position")
-"""How images are chosen: by a hash of the file's name, or by the position in the sorted list of files."""
-
 SPLIT_SEED = 20210703  # never the run's seed: runs with different seeds must stay comparable
 
 Rows = NDArray[np.int64]

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from moa_train.data.fingerprint import Labels, fingerprint
 from moa_train.runtime.errors import UserError
-
-SPLITS = ("train", "val", "test")
+from moa_train.schema import SPLITS
 
 IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".tif", ".tiff"])
 

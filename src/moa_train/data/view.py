@@ -7,13 +7,10 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from moa_train.data.box import Box, box_numbers, check_ranges, random_box
-from moa_train.data.counter import Floats, Hashes, Purpose, uniform
+from moa_train.data.box import Box, box_numbers, random_box
+from moa_train.data.counter import Floats, Hashes, Purpose
 from moa_train.data.image import MAX_REDUCTION, EncodedImage
 from moa_train.data.resample import resample
-from moa_train.runtime.errors import UserError, choose
-
-INTERPOLATIONS = ("bilinear", "bicubic", "random")
 
 _LARGE = 16  # an enlarged image of more than this many times the pixels that cover the crop is never made whole
 _CHOICE = 16  # pixels among which the best place for a cut is chosen
@@ -40,7 +37,7 @@ class RandomResizedCrop:
         size: height and width of the result.
         scale: range of the rectangle's area, as a part of the image's; uniform.
         ratio: range of its width / height; uniform in the logarithm.
-        interpolation: bilinear, bicubic, or random: one of them for each sample.
+        interpolation: bilinear or bicubic.
     """
 
     size: tuple[int, int]
@@ -48,22 +45,14 @@ class RandomResizedCrop:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: str = "bicubic"
 
-    def __post_init__(self) -> None:
-        check_interpolation(self.interpolation)
-        check_ranges(self.scale, self.ratio)
-
     def numbers(self, keys: Hashes) -> Floats:
-        """Draw the numbers of the rectangles, and one for the filter in an eleventh row: B 11 4."""
-        which = uniform(keys[:, None, None], Purpose.FILE_FILTER, np.zeros((1, 4), np.int64))
-        return np.concatenate((box_numbers(keys, Purpose.FILE_CROP), which), 1)
+        """Draw the numbers of the rectangles: B 10 4."""
+        return box_numbers(keys, Purpose.FILE_CROP)
 
     def __call__(self, image: EncodedImage, numbers: Floats) -> Tensor:
         """Cut out and resize: uint8, 3 H W."""
-        box = random_box((image.height, image.width), self.scale, self.ratio, numbers[:-1])
-        mode = self.interpolation
-        if mode == "random":
-            mode = INTERPOLATIONS[int(2 * numbers[-1, 0])]
-        return resized_crop(image, box, self.size, mode)
+        box = random_box((image.height, image.width), self.scale, self.ratio, numbers)
+        return resized_crop(image, box, self.size, self.interpolation)
 
 
 @dataclass(frozen=True)
@@ -81,11 +70,6 @@ class CentreCrop:
     size: tuple[int, int]
     ratio: float = 0.875
     interpolation: str = "bicubic"
-
-    def __post_init__(self) -> None:
-        check_interpolation(self.interpolation, INTERPOLATIONS[:2])
-        if not 0 < self.ratio <= 1:
-            raise UserError(f"eval_crop={self.ratio}: must be above 0 and at most 1. Usual: 0.875.")
 
     def numbers(self, keys: Hashes) -> Floats:
         """Nothing is random here: B 0."""
@@ -146,9 +130,3 @@ def resized_crop(image: EncodedImage, box: Box, size: tuple[int, int], interpola
     rows = slice(round(box.top * y), round((box.top + box.height) * y))
     columns = slice(round(box.left * x), round((box.left + box.width) * x))
     return resample(x_CHW[None, :, rows, columns], size, interpolation)[0]
-
-
-def check_interpolation(name: str, options: tuple[str, ...] = INTERPOLATIONS) -> None:
-    """Raise a UserError unless the filter is known."""
-    if name not in options:
-        raise UserError(choose("interpolation", name, options))

@@ -16,15 +16,20 @@ from moa_train.optim.optimizers import Optimizers
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.precision import Precision
-from moa_train.tracking.writers import write_whole
+from moa_train.tracking.files import write_whole
 
 
-class RollBack(Exception):  # noqa: N818 an order, not an error
-    """The run is to go on from its last checkpoint, with ``state`` in place of what that says."""
+class RollBack(Exception):  # noqa: N818 a request, not an error
+    """Asks to rebuild the run from its last checkpoint.
 
-    def __init__(self, message: str, state: dict[str, Any]) -> None:
+    Attributes:
+        nonfinite: number of non-finite gradients so far, which the checkpoint does not know of.
+        lr_factor: factor on the learning rate from there on.
+    """
+
+    def __init__(self, message: str, nonfinite: int, lr_factor: float) -> None:
         super().__init__(message)
-        self.state = state
+        self.nonfinite, self.lr_factor = nonfinite, lr_factor
 
 
 class GradientGuard:
@@ -82,18 +87,18 @@ class NonFinitePolicy:
 
     name: str
     budget: int
-    rate: float  # rollback: factor on the learning rate
+    lr_factor: float  # rollback: factor on the learning rate
     run_dir: Path
     distributed: Distributed
 
-    def answer(self, step: int, origins: list[dict[str, Any]], count: int, rate_factor: float) -> str:
+    def answer(self, step: int, origins: list[dict[str, Any]], count: int, lr_factor: float) -> str:
         """Write the report of ``step`` and return a message for the user if the run may go on.
 
         Args:
             step: the update, counted from 0, that was not made.
             origins: of this rank, from `TrainStep.trace`.
             count: how many such steps the run has had, with this one.
-            rate_factor: of the rate, in force.
+            lr_factor: the factor on the learning rate so far.
 
         Raises:
             UserError: the policy is abort, or the budget is used up.
@@ -117,8 +122,8 @@ class NonFinitePolicy:
                 f"{self.run_dir} with a lower optim.lr, runtime.precision=fp32 or engine.nonfinite=skip or rollback."
             )
         if self.name == "rollback":
-            factor = rate_factor * self.rate
-            raise RollBack(f"{message} Rolling back; rate x {factor:g}.", {"nonfinite": count, "rate_factor": factor})
+            factor = lr_factor * self.lr_factor
+            raise RollBack(f"{message} Rolling back; learning rate x {factor:g}.", count, factor)
         return f"{message} Skipped, {count} of at most {self.budget}."
 
 

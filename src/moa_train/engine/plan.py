@@ -5,18 +5,17 @@ from fractions import Fraction
 
 
 @dataclass(frozen=True)
-class Cadence:
-    """Something that falls due every ``distance`` steps, which need not be whole; 0 means never.
+class Interval:
+    """Something is due every ``steps`` steps, which need not be a whole number; 0 means never.
 
-    The k-th time is the first step at or after k x distance, so it depends on the step alone and not on when a session
-    began.
+    The k-th time is the first step at or after k x steps, so it does not depend on when a session started.
     """
 
-    distance: Fraction
+    steps: Fraction
 
     def due(self, step: int) -> bool:
-        """Tell whether a multiple of the distance was reached by update number ``step`` (counted from 1)."""
-        return self.distance > 0 and step // self.distance > (step - 1) // self.distance
+        """Return whether update number ``step`` (counted from 1) reached a multiple of the interval."""
+        return self.steps > 0 and step // self.steps > (step - 1) // self.steps
 
 
 @dataclass(frozen=True)
@@ -25,14 +24,14 @@ class Plan:
 
     total_steps: int
     steps_per_epoch: Fraction
-    log: Cadence
-    evaluate: Cadence
-    save: Cadence
-    keep: Cadence  # checkpoints that stay for ever
-    stop_step: int  # total_steps, or earlier where this session shall end sooner
+    log: Interval
+    evaluate: Interval
+    save: Interval
+    keep: Interval  # checkpoints that are kept permanently
+    stop_step: int  # total_steps, or less if this session stops early
 
     def saves(self, step: int) -> bool:
-        """Tell whether a checkpoint is due after update number ``step``, whatever else asks for one."""
+        """Return whether a checkpoint is due after update number ``step``, apart from best ones."""
         return self.save.due(step) or self.keep.due(step) or step == self.stop_step
 
     def __post_init__(self) -> None:

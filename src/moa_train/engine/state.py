@@ -22,7 +22,7 @@ SCALARS = {
     "step": int,
     "evaluated_step": int,
     "nonfinite": int,
-    "rate_factor": float,
+    "lr_factor": float,
     "best": dict,
     "optimizer": list,
     "meters": list,
@@ -36,7 +36,7 @@ def check_form(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises:
         UserError: it is not; what is missing is no default.
     """
-    state = checkpoint.state
+    state = _updated(checkpoint.state)
     wrong = [key for key, kind in FORM.items() if not isinstance(state.get(key), kind)]
     train = {} if "train" in wrong else state["train"]
     wrong += [f"train.{key}" for key, kind in SCALARS.items() if type(train.get(key)) is not kind]
@@ -48,6 +48,26 @@ def check_form(checkpoint: Checkpoint) -> dict[str, Any]:
             "It was written by another version, or changed by hand; to start anew from its weights: init=."
         )
     return state
+
+
+def _updated(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a checkpoint of version 0.1 under today's names."""
+    train = state.get("train")
+    if not isinstance(train, dict):
+        return state
+    train = {{"rate_factor": "lr_factor"}.get(key, key): value for key, value in train.items()}
+    if isinstance(train.get("optimizer"), list):
+        train["optimizer"] = [
+            {
+                **entry,
+                "groups": [
+                    {{"rate_scale": "lr_scale"}.get(key, key): value for key, value in group.items()}
+                    for group in entry["groups"]
+                ],
+            }
+            for entry in train["optimizer"]
+        ]
+    return {**state, "train": train}
 
 
 @dataclass
@@ -62,7 +82,7 @@ class TrainState:
     evaluated_step: int = 0
     best: dict[str, Any] = field(default_factory=dict)  # the best evaluation so far, with its step
     nonfinite: int = 0  # steps so far whose gradient was not finite
-    rate_factor: float = 1.0  # on the schedule's rate, lowered by roll-backs
+    lr_factor: float = 1.0  # on the schedule's learning rate, lowered by rollbacks
     meters: RunningMeans = field(default_factory=RunningMeans)  # of the log row that is not written yet
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -80,7 +100,7 @@ class TrainState:
             "evaluated_step": self.evaluated_step,
             "best": self.best,
             "nonfinite": self.nonfinite,
-            "rate_factor": self.rate_factor,
+            "lr_factor": self.lr_factor,
             "scaler": self.precision.scaler.state_dict(),
             "ema_updates": self.ema.updates if self.ema is not None else None,
         }
@@ -92,7 +112,7 @@ class TrainState:
             UserError: where something that this run needs is missing from it, or does not fit.
         """
         try:
-            self._restore(checkpoint, checkpoint.state["train"], rank)
+            self._restore(checkpoint, _updated(checkpoint.state)["train"], rank)
         except UserError:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -131,4 +151,4 @@ class TrainState:
         self.meters.load_state_dict(meters[rank % len(meters)])  # of more ranks than before some share one's sums
         self.step, self.evaluated_step = scalars["step"], scalars["evaluated_step"]
         self.best = scalars["best"]
-        self.nonfinite, self.rate_factor = scalars["nonfinite"], scalars["rate_factor"]
+        self.nonfinite, self.lr_factor = scalars["nonfinite"], scalars["lr_factor"]

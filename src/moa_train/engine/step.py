@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moa_train.engine.loss import soft_cross_entropy
 from moa_train.engine.nonfinite import GradientGuard, trace_gradient, tracing
+from moa_train.interfaces import Batch
 from moa_train.optim.ema import AveragedWeights
 from moa_train.optim.optimizers import Optimizers
 from moa_train.runtime import faults
@@ -32,6 +32,7 @@ class TrainStep:
         optimizer: Optimizers,
         *,
         transform: Callable[[Any, int], tuple[Tensor, Tensor]],
+        loss: Callable[[Tensor, Tensor], Tensor],
         clip: Callable[[Sequence[Tensor]], Tensor],
         precision: Precision,
         ema: AveragedWeights | None,
@@ -52,6 +53,7 @@ class TrainStep:
         ]
         self.optimizer = optimizer
         self.transform = transform
+        self.loss = loss
         self.clip = clip
         self.precision = precision
         self.ema = ema
@@ -62,7 +64,7 @@ class TrainStep:
         self.on_inputs: Callable[[Tensor], None] | None = None
 
     def __call__(
-        self, batches: Iterator[Any], step: int, stop: Callable[[], bool] = lambda: False
+        self, batches: Iterator[Batch], step: int, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, Tensor] | None:
         """Run update number ``step`` (from 0) on this rank's next micro-batches.
 
@@ -93,7 +95,7 @@ class TrainStep:
         for buffer, before in statistics:
             buffer.copy_(before)
 
-    def _loss(self, model: nn.Module, batch: Any, step: int) -> tuple[Tensor, Tensor]:
+    def _loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         """Return a micro-batch's share of the global batch's loss, and its logits."""
         batch = batch.to(self.distributed.device, non_blocking=True)
         images, targets = self.transform(batch, step)
@@ -105,7 +107,7 @@ class TrainStep:
         reseed(self.distributed.device, self.seed, "model", step, batch.micro)
         with self.precision.autocast():
             logits = model(images)
-        loss = soft_cross_entropy(logits, targets) * self.loss_scale
+        loss = self.loss(logits, targets) * self.loss_scale
         if faults.point("step.loss"):
             loss = loss * math.nan
         if faults.point("step.gradient"):
@@ -130,7 +132,7 @@ class TrainStep:
         self.optimizer.zero_grad()
         return grad_norm
 
-    def trace(self, batches: Iterator[Any], step: int) -> list[dict[str, Any]]:
+    def trace(self, batches: Iterator[Batch], step: int) -> list[dict[str, Any]]:
         """Repeat forward and backward pass of update ``step``, change nothing, and tell what is not finite.
 
         Returns:

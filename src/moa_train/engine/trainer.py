@@ -1,15 +1,18 @@
 """The loop. It trains any module on any batches; everything it needs is built elsewhere and handed in."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.evaluate import Evaluation
+from moa_train.engine.metrics import better
 from moa_train.engine.nonfinite import NonFinitePolicy
 from moa_train.engine.plan import Plan
 from moa_train.engine.state import TrainState
 from moa_train.engine.step import TrainStep
+from moa_train.interfaces import Batch, Metric
 from moa_train.optim.schedule import Schedule
 from moa_train.runtime.device import peak_memory
 from moa_train.runtime.distributed import Distributed
@@ -23,19 +26,23 @@ class Trainer:
     """Drives a run from ``state.step`` to the end of its plan.
 
     Attributes:
-        evaluate: evaluates the current weights on the split that chooses the best checkpoint; None: no choosing.
-            Returns None where a stop was asked for meanwhile.
-        record: what every checkpoint carries beside the state: configuration, classes, fingerprint (JSON).
-        metadata: what every weights file carries in its header.
+        train_batches: returns this rank's micro-batches from a step on.
+        evaluate: evaluates the current weights on ``eval_split``, or is None if no split chooses the best checkpoint.
+            It returns None if a stop was requested meanwhile.
+        metrics: the metrics that ``evaluate`` computes; ``best_by`` names the one that chooses the best checkpoint.
+        record: what every checkpoint holds in addition to the state: configuration, classes, fingerprint (JSON).
+        metadata: what every weights file holds in its header.
     """
 
     state: TrainState
     plan: Plan
     schedule: Schedule
     train_step: TrainStep
-    train_batches: Callable[[int], Iterator[Any]]
+    train_batches: Callable[[int], Iterator[Batch]]
     evaluate: Callable[[], Evaluation | None] | None
     eval_split: str
+    metrics: Mapping[str, Metric]
+    best_by: str
     batch_size: int
     store: CheckpointStore
     tracker: Tracker
@@ -60,7 +67,7 @@ class Trainer:
             self._make_up_for_evaluation()
             batches = self.train_batches(state.step)
             while state.step < plan.stop_step and not self.stopping:
-                rate = self._set_rate(state.step)
+                lr = self._set_lr(state.step)
                 values = self.train_step(batches, state.step, self._asked_to_stop)
                 if values is None:
                     self._stop_in_front_of_step()
@@ -71,7 +78,7 @@ class Trainer:
                 self.tracker.advance(state.step)
                 self.speed.tick(self.batch_size)
                 if plan.log.due(state.step) or state.step == plan.total_steps:
-                    self._log(rate)  # here the host waits for the device, and nowhere else
+                    self._log(lr)  # the only place where the host waits for the device
                 self.store.poll()  # a background save that failed ends the run here
                 self.stopping = self._asked_to_stop()
                 is_best = self._evaluate_if_due()
@@ -87,7 +94,7 @@ class Trainer:
         """
         batches = self.train_batches(self.state.step)
         while self.state.step < step:
-            self._set_rate(self.state.step)
+            self._set_lr(self.state.step)
             self.train_step(batches, self.state.step)
             self.state.step += 1
         return self.distributed.gather_objects(self.train_step.trace(batches, step))
@@ -98,27 +105,27 @@ class Trainer:
     def _stop_in_front_of_step(self) -> None:
         """Save the state before a step that was given up half-way, unless the last step has done so."""
         self.stopping = True
-        self._set_rate(self.state.step - 1)
+        self._set_lr(self.state.step - 1)
         if self.saved_step != self.state.step or self.state.step == 0:
             self._save(is_best=False)
 
-    def _set_rate(self, step: int) -> float:
-        rate = self.schedule.rate(step) * self.state.rate_factor
-        self.state.optimizer.set_rate(rate)
-        return rate
+    def _set_lr(self, step: int) -> float:
+        lr = self.schedule.lr(step) * self.state.lr_factor
+        self.state.optimizer.set_lr(lr)
+        return lr
 
     def _answer_nonfinite(self, wait: bool = False) -> None:
         """Deal with steps whose gradient was not finite: the same ones on every rank."""
         for step in self.train_step.guard.caught(wait):
             self.state.nonfinite += 1
             origins = self.train_step.trace(self.train_batches(step), step)
-            self.tracker.say(self.nonfinite.answer(step, origins, self.state.nonfinite, self.state.rate_factor))
+            self.tracker.say(self.nonfinite.answer(step, origins, self.state.nonfinite, self.state.lr_factor))
 
-    def _log(self, rate: float) -> None:
+    def _log(self, lr: float) -> None:
         step, epoch = self.state.step, float(self.state.step / self.plan.steps_per_epoch)
         means = self.state.meters.read()
         means["loss"] = self.distributed.mean(means["loss"])
-        row = {"epoch": epoch, **means, "rate": rate, "images_per_second": self.speed.rate}
+        row = {"epoch": epoch, **means, "lr": lr, "images_per_second": self.speed.rate}
         self.tracker.log_step(step, {**row, "memory": peak_memory(self.distributed.device)})
 
     def _evaluate_if_due(self) -> bool:
@@ -132,7 +139,8 @@ class Trainer:
         if result is None:
             self.stopping = True
             return False
-        is_best = result.top1 > state.best.get("top1", -1.0)
+        value, before = result.values[self.best_by], state.best.get(self.best_by)
+        is_best = math.isfinite(value) and (before is None or better(self.metrics[self.best_by])(value, before))
         if is_best:
             state.best = {"step": state.step, **result.as_dict()}
         state.evaluated_step = state.step
@@ -143,10 +151,15 @@ class Trainer:
     def _make_up_for_evaluation(self) -> None:
         """Do what a stop had interrupted, and save that it is done."""
         before = self.state.evaluated_step
-        self._set_rate(self.state.step - 1)  # it is saved, too: that of the last update
+        self._set_lr(self.state.step - 1)  # it is saved, too: that of the last update
         is_best = self._evaluate_if_due()
         if self.state.evaluated_step != before:
             self._save(is_best)
+
+    def _score(self) -> float:
+        """Return what checkpoints are compared by: the metric of the best one, where higher is better."""
+        value: float = self.state.best[self.best_by]
+        return value if self.metrics[self.best_by].higher_is_better else -value
 
     def _save(self, is_best: bool) -> None:
         self._answer_nonfinite(wait=True)  # what is saved says how many there were
@@ -154,7 +167,7 @@ class Trainer:
         meters = self.distributed.gather_objects(self.state.meters.state_dict())
         if self.distributed.is_main:
             state = {**self.record, "train": {**self.state.scalars(), "meters": meters}}
-            score = self.state.best["top1"] if is_best else None
+            score = self._score() if is_best else None
             self.store.save(
                 self.state.step, self.state.tensors(), state, metadata=self.metadata, score=score, background=True
             )

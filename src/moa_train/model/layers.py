@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moa_train.model.attention import BiasedAttention, attend
-from moa_train.model.geometry import Stage
+from moa_train.model.stages import StagePlan
 from moa_train.runtime.device import to_device
+from moa_train.schema import ModelConfig
 
 
 class PatchEmbedding(nn.Module):
@@ -19,14 +20,14 @@ class PatchEmbedding(nn.Module):
     Images that do not divide into patches are padded with zeros at the right and the bottom.
     """
 
-    def __init__(self, patch: int, in_channels: int, dim: int) -> None:
+    def __init__(self, patch: int, dim: int) -> None:
         super().__init__()
         self.patch = patch
-        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch, stride=patch)
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Map images (B, in_channels, H, W) to a map (B, H/patch, W/patch, C)."""
+        """Map images (B, 3, H, W) to a map (B, H/patch, W/patch, C)."""
         images_BHWC = pad_to_multiple(images_BCHW.permute(0, 2, 3, 1), self.patch)
         return self.norm(project_patches(images_BHWC, self.proj))
 
@@ -58,22 +59,14 @@ class WindowAttention(BiasedAttention):
 
     padding_mask: Tensor | None
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        map_size: tuple[int, int],
-        window: int,
-        dropout: float,
-        *,
-        published_layout: bool = False,
-    ) -> None:
-        super().__init__(heads, (window, window), published_layout=published_layout)
+    def __init__(self, stage: StagePlan, config: ModelConfig) -> None:
+        window = stage.window
+        super().__init__(stage.heads, (window, window), published_layout=config.moa.form == "published")
         self.window = window
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
-        self.register_buffer("padding_mask", padding_mask(map_size, window), persistent=False)
+        self.qkv = nn.Linear(stage.dim, 3 * stage.dim)
+        self.proj = nn.Linear(stage.dim, stage.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.register_buffer("padding_mask", padding_mask(stage.map_size, window), persistent=False)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
@@ -150,23 +143,12 @@ class DropPath(nn.Module):
 class LocalBlock(nn.Module):
     """A Transformer block whose attention stays within windows: pre-norm, residual, stochastic depth."""
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        map_size: tuple[int, int],
-        window: int,
-        *,
-        mlp_ratio: float,
-        dropout: float,
-        drop_path: float,
-        published_layout: bool = False,
-    ) -> None:
+    def __init__(self, stage: StagePlan, config: ModelConfig, *, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, heads, map_size, window, dropout, published_layout=published_layout)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), dropout)
+        self.norm1 = nn.LayerNorm(stage.dim)
+        self.attn = WindowAttention(stage, config)
+        self.norm2 = nn.LayerNorm(stage.dim)
+        self.mlp = MLP(stage.dim, int(stage.dim * config.mlp_ratio), config.dropout)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
@@ -179,7 +161,7 @@ class LocalStage(nn.Module):
     """Local blocks, and the way down to the next stage (the last one has none)."""
 
     def __init__(
-        self, stage: Stage, blocks: Sequence[nn.Module], downsample: PatchMerging | None, *, checkpointing: bool
+        self, stage: StagePlan, blocks: Sequence[nn.Module], downsample: PatchMerging | None, *, checkpointing: bool
     ) -> None:
         super().__init__()
         self.map_size = stage.map_size

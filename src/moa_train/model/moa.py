@@ -9,8 +9,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moa_train.model.attention import BiasedAttention, attend
-from moa_train.model.geometry import Stage
 from moa_train.model.layers import MLP, DropPath, LocalStage, PatchMerging, pad_to_multiple, project_patches
+from moa_train.model.stages import StagePlan
+from moa_train.schema import ModelConfig
 
 
 class MOABlock(BiasedAttention):
@@ -21,21 +22,19 @@ class MOABlock(BiasedAttention):
     it does not divide. ``reduction`` makes the patches that are projected thinner, R times.
     """
 
-    def __init__(
-        self, stage: Stage, *, overlap: int, reduction: int, mlp_ratio: float, dropout: float, drop_path: float
-    ) -> None:
+    def __init__(self, stage: StagePlan, config: ModelConfig, *, drop_path: float) -> None:
         super().__init__(stage.heads, stage.windows)
-        dim, self.window = stage.dim, stage.window
-        thin = dim // reduction
+        dim, overlap, self.window = stage.dim, config.moa.overlap, stage.window
+        thin = dim // config.moa.reduction
         self.norm1 = nn.LayerNorm(dim)
         self.reduce = nn.Linear(dim, thin)
         self.q = nn.Conv2d(thin, dim, kernel_size=self.window, stride=self.window)
         self.kv = nn.Conv2d(thin, 2 * dim, kernel_size=self.window + 2 * overlap, stride=self.window, padding=overlap)
         self.proj = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), dropout)
+        self.mlp = MLP(dim, int(dim * config.mlp_ratio), config.dropout)
         self.expand = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
@@ -75,7 +74,7 @@ class MOAStage(LocalStage):
 
     def __init__(
         self,
-        stage: Stage,
+        stage: StagePlan,
         blocks: Sequence[nn.Module],
         moa: MOABlock,
         downsample: PatchMerging,

@@ -1,45 +1,51 @@
-"""The whole MOA-Transformer, and how settings become one: the stages are planned, then built in either form."""
+"""The MOA-Transformer as a whole: its stages are planned, then built in one of its two forms."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from moa_train.model.geometry import Stage, plan_stages
+from moa_train.interfaces import Classifier
 from moa_train.model.layers import LocalBlock, LocalStage, PatchEmbedding, PatchMerging
 from moa_train.model.moa import MOABlock, MOAStage
-from moa_train.model.released import ReleasedStage
+from moa_train.model.published_block import PublishedStage
+from moa_train.model.stages import StagePlan, plan_stages
+from moa_train.schema import ModelConfig
 
 
-class MOATransformer(nn.Module):
-    """The whole network: patch embedding, stages with patch merging between them, LayerNorm, mean, linear head."""
+class MOATransformer(Classifier, nn.Module):
+    """The whole network: patch embedding, stages with patch merging between them, LayerNorm, mean, linear head.
 
-    head_name = "head"
+    Args:
+        config: architecture.
+        image_size: (height, width) of the images in pixels.
+        num_classes: width of the head.
 
-    def __init__(
-        self,
-        layers: Sequence[LocalStage],
-        stages: Sequence[Stage],
-        *,
-        image_size: tuple[int, int],
-        in_channels: int,
-        patch_size: int,
-        num_classes: int,
-        dropout: float,
-    ) -> None:
+    Raises:
+        UserError: these settings cannot be built; nothing has been allocated yet.
+    """
+
+    def __init__(self, config: ModelConfig, *, image_size: tuple[int, int], num_classes: int) -> None:
         super().__init__()
+        stages = plan_stages(config, image_size)
         self.image_size = image_size
         self.stages = tuple(stages)
-        self.patch_embed = PatchEmbedding(patch_size, in_channels, stages[0].dim)
-        self.pos_drop = nn.Dropout(dropout)
+        layers = build_stages(config, stages)
+        self.patch_embed = PatchEmbedding(config.patch_size, stages[0].dim)
+        self.pos_drop = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(stages[-1].dim)
         self.head = nn.Linear(stages[-1].dim, num_classes)
         self.apply(init_weights)
 
+    @staticmethod
+    def check(config: ModelConfig, image_size: tuple[int, int]) -> None:
+        """Raise `UserError` if such a model cannot be built; allocate nothing."""
+        plan_stages(config, image_size)
+
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Map images (B, in_channels, H, W), of the size the model was built for, to logits (B, num_classes)."""
+        """Map images (B, 3, H, W), of the size the model was built for, to logits (B, num_classes)."""
         for x_BHWC in self.stage_outputs(images_BCHW):
-            last_BHWC = x_BHWC  # the others are not kept
+            last_BHWC = x_BHWC  # keep only the last one
         return self.head(last_BHWC.mean((1, 2)))
 
     def forward_features(self, images_BCHW: Tensor) -> list[Tensor]:
@@ -57,88 +63,60 @@ class MOATransformer(nn.Module):
             if layer.downsample is not None:
                 x_BHWC = layer.downsample(x_BHWC)
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the tables of relative positions."""
+        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+
+    def layer_names(self) -> list[str]:
+        """Return the patch embedding, every block, and the rest of every stage (MOA block, patch merging)."""
+        prefixes = ["patch_embed"]
+        for index, stage in enumerate(self.stages):
+            prefixes += [f"layers.{index}.blocks.{block}" for block in range(stage.depth)] + [f"layers.{index}"]
+        return [*prefixes, "norm"]
+
+    def part_of(self, name: str) -> tuple[int, str]:
+        """Return the stage and the part for the summary."""
+        match name.split("."):
+            case ["patch_embed", *_]:
+                return -1, "embedding"
+            case ["layers", index, "blocks", _, "attn" | "norm1", *_]:
+                return int(index), "attention"
+            case ["layers", index, "blocks", *_]:
+                return int(index), "MLP"
+            case ["layers", index, "downsample", *_]:
+                return int(index), "merging"
+            case ["layers", index, *_]:
+                return int(index), "MOA"
+        return -1, "head"
+
 
 def init_weights(module: nn.Module) -> None:
-    """Draw projections from a normal of deviation 0.02, set their biases to 0; LayerNorm starts as the identity."""
+    """Draw projections from a normal distribution of std 0.02, zero the biases; LayerNorm starts as the identity."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
-def build_moa(
-    *,
-    image_size: tuple[int, int],
-    num_classes: int,
-    in_channels: int,
-    patch_size: int,
-    embed_dim: int,
-    depths: Sequence[int],
-    heads: Sequence[int],
-    window: int,
-    mlp_ratio: float,
-    drop_path: float,
-    dropout: float,
-    checkpointing: bool,
-    moa_enabled: bool,
-    moa_form: str,
-    moa_overlap: int,
-    moa_reduction: int,
-    moa_drop_path: float,
-) -> MOATransformer:
-    """Build the network; the fields are those of `create_model`, which documents them."""
-    stages = plan_stages(
-        image_size=image_size,
-        patch_size=patch_size,
-        embed_dim=embed_dim,
-        depths=depths,
-        heads=heads,
-        window=window,
-        moa_enabled=moa_enabled,
-        moa_form=moa_form,
-        moa_overlap=moa_overlap,
-        moa_reduction=moa_reduction,
-    )
-    local_rates = iter(ramp(drop_path, sum(stage.depth for stage in stages)))
-    moa_rates = iter(ramp(moa_drop_path, sum(stage.moa for stage in stages)))
+def build_stages(config: ModelConfig, stages: list[StagePlan]) -> list[LocalStage]:
+    """Build every stage, with drop path rates that rise linearly from block to block."""
+    local_rates = iter(ramp(config.drop_path, sum(stage.depth for stage in stages)))
+    moa_rates = iter(ramp(config.moa.drop_path, sum(stage.moa for stage in stages)))
 
-    def build_stage(stage: Stage) -> LocalStage:
-        blocks = [
-            LocalBlock(
-                stage.dim,
-                stage.heads,
-                stage.map_size,
-                stage.window,
-                mlp_ratio=mlp_ratio,
-                dropout=dropout,
-                drop_path=next(local_rates),
-                published_layout=moa_form == "released",
-            )
-            for _ in range(stage.depth)
-        ]
-        thin = {"overlap": moa_overlap, "reduction": moa_reduction}
-        if stage.moa and moa_form == "released":
-            return ReleasedStage(
-                stage, blocks, **thin, dropout=dropout, drop_path=next(moa_rates), checkpointing=checkpointing
-            )
+    def build_stage(stage: StagePlan) -> LocalStage:
+        blocks = [LocalBlock(stage, config, drop_path=next(local_rates)) for _ in range(stage.depth)]
+        if stage.moa and config.moa.form == "published":
+            return PublishedStage(stage, blocks, config, drop_path=next(moa_rates))
         downsample = None if stage is stages[-1] else PatchMerging(stage.dim)
         if not stage.moa:
-            return LocalStage(stage, blocks, downsample, checkpointing=checkpointing)
-        moa = MOABlock(stage, **thin, mlp_ratio=mlp_ratio, dropout=dropout, drop_path=next(moa_rates))
+            return LocalStage(stage, blocks, downsample, checkpointing=config.checkpointing)
+        moa = MOABlock(stage, config, drop_path=next(moa_rates))
         assert downsample is not None, "the last stage has no MOA block"
-        return MOAStage(stage, blocks, moa, downsample, checkpointing=checkpointing)
+        return MOAStage(stage, blocks, moa, downsample, checkpointing=config.checkpointing)
 
-    return MOATransformer(
-        [build_stage(stage) for stage in stages],
-        stages,
-        image_size=image_size,
-        in_channels=in_channels,
-        patch_size=patch_size,
-        num_classes=num_classes,
-        dropout=dropout,
-    )
+    return [build_stage(stage) for stage in stages]
 
 
 def ramp(highest: float, blocks: int) -> list[float]:
-    """Return stochastic depth rates that grow linearly from 0 to ``highest`` over the blocks; a single one gets 0."""
+    """Return drop path rates that rise linearly from 0 to ``highest`` over the blocks; a single block gets 0."""
     return [highest * block / max(blocks - 1, 1) for block in range(blocks)]

@@ -1,13 +1,12 @@
-"""What a model costs before it runs: maps, parameters, multiply-accumulates, memory of a training step.
+"""The cost of a model before it runs: feature maps, parameters, multiply-accumulates, memory of a training step.
 
-Everything is worked out on tensors without memory, so the largest model at any size is described in seconds.
+Everything is computed on tensors without memory, so a model of any size is described in seconds.
 """
 
-import re
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,17 +17,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from moa_train.model.registry import create_model
-
-# Names of modules and parameters of all models -> the part that they belong to; the first pattern found counts.
-PARTS = {
-    "embedding": r"^(patch_embed|conv_proj|class_token|encoder\.pos_embedding|features\.0|conv1|bn1)\b",
-    "MOA": r"^layers\.\d+\.(moa|glb_attn|post_conv|norm\d)\b",
-    "convolutions": r"^layer\d",
-    "attention": r"\b(attn|norm1|self_attention|ln_1)\b",
-    "MLP": r"\b(mlp|norm2|ln_2)\b",
-    "merging": r"^(layers\.\d+\.downsample|features\.[2468])\b",
-    "head": r"",
-}
+from moa_train.schema import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -52,7 +41,7 @@ class Summary:
     def table(self) -> str:
         """Lay the numbers out for reading: a block of rows for every stage."""
         lines = [f"{'stage':<7}{'map':<18}{'part':<14}{'parameters':>14}{'MACs an image':>16}"]
-        for key in sorted(self.parameters, key=_order):
+        for key in self.parameters:
             stage, part = key
             where = f"{stage}" if stage >= 0 else ""
             shape = " x ".join(map(str, self.maps[stage])) if stage >= 0 else ""
@@ -61,25 +50,27 @@ class Summary:
         return "\n".join(lines)
 
 
-def summarize(name: str, **fields: Any) -> Summary:
-    """Describe the model that `create_model` would build, without building it.
+def summarize(config: ModelConfig, *, image_size: tuple[int, int], num_classes: int) -> Summary:
+    """Describe the model that `create_model` would build, without allocating memory for it.
 
     Multiply-accumulates are counted by PyTorch's own counter, as half the floating-point operations of all products
     and convolutions.
     """
     with torch.device("meta"):
-        model = create_model(name, **fields).eval()
-        image_BCHW = torch.empty(1, fields.get("in_channels", 3), *fields["image_size"])
+        model = create_model(config, image_size=image_size, num_classes=num_classes).eval()
+        image_BCHW = torch.empty(1, 3, *image_size)
     with torch.no_grad(), FlopCounterMode(display=False, depth=9) as counter:
         model(image_BCHW)
-    with torch.no_grad():
-        maps = [tuple(map_BCHW.shape[1:]) for map_BCHW in model.forward_features(image_BCHW)]  # type: ignore[operator]
-    parameters: Counter[tuple[int, str]] = Counter()
+    parameters: Counter[tuple[int, str]] = Counter()  # in the model's order
     for path, parameter in model.named_parameters():
-        parameters[part_of(path)] += parameter.numel()
+        parameters[model.part_of(path)] += parameter.numel()
     macs: Counter[tuple[int, str]] = Counter()
     for path, count in _own(counter).items():
-        macs[part_of(path)] += count // 2
+        macs[model.part_of(path)] += count // 2
+    maps: list[tuple[int, ...]] = []
+    if any(stage >= 0 for stage, _ in parameters):
+        with torch.no_grad():
+            maps = [tuple(map_BCHW.shape[1:]) for map_BCHW in model.forward_features(image_BCHW)]
     return Summary(maps, dict(parameters), {key: macs[key] for key in parameters})
 
 
@@ -95,17 +86,6 @@ def _own(counter: FlopCounterMode) -> dict[str, int]:
                 own[above] -= count
                 break
     return {path: count for path, count in own.items() if count}
-
-
-def part_of(path: str) -> tuple[int, str]:
-    """Return the stage (-1 outside of them) and the part that a module or parameter belongs to, by its name."""
-    part = next(part for part, pattern in PARTS.items() if re.search(pattern, path))
-    if part in ("embedding", "head"):
-        return (-1, part)
-    found = re.match(r"layers\.(\d+)|features\.(\d+)|layer(\d)|encoder\.layers", path)
-    assert found is not None, path
-    moa, swin, resnet = found.groups()
-    return (int(moa or 0) or (int(swin or 1) - 1) // 2 or int(resnet or 1) - 1, part)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -140,32 +120,37 @@ class PeakMemory(TorchDispatchMode):
 
 
 def training_memory(
-    name: str,
+    config: ModelConfig,
     *,
+    image_size: tuple[int, int],
+    num_classes: int,
     batch_size: int,
     dtype: torch.dtype = torch.float32,
     states: int = 2,
     device: str = "cpu",
-    **fields: Any,
 ) -> int:
     """Estimate the peak memory of a training step in bytes: weights, gradients, optimizer states, activations.
 
-    The step is run on tensors without memory, kernel for kernel as on ``device``, and what would be alive is counted.
-    What allocators and libraries take beside that is not. Stochastic depth, which only saves some, is left out.
+    The step is run on tensors without memory, kernel for kernel as on ``device``, and the bytes that would be alive
+    are counted. What allocators and libraries use in addition is not counted. Stochastic depth, which only saves
+    memory, is switched off.
 
     Args:
-        name: as in `create_model`, with its ``fields``.
-        batch_size: images of one forward pass.
-        dtype: of the products, under autocast; weights stay in fp32.
-        states: numbers that are kept beside every weight: by AdamW 2, by SGD and Muon 1, and 1 for its average.
+        config: architecture.
+        image_size: (height, width) in pixels.
+        num_classes: width of the classifier.
+        batch_size: images per forward pass.
+        dtype: of matrix products, under autocast; weights stay in fp32.
+        states: numbers kept per parameter: 2 for AdamW, 1 for SGD and Muon, and 1 more for EMA weights.
         device: "cpu", or "cuda" on a machine that has it.
     """
+    config = replace(config, drop_path=0.0, moa=replace(config.moa, drop_path=0.0))
     with torch.device("meta"):
-        model = create_model(name, **{**fields, "drop_path": 0.0, "moa_drop_path": 0.0})
+        model = create_model(config, image_size=image_size, num_classes=num_classes)
     weights = sum(parameter.numel() for parameter in model.parameters())
     with FakeTensorMode(), PeakMemory() as memory:
         _without_memory(model, device)
-        images_BCHW = torch.empty(batch_size, fields.get("in_channels", 3), *fields["image_size"], device=device)
+        images_BCHW = torch.empty(batch_size, 3, *image_size, device=device)
         labels_B = torch.empty(batch_size, dtype=torch.int64, device=device)
         with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             logits_BK = model(images_BCHW)
@@ -182,15 +167,6 @@ def _without_memory(model: nn.Module, device: str) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
-
-
-def _order(key: tuple[int, str]) -> tuple[bool, int, int]:
-    stage, part = key
-    return (
-        part == "head",
-        stage,
-        ["embedding", "convolutions", "attention", "MLP", "MOA", "merging", "head"].index(part),
-    )
 
 
 def _giga(count: int) -> str:

@@ -1,4 +1,4 @@
-"""Lengths of time in a configuration: steps, epochs, examples or percent, one of them at a time."""
+"""Durations in a configuration, in one unit each: steps, epochs, examples or percent of the run."""
 
 import math
 import re
@@ -44,24 +44,24 @@ class Duration:
             hint = nearest(spelling, [*_UNITS, "ep"]) if spelling else " The unit is missing."
             raise UserError(f"{what}={text} is not a duration.{hint} Write one of {FORMS}.")
         if amount == 0 and not allow_zero:
-            raise UserError(f"{what}={text} is nothing at all. Write more than zero, such as {FORMS}.")
+            raise UserError(f"{what}={text} must be more than zero, such as {FORMS}.")
         if unit == "steps" and amount.denominator != 1:
-            raise UserError(f"{what}={text}: steps are whole. Write '{math.ceil(amount)} steps'.")
+            raise UserError(f"{what}={text}: steps must be a whole number. Write '{math.ceil(amount)} steps'.")
         if unit == "percent" and amount > 100:
-            raise UserError(f"{what}={text} is more than the whole training. Write at most '100%'.")
+            raise UserError(f"{what}={text} is more than the whole run. Write at most '100%'.")
         return cls(amount, unit)
 
     def steps(self, batch_size: int, dataset_length: int, total_steps: int | None = None) -> int:
-        """Convert to optimizer steps, rounded up; for the arguments see :meth:`distance`."""
-        return math.ceil(self.distance(batch_size, dataset_length, total_steps))
+        """Convert to optimizer steps, rounded up; for the arguments see `exact_steps`."""
+        return math.ceil(self.exact_steps(batch_size, dataset_length, total_steps))
 
-    def distance(self, batch_size: int, dataset_length: int, total_steps: int | None = None) -> Fraction:
+    def exact_steps(self, batch_size: int, dataset_length: int, total_steps: int | None = None) -> Fraction:
         """Convert to optimizer steps, exactly: an epoch need not be a whole number of them.
 
         Args:
             batch_size: samples of one optimizer step, over all ranks and accumulated micro-batches.
             dataset_length: samples of one epoch (with repeats, where augmentation is repeated).
-            total_steps: steps of the whole training; only percent needs it, and cannot be used without.
+            total_steps: steps of the whole training; needed for percent only.
         """
         match self.unit:
             case "steps":
@@ -71,7 +71,7 @@ class Duration:
             case "examples":
                 return self.amount / batch_size
         if total_steps is None:
-            raise UserError(f"{self} of what? The length of the training itself cannot be a percentage.")
+            raise UserError(f"schedule.duration={self}: the length of the run itself cannot be a percentage.")
         return self.amount * total_steps / 100
 
     def __str__(self) -> str:

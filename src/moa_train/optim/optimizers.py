@@ -1,16 +1,16 @@
-"""Optimizers by name, behind one small surface, whether they are one torch optimizer or two."""
+"""Optimizers, behind one small interface whether they consist of one torch optimizer or several."""
 
-import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from moa_train.optim.groups import ParameterGroup, parameter_groups, split_matrices
 from moa_train.optim.muon import BatchedMuon
-from moa_train.runtime.errors import UserError, choose
-
-NAMES = ("adamw", "nadamw", "sgd", "muon")
+from moa_train.plugins import OPTIMIZERS
+from moa_train.runtime.errors import UserError
+from moa_train.schema import OptimConfig
 
 
 class Optimizers:
@@ -20,7 +20,7 @@ class Optimizers:
     whole (``scaler.unscale_(optimizers)``, ``scaler.step(optimizers)``), so that an infinite gradient skips all parts.
     """
 
-    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+    def __init__(self, parts: list[Optimizer]) -> None:
         self.parts = parts
         self.names: dict[Tensor, str] = {
             parameter: name
@@ -38,10 +38,10 @@ class Optimizers:
         """All parameters that are optimized, in order."""
         return list(self.names)
 
-    def set_rate(self, rate: float) -> None:
-        """Set every group's learning rate to ``rate`` times the group's ``rate_scale``."""
+    def set_lr(self, lr: float) -> None:
+        """Set every group's learning rate to ``lr`` times the group's ``lr_scale``."""
         for group in self.param_groups:
-            group["lr"] = rate * group["rate_scale"]
+            group["lr"] = lr * group["lr_scale"]
 
     def step(self) -> None:
         """Update the parameters from their gradients."""
@@ -49,69 +49,73 @@ class Optimizers:
             part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         for part in self.parts:
             part.zero_grad(set_to_none=set_to_none)
 
 
-def create_optimizer(
-    name: str,
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float = 0.05,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    momentum: float = 0.9,
-    fused: bool | Literal["auto"] = "auto",
-) -> Optimizers:
-    """Create the optimizer ``name`` for the trainable parameters of the bare ``model``, on its final device.
+def create_optimizer(config: OptimConfig, model: nn.Module, lr: float) -> Optimizers:
+    """Create the configured optimizer for the trainable parameters of the bare ``model``, on its final device.
 
-    ``adamw``: Loshchilov and Hutter 2019. ``nadamw``: the same with Nesterov momentum. ``sgd``: Nesterov momentum,
-    decay as part of the gradient. ``muon``: orthogonalised momentum (Jordan 2024) for the matrices of the
-    body, with steps of the size that AdamW's have (Liu et al. 2025), so that its rate and decay carry over;
-    AdamW for all others.
+    Args:
+        config: name and hyperparameters.
+        model: not wrapped by DDP or compile.
+        lr: peak learning rate, scaled to the batch size.
 
-    ``betas`` and ``eps`` belong to the Adams, ``momentum`` to sgd and muon. ``fused`` updates all parameters
-    in one kernel where torch has one (AdamW and SGD on the CPU and on CUDA).
+    Raises:
+        UserError: the model has no trainable parameters, or none that the optimizer is made for.
     """
-    _check(name, lr, weight_decay, betas, eps, momentum)
-    groups = parameter_groups(model, weight_decay)
-    fast = _fused(groups, fused)
-    if name == "sgd":
-        return Optimizers([torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, **fast)])
-    adam: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
-    if name == "nadamw":
-        return Optimizers([torch.optim.NAdam(groups, **adam, decoupled_weight_decay=True, foreach=True)])
-    if name == "adamw":
-        return Optimizers([torch.optim.AdamW(groups, **adam, **fast)])
+    groups = parameter_groups(model, config)
+    if not groups:
+        raise UserError("The model has no trainable parameters: all of them are frozen.")
+    made = OPTIMIZERS.create(config.name, config.args, "optim.args", config, model, groups, lr)
+    optimizers = made if isinstance(made, list) else [made]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group.setdefault("lr_scale", 1.0)
+    return Optimizers(optimizers)
+
+
+# An optimizer is a function of the configuration, the bare model, its parameter groups and the learning rate that
+# returns one torch optimizer, or several over disjoint parameters. Your own has the same form.
+
+
+def adamw(config: OptimConfig, model: nn.Module, groups: list[ParameterGroup], lr: float) -> Optimizer:
+    """Return AdamW (Loshchilov and Hutter 2019)."""
+    return torch.optim.AdamW(groups, lr=lr, betas=_betas(config), eps=config.eps, **_fused(groups))
+
+
+def nadamw(config: OptimConfig, model: nn.Module, groups: list[ParameterGroup], lr: float) -> Optimizer:
+    """Return AdamW with Nesterov momentum."""
+    return torch.optim.NAdam(
+        groups, lr=lr, betas=_betas(config), eps=config.eps, decoupled_weight_decay=True, foreach=True
+    )
+
+
+def sgd(config: OptimConfig, model: nn.Module, groups: list[ParameterGroup], lr: float) -> Optimizer:
+    """Return SGD with Nesterov momentum, where weight decay is part of the gradient."""
+    momentum = config.momentum
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, **_fused(groups))
+
+
+def muon(config: OptimConfig, model: nn.Module, groups: list[ParameterGroup], lr: float) -> list[Optimizer]:
+    """Return Muon (Jordan 2024) for the matrices of the body, and AdamW for all other parameters.
+
+    Muon's steps have the size of AdamW's (Liu et al. 2025), so learning rates and weight decay carry over.
+    """
     matrices, rest = split_matrices(model, groups)
     if not matrices:
-        raise UserError("optim.name=muon needs matrices and this model has none in its body. Try optim.name=adamw.")
-    muon = BatchedMuon(matrices, lr=lr, momentum=momentum)
-    return Optimizers([muon, *([torch.optim.AdamW(rest, **adam, **fast)] if rest else [])])
+        raise UserError("optim.name=muon needs matrices, and the body of this model has none. Try optim.name=adamw.")
+    return [
+        BatchedMuon(matrices, lr=lr, momentum=config.momentum),
+        *([adamw(config, model, rest, lr)] if rest else []),
+    ]
 
 
-def _fused(groups: list[ParameterGroup], fused: bool | Literal["auto"]) -> dict[str, Any]:
-    """Return the keyword argument for the fastest implementation."""
-    if not groups:
-        raise UserError("The model has no trainable parameter: all of them are frozen.")
+def _betas(config: OptimConfig) -> tuple[float, float]:
+    return config.betas[0], config.betas[1]
+
+
+def _fused(groups: list[ParameterGroup]) -> dict[str, Any]:
+    """Return the argument for the fastest implementation: one kernel for all parameters where torch has it."""
     devices = {parameter.device.type for group in groups for _, parameter in group["params"]}
-    use_fused = devices <= {"cpu", "cuda"} if fused == "auto" else fused
-    return {"fused": True} if use_fused else {"foreach": True}
-
-
-def _check(name: str, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, momentum: float) -> None:
-    if name not in NAMES:
-        raise UserError(choose("optim.name", name, NAMES))
-    for what, value, low, high in (
-        ("lr", lr, 0.0, math.inf),
-        ("weight_decay", weight_decay, 0.0, math.inf),
-        ("betas[0]", betas[0], 0.0, 1.0),
-        ("betas[1]", betas[1], 0.0, 1.0),
-        ("momentum", momentum, 0.0, 1.0),
-    ):
-        if not low <= value < high:
-            raise UserError(f"optim.{what}={value} must be at least {low:g} and below {high:g}.")
-    if not 0 < eps < math.inf:
-        raise UserError(f"optim.eps={eps} must be above 0.")
+    return {"fused": True} if devices <= {"cpu", "cuda"} else {"foreach": True}

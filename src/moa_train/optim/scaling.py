@@ -1,35 +1,26 @@
-"""Learning rates for another batch size than the one they were found with."""
+"""Learning rates for a batch size other than the one they were found with."""
 
 import math
 
-from moa_train.runtime.errors import UserError, choose
-
-RULES = ("linear", "sqrt", "none")
+from moa_train.schema import OptimConfig
 
 
-def scale_rate(base: float, batch_size: int, reference: int = 512, rule: str = "linear") -> float:
-    """Scale a rate that was found at ``reference`` samples a step to ``batch_size`` samples a step.
+def scale_lr(lr: float, batch_size: int, config: OptimConfig) -> float:
+    """Scale a learning rate that was found with batches of ``config.lr_batch`` to batches of ``batch_size`` samples.
 
-    ``linear`` multiplies by batch_size / reference (Goyal et al. 2017, the published recipe), ``sqrt`` by its
-    root (the usual choice for Adam; Malladi et al. 2022), ``none`` by 1. ``batch_size`` counts all ranks
-    and accumulated micro-batches. Peak, warm-up start and floor are to be scaled alike.
+    ``lr_scaling=linear`` multiplies by batch_size / lr_batch (Goyal et al. 2017, the published recipe), ``sqrt`` by
+    its root (usual for Adam; Malladi et al. 2022), ``none`` by 1. ``batch_size`` counts all ranks and accumulated
+    micro-batches. Apply it to the peak, the start of the warmup and the final learning rate alike.
     """
-    return base * _factor(batch_size, reference, rule)
+    ratio = batch_size / config.lr_batch
+    return lr * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[config.lr_scaling]
 
 
-def explain_rate(base: float, batch_size: int, reference: int = 512, rule: str = "linear") -> str:
-    """Say in one line how the rate came about, such as ``0.0009 x 128/512 (linear) = 0.000225``."""
-    rate = scale_rate(base, batch_size, reference, rule)
-    if rule == "none":
-        return f"{rate:.4g} (not scaled with the batch of {batch_size})"
-    ratio = f"{batch_size}/{reference}"
-    return f"{base:.4g} x {ratio if rule == 'linear' else f'sqrt({ratio})'} ({rule}) = {rate:.4g}"
-
-
-def _factor(batch_size: int, reference: int, rule: str) -> float:
-    if rule not in RULES:
-        raise UserError(choose("optim.lr_scaling", rule, RULES))
-    if batch_size < 1 or reference < 1:
-        raise UserError(f"Batch {batch_size} and reference batch {reference} must both be at least 1.")
-    ratio = batch_size / reference
-    return {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[rule]
+def explain_lr(batch_size: int, config: OptimConfig) -> str:
+    """Describe in one line how the peak learning rate was scaled: ``0.0009 x 128/512 (linear) = 0.000225``."""
+    lr = scale_lr(config.lr, batch_size, config)
+    if config.lr_scaling == "none":
+        return f"{lr:.4g} (not scaled to the batch size of {batch_size})"
+    ratio = f"{batch_size}/{config.lr_batch}"
+    factor = ratio if config.lr_scaling == "linear" else f"sqrt({ratio})"
+    return f"{config.lr:.4g} x {factor} ({config.lr_scaling}) = {lr:.4g}"

@@ -1,4 +1,4 @@
-"""The console: a progress bar on a terminal, plain lines elsewhere, a table of epochs and evaluations."""
+"""The console: a progress bar on a terminal or plain lines elsewhere, and a table of epochs and evaluations."""
 
 import os
 import sys
@@ -10,22 +10,19 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from moa_train.runtime.errors import UserError, choose
+from moa_train.tracking.logger import Logger, Metrics
 from moa_train.tracking.meters import Speed
-from moa_train.tracking.writers import Metrics, Writer
 
-STYLES = ("auto", "bar", "plain")
-
-_COLUMNS = {  # heading: width; with the mark for the best, 80 in all
+_COLUMNS = {  # heading: width; 80 in all, with the mark of the best
     "epoch": 6, "step": 8, "split": 6, "loss": 9, "top-1": 7, "top-5": 7, "train loss": 12, "images/s": 10, "time": 9,
 }  # fmt: skip
 
 
-class Console(Writer):
-    """Writes progress to ``stream``, which is standard output unless given, and a row for every epoch and evaluation.
+class Console(Logger):
+    """Write progress and a row for every epoch and evaluation to ``stream``, by default standard output.
 
-    ``bar``: a line that is redrawn with every step; ``plain``: a line every ``line_seconds`` seconds, and no control
-    characters; ``auto``: a bar if ``stream`` is a terminal. Steps of an epoch need not be whole.
+    With ``style="bar"``, progress is one line that is redrawn; with ``plain``, it is a new line every ``line_seconds``
+    seconds, without control characters; ``auto`` selects the bar if ``stream`` is a terminal.
     """
 
     def __init__(
@@ -57,7 +54,7 @@ class Console(Writer):
         self._has_header = False
 
     def advance(self, step: int) -> None:
-        """Move the bar."""
+        """Move the bar to ``step``."""
         self._finish_epoch(step - 1)
         self._speed.tick(step - self._step)
         if self._has_bar:
@@ -67,9 +64,7 @@ class Console(Writer):
         self._step = step
 
     def log_step(self, step: int, metrics: Metrics) -> None:
-        """Show the latest metrics: beside the bar, or as a line when one is due."""
-        if step > self._step:
-            self.advance(step)
+        """Show the latest metrics next to the bar, or as a line if one is due."""
         self._latest = metrics
         self._train_loss.add(step, metrics.get("loss"))
         parts = self._progress(metrics)
@@ -80,12 +75,12 @@ class Console(Writer):
             self.say("  ".join([self._epoch_label(step), f"step {step}/{self._total_steps}", *parts]))
 
     def log_eval(self, step: int, metrics: Metrics, split: str = "val") -> None:
-        """Write a row of the table; ``metrics["best"]`` marks it."""
+        """Write a row of the table, marked as the best if ``metrics["best"]`` is true."""
         self._row(step, metrics, split)
         self._speed.restart()
 
     def say(self, text: str) -> None:
-        """Write text above the bar."""
+        """Write ``text`` above the bar."""
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
@@ -93,34 +88,34 @@ class Console(Writer):
         self._stream.flush()
 
     def close(self, final: Metrics | None = None) -> None:
-        """Finish the table and leave the bar where it is."""
+        """Finish the table and leave the bar on the screen."""
         self._finish_epoch(self._step)
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
     def _progress(self, metrics: Metrics) -> list[str]:
-        """Write out the latest metrics, the least important last: a narrow terminal leaves those out."""
+        """Return the latest metrics as text, most important first: a narrow terminal omits the last ones."""
         left = self._speed.seconds_left(self._total_steps - self._step)
         parts = (
             _number("loss {:.4f}", metrics.get("loss")),
             _number("{:.0f} images/s", metrics.get("images_per_second")),
             "" if left is None else f"{clock_time(left)} left",
-            _number("rate {:.1e}", metrics.get("rate")),
+            _number("lr {:.1e}", metrics.get("lr")),
             _number("{:.1f} GB", metrics.get("memory"), 1e-9),
         )
         return [part for part in parts if part]
 
     def _epochs(self, step: int) -> int:
-        """Return the number of epochs that ended by ``step``."""
+        """Return the number of epochs that are complete at ``step``."""
         return int(step // self._steps_per_epoch)
 
     def _epoch_label(self, step: int) -> str:
-        """Name the epoch that update number ``step`` begins in; three epochs of 20.2 steps are 61 steps."""
+        """Return the epoch in which update ``step`` starts. Epochs need not be whole steps: 3 of 20.2 take 61 steps."""
         return f"epoch {self._epochs(max(step - 1, 0)) + 1}/{self._epochs(self._total_steps - 1) + 1}"
 
     def _finish_epoch(self, step: int) -> None:
-        """Write a row at ``step`` if an epoch has ended by then and no evaluation made one."""
+        """Write a row if an epoch is complete at ``step`` and no evaluation has written its row."""
         if self._epochs(step) > self._row_epoch and self._train_loss.steps:
             self._row(step, {}, "-")
 
@@ -146,9 +141,9 @@ class Console(Writer):
 
 
 class EvaluationProgress:
-    """Shows how far an evaluation is: by a bar that disappears, or by a line every ``line_seconds`` seconds.
+    """Show the progress of evaluations by a bar that disappears, or by a line every ``line_seconds`` seconds.
 
-    It is called with the numbers of batches that are done and that there are. Short evaluations write no line.
+    Evaluations shorter than that write no line.
     """
 
     def __init__(
@@ -168,8 +163,8 @@ class EvaluationProgress:
         self._bar: _Bar | None = None
 
     def __call__(self, done: int, rounds: int) -> None:
-        """Note that ``done`` of ``rounds`` batches are done."""
-        if done == 1:  # another evaluation has begun
+        """Note that ``done`` of ``rounds`` batches are complete."""
+        if done == 1:  # a new evaluation
             self._speed = Speed(clock=self._clock)
             self._line_due = self._clock() + self._line_seconds
             if self._has_bar:
@@ -190,8 +185,6 @@ class EvaluationProgress:
 
 
 def _has_bar(stream: TextIO, style: str) -> bool:
-    if style not in STYLES:
-        raise UserError(choose("tracking.progress", style, STYLES))
     return _is_terminal(stream) if style == "auto" else style == "bar"
 
 
@@ -200,7 +193,7 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 class _MeanLoss:
-    """Mean of the logged losses, each weighted with the steps it stands for."""
+    """Average the logged losses, each weighted by the number of steps it covers."""
 
     def __init__(self, step: int) -> None:
         self._step = step
@@ -220,7 +213,7 @@ class _MeanLoss:
 
 
 class _Bar(tqdm):
-    """tqdm without its monitoring thread and lock between processes: a training forks workers and may be killed."""
+    """A tqdm bar without the monitoring thread and the lock between processes, which fork and kills do not mix with."""
 
     monitor_interval = 0
     parts: Sequence[str] = ()  # the text after the bar, most important first
@@ -242,7 +235,7 @@ class _Bar(tqdm):
 
     @property
     def format_dict(self) -> dict[str, object]:
-        """Fields for ``bar_format``: as many of the parts as leave ten columns to the bar."""
+        """Fields for ``bar_format``, with as many parts as fit while the bar keeps ten columns."""
         known = super().format_dict
         room = (known["ncols"] or 80) - len(f"{self.desc} || 100%  {self.unit} {self.n}/{self.total}") - 10
         parts = list(self.parts)
@@ -254,19 +247,15 @@ class _Bar(tqdm):
 _Bar.set_lock(threading.RLock())
 
 
-def block(title: str, rows: Mapping[str, object], lines: Sequence[str] = ()) -> str:
-    """Compose a start-up banner or a final report: a title, aligned names and values, then plain lines.
-
-    Rows whose value is None are left out.
-    """
+def block(title: str, rows: Mapping[str, object]) -> str:
+    """Return a banner or report: a title, then aligned names and values, without those that are None."""
     shown = {name: value for name, value in rows.items() if value is not None}
     width = max((len(name) for name in shown), default=0)
-    body = [f"  {name:<{width}}  {value}" for name, value in shown.items()]
-    return "\n".join([title, *body, *(f"  {line}".rstrip() for line in lines)])
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in shown.items())])
 
 
 def clock_time(seconds: float) -> str:
-    """Write seconds as 0:07, 12:34, 1:02:03 or 2d 03:04:05."""
+    """Format seconds as 0:07, 12:34, 1:02:03 or 2d 03:04:05."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)

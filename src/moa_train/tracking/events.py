@@ -1,4 +1,4 @@
-"""A TensorBoard event file that is written in the calling thread."""
+"""A TensorBoard event file, written in the calling thread."""
 
 import contextlib
 import os
@@ -7,18 +7,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moa_train.tracking.writers import writing
+from moa_train.tracking.files import writing
 
 _PREFIX = "events.out.tfevents."
 
 
 class EventFile:
-    """A new event file in ``folder``, for a session that begins at ``first_step``.
+    """Create an event file in ``folder`` for a session that starts at ``first_step``.
 
-    torch's and tensorboard's own writers queue events for a thread: a kill loses the queue, and a full disk ends the
-    thread while the training waits for it. Here each event is handed to the system at once, some 20 us.
-    TensorBoard hides what earlier files of the folder hold at ``first_step`` or later. It reads files in the
-    order of the time in their names, so that is made to increase even where the clock is set back.
+    The writers of torch and tensorboard queue events for a thread: a kill loses the queue, and a full disk ends the
+    thread, which then blocks the training. This class passes each event to the operating system immediately (20 us).
+
+    TensorBoard hides the events of ``first_step`` and later in earlier files of the folder. It orders files by the
+    time in their names, so that time must increase even if the clock is set back.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -28,8 +29,8 @@ class EventFile:
         self._event = Event
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self.path = folder / f"{_PREFIX}{_time_after_all(folder):010d}.{socket.gethostname()}.{os.getpid()}"
-            self._file = self.path.open("xb")
+            self._path = folder / f"{_PREFIX}{_time_after_all(folder):010d}.{socket.gethostname()}.{os.getpid()}"
+            self._file = self._path.open("xb")
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
         self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
@@ -40,16 +41,16 @@ class EventFile:
 
     def close(self) -> None:
         """Close the file."""
-        with contextlib.suppress(OSError):  # it has nothing to write but what failed before
+        with contextlib.suppress(OSError):  # only data whose write has failed already can be pending
             self._file.close()
 
     def _write(self, **fields: Any) -> None:
-        with writing(self.path):
+        with writing(self._path):
             self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
             self._file.flush()
 
 
 def _time_after_all(folder: Path) -> int:
-    """Return the time in whole seconds, or one second more than the latest in a file's name."""
+    """Return the time in whole seconds, or one second after the latest time in a file name if that is later."""
     stamps = (path.name.removeprefix(_PREFIX).split(".")[0] for path in folder.glob(f"{_PREFIX}*"))
     return max([int(time.time()), *(int(stamp) + 1 for stamp in stamps if stamp.isdecimal())])

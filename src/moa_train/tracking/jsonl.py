@@ -1,73 +1,73 @@
-"""metrics.jsonl: one JSON object a line; complete and without repeated steps after any kill."""
+"""metrics.jsonl: one JSON object per line, complete and without repeated steps after any kill."""
 
 import json
 import logging
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moa_train.tracking.writers import Metrics, Writer, writing
+from moa_train.tracking.files import write_whole, writing
+from moa_train.tracking.logger import Logger, Metrics
 
 log = logging.getLogger(__name__)
 
-# Measures of the machine. All other fields are the same in every repetition of a deterministic run.
 MACHINE_FIELDS = frozenset({"seconds", "images_per_second", "memory"})
+"""Fields that depend on the machine. All others are the same in every repetition of a deterministic run."""
 
 Row = dict[str, Any]
 
 
-class JsonLines(Writer):
-    """Appends rows ``{"kind": "train" | "eval", "step": n, ...}``; each is handed to the system at once.
+class JsonLines(Logger):
+    """Append rows ``{"kind": "train" | "eval", "step": n, ...}``, each passed to the operating system immediately.
 
-    When opened, rows of ``first_step`` and later, which a resumed training is about to write again, are dropped
-    together with a half-written line. Not-a-number and infinity become null.
+    Opening the file drops the rows of ``first_step`` and later, which a resumed training is about to write again, and a
+    partial last line.
     """
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
         self.path = path
         with writing(path):
-            _rewind(path, first_step)
-            self._file = path.open("ab", buffering=0)  # nothing is left to write when a write has failed
+            if path.exists():
+                rows = (row for row in read_rows(path) if row["step"] < first_step)
+                write_whole(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+            self._file = path.open("ab", buffering=0)  # unbuffered: after a failed write, closing has nothing to write
 
     def log_step(self, step: int, metrics: Metrics) -> None:
         """Append a row of kind ``train``."""
-        self._write({"kind": "train", "step": step, **metrics})
+        self._write(make_row("train", step, metrics))
 
     def log_eval(self, step: int, metrics: Metrics, split: str = "val") -> None:
         """Append a row of kind ``eval``."""
-        self._write({"kind": "eval", "step": step, "split": split, **metrics})
+        self._write(make_row("eval", step, metrics, split=split))
 
     def close(self, final: Metrics | None = None) -> None:
         """Close the file."""
         self._file.close()
 
     def _write(self, row: Row) -> None:
-        line = _encode(row).encode() + b"\n"
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
         with writing(self.path):
             while line:
                 line = line[self._file.write(line) :]
 
 
+def make_row(kind: str, step: int, metrics: Metrics, **fields: str) -> Row:
+    """Return a row for JSON, which has no NaN and no infinity: both become null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+    return {"kind": kind, "step": step, **fields, **finite}
+
+
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a metrics.jsonl, which may still be written to: an unfinished last line is left out."""
-    return list(_rows(path))
-
-
-def _encode(row: Row) -> str:
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(finite, allow_nan=False)
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    *lines, _unfinished = path.read_bytes().split(b"\n")
+    """Return the rows of a metrics.jsonl, which another process may be writing. A partial last line is skipped."""
+    *lines, _partial = path.read_bytes().split(b"\n")
+    rows = []
     for number, line in enumerate(lines, 1):
         row = _decode(line)
         if row is None:
-            log.warning("%s: line %d is damaged and left out.", path, number)
+            log.warning("%s: line %d is damaged. It is skipped.", path, number)
         else:
-            yield row
+            rows.append(row)
+    return rows
 
 
 def _decode(line: bytes) -> Row | None:
@@ -75,16 +75,6 @@ def _decode(line: bytes) -> Row | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-
-def _rewind(path: Path, first_step: int) -> None:
-    """Replace the file, in one motion, by one that holds the rows before ``first_step`` only."""
-    if not path.exists():
-        return
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(_encode(row) + "\n" for row in _rows(path) if row["step"] < first_step)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    return {"lr" if key == "rate" else key: value for key, value in row.items()}  # "rate" is the former name

@@ -1,24 +1,26 @@
-"""A trace of some steps by torch's profiler, for chrome://tracing or ui.perfetto.dev."""
+"""A trace of some steps by torch's profiler, for ui.perfetto.dev or chrome://tracing."""
 
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from moa_train.tracking.writers import Metrics, Writer, writing
+from moa_train.tracking.files import writing
+from moa_train.tracking.logger import Logger, Metrics
 
 WARMUP = 3
-"""Steps before the traced ones: in the first ones memory is taken and kernels are chosen."""
+"""Steps before the trace starts; the first steps allocate memory and select kernels."""
 
 
-class Profile(Writer):
-    """Traces ``steps`` steps after ``WARMUP`` others into ``path``, gzipped; fewer where the session ends before.
+class Profile(Logger):
+    """Trace ``steps`` steps after ``WARMUP`` others and write them to ``path``, gzipped.
 
-    Start it last: what happens between construction and the first step counts as part of that step.
+    Create this logger last: everything between its creation and the first step is counted as part of that step. If the
+    session ends early, the trace has fewer steps.
     """
 
     def __init__(self, path: Path, steps: int) -> None:
-        self.path = path
+        self._path = path
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         self._profiler: profile | None = profile(
             activities=activities,
@@ -31,7 +33,7 @@ class Profile(Writer):
         self._profiler.start()
 
     def advance(self, step: int) -> None:
-        """Pass on to the next step."""
+        """Start the next step of the trace."""
         if self._profiler is None:
             return
         self._done += 1
@@ -40,11 +42,11 @@ class Profile(Writer):
             self.close()
 
     def close(self, final: Metrics | None = None) -> None:
-        """Stop tracing, and write what was traced."""
+        """Stop tracing and write the trace."""
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None
 
     def _write(self, profiler: profile) -> None:
-        with writing(self.path):
-            profiler.export_chrome_trace(str(self.path))
+        with writing(self._path):
+            profiler.export_chrome_trace(str(self._path))

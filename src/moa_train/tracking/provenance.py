@@ -1,4 +1,4 @@
-"""Where a run came from: command, code, versions and machine, recorded in its folder each time it starts."""
+"""The origin of a run: command, code, versions and machine, recorded in the run folder at each start."""
 
 import hashlib
 import importlib.metadata
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moa_train.tracking.writers import write_whole
+from moa_train.tracking.files import write_whole
 
 FILE = "provenance.json"
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "einops", "hydra-core", "omegaconf")
@@ -26,9 +26,10 @@ _SOURCE = Path(__file__).resolve().parents[1]
 
 
 def collect(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Describe this start of the program, JSON-able. Never fails: what cannot be found out is null.
+    """Describe this start of the program for JSON. It never fails: unknown values are None.
 
-    ``arguments`` as in `command`.
+    Args:
+        arguments: see `command`.
     """
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -42,9 +43,10 @@ def collect(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def command(arguments: Sequence[str] | None = None) -> str:
-    """Return the command line that started this process, with torchrun in front if that did.
+    """Return the command line that started this process, including torchrun.
 
-    ``arguments`` take the place of the program's own, where these start more than one run.
+    Args:
+        arguments: replace the program's own arguments, if those start several runs.
     """
     words = list(sys.orig_argv)
     if arguments is not None:
@@ -58,7 +60,7 @@ def command(arguments: Sequence[str] | None = None) -> str:
 
 
 def source_digest(source: Path = _SOURCE) -> str:
-    """Return the SHA-256 over names and contents of the package's Python files: the same code, the same digest."""
+    """Return the SHA-256 of the names and contents of the package's Python files."""
     digest = hashlib.sha256()
     for path in sorted(source.rglob("*.py")):
         content = path.read_bytes()
@@ -67,7 +69,7 @@ def source_digest(source: Path = _SOURCE) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python, of moa-train and of what the numbers depend on."""
+    """Return the versions of Python, moa-train and the packages that results depend on."""
     found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for package in ("moa-train", *PACKAGES):
         try:
@@ -78,8 +80,8 @@ def versions() -> dict[str, str | None]:
 
 
 def git_state(source: Path) -> dict[str, Any]:
-    """Return commit, diff and untracked files of the checkout that the folder ``source`` is part of; else nulls."""
-    # Part of it: a wheel in a virtual environment may well lie inside somebody's checkout of something else.
+    """Return commit, diff and untracked files of the git checkout that tracks ``source``, or None for each."""
+    # A virtual environment may lie inside the checkout of another project, which does not track it.
     if not _git(source, "ls-files", "--", "."):
         return {"commit": None, "diff": None, "untracked": None}
     untracked = _git(source, "ls-files", "--others", "--exclude-standard", "--", ".")
@@ -124,10 +126,10 @@ def _cpu_name() -> str:
 
 
 def write(run_dir: Path, record: Mapping[str, Any]) -> Path:
-    """Append ``record`` (of `collect`, with whatever else belongs to it) to the run folder's provenance.json.
+    """Append ``record``, the result of `collect` and any further keys, to the run folder's provenance.json.
 
-    A diff goes into a file of its own, ``code-<sha256>.diff``, named in the record. Returns the path of the JSON, which
-    holds a list with a record per start, the first start first; it is replaced at once or not at all.
+    The file is replaced atomically. It holds a list with one record per start, oldest first. A diff goes to a separate
+    file, ``code-<sha256>.diff``, which the record names. Returns the path of provenance.json.
     """
     record = {**record, "code": dict(record["code"])}
     diff = record["code"].pop("diff", None)
@@ -143,7 +145,7 @@ def write(run_dir: Path, record: Mapping[str, Any]) -> Path:
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the records of all starts of a run, or an empty list; a file that is no such list counts as none."""
+    """Return the records of all starts of a run. A missing or damaged file counts as empty."""
     try:
         records = json.loads((run_dir / FILE).read_text())
     except (OSError, ValueError):
@@ -152,7 +154,7 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def brief(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `reproduce` needs of a record of `collect`: little enough for the header of every weights file."""
+    """Return the part of a record that `reproduce` needs, small enough for the header of every weights file."""
     if not record:
         return {}
     diff = record["code"].get("diff")
@@ -165,7 +167,7 @@ def brief(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def reproduce(starts: Sequence[Mapping[str, Any]]) -> str:
-    """Write a shell script of the commands that led to a checkpoint, one for each start of its run."""
+    """Return a shell script of the commands that led to a checkpoint, one for each start of its run."""
     lines = []
     for start in starts:
         if "command" not in start:

@@ -1,4 +1,4 @@
-"""Curves and tables of finished runs, from their metrics.jsonl, for documents.
+"""Tables and curves of runs for documents, from their metrics.jsonl.
 
 python -m moa_train.tracking.report RUN [RUN ...] --png curves.png
 """
@@ -12,12 +12,12 @@ from pathlib import Path
 from moa_train.runtime.errors import UserError
 from moa_train.tracking.jsonl import Row, read_rows
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: safe for colour-blind
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe-Ito: safe for color-blind readers
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Rows of one run: those of training, and those of evaluations of one split."""
+    """The training rows of one run, and its evaluation rows of one split."""
 
     name: str
     train: list[Row]
@@ -26,26 +26,26 @@ class Curves:
 
     @classmethod
     def read(cls, run_dir: Path) -> "Curves":
-        """Read a run folder. The split is the one that was evaluated most often.
+        """Read a run folder and choose the split that was evaluated most often.
 
         Raises:
-            UserError: where there are no metrics to read.
+            UserError: there is no metrics.jsonl, or it has no rows.
         """
         path = run_dir / "metrics.jsonl"
         if not path.is_file():
-            raise UserError(f"{run_dir} is no run folder: it holds no metrics.jsonl.")
+            raise UserError(f"{run_dir} is not a run folder: it has no metrics.jsonl.")
         rows = read_rows(path)
         splits = [row["split"] for row in rows if row.get("kind") == "eval"]
         split = max(dict.fromkeys(splits), key=splits.count) if splits else "none"
         train = [row for row in rows if row.get("kind") == "train"]
         evaluations = [row for row in rows if row.get("kind") == "eval" and row["split"] == split]
         if not train and not evaluations:
-            raise UserError(f"{path} holds no rows yet.")
+            raise UserError(f"{path} has no rows yet.")
         return cls(run_dir.resolve().name, train, evaluations, split)
 
 
 def table(curves: Curves, most: int = 12) -> str:
-    """Return a Markdown table of at most ``most`` evaluations, evenly spread, with the last and the best (in bold)."""
+    """Return a Markdown table of about ``most`` evaluations, evenly spaced, including the last and the best (bold)."""
     rows = curves.evaluations
     if not rows:
         return f"{curves.name}: no evaluations."
@@ -65,18 +65,18 @@ def table(curves: Curves, most: int = 12) -> str:
 
 
 def draw(runs: Sequence[Curves], path: Path) -> None:
-    """Draw losses and top-1 accuracy of runs over epochs to a PNG of two panels."""
+    """Draw the losses and top-1 accuracies of runs over epochs to a PNG with two panels."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("Drawing needs matplotlib: pip install 'moa-train[plot]'.") from error
+        raise UserError("Drawing curves needs matplotlib: pip install 'moa-train[plot]'.") from error
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    for run, colour in zip(runs, _COLOURS * len(runs), strict=False):
-        dot = "o" if len(run.evaluations) == 1 else None  # a line of one point is not seen
-        loss.plot(*_points(run.train, "loss"), color=colour, linewidth=1, alpha=0.45)
-        loss.plot(*_points(run.evaluations, "loss"), color=colour, linewidth=1.8, marker=dot)
-        accuracy.plot(*_points(run.evaluations, "top1"), color=colour, linewidth=1.8, marker=dot, label=_label(run))
+    for run, color in zip(runs, _COLORS * len(runs), strict=False):
+        dot = "o" if len(run.evaluations) == 1 else None  # a line through one point is invisible
+        loss.plot(*_points(run.train, "loss"), color=color, linewidth=1, alpha=0.45)
+        loss.plot(*_points(run.evaluations, "loss"), color=color, linewidth=1.8, marker=dot)
+        accuracy.plot(*_points(run.evaluations, "top1"), color=color, linewidth=1.8, marker=dot, label=_label(run))
     loss.plot([], [], color="0.4", linewidth=1, alpha=0.45, label="train (augmented)")
     splits = sorted({run.split for run in runs})
     loss.plot([], [], color="0.4", linewidth=1.8, label=" or ".join(splits))
@@ -87,13 +87,13 @@ def draw(runs: Sequence[Curves], path: Path) -> None:
         axes.grid(color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    loss.legend(frameon=False, fontsize=9, loc="upper right")  # where falling and rising curves are not
-    accuracy.legend(frameon=False, fontsize=9, loc="lower right")
+    loss.legend(frameon=False, fontsize=9, loc="upper right")  # away from falling curves
+    accuracy.legend(frameon=False, fontsize=9, loc="lower right")  # away from rising curves
     figure.savefig(path, dpi=150)
 
 
 def _points(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
-    """Return epochs (steps where there are none) and values of the rows that have a number there."""
+    """Return the epochs, or steps if rows have no epoch, and values of the rows that have a value for ``key``."""
     present = [row for row in rows if row.get(key) is not None]
     return [row["epoch" if "epoch" in row else "step"] for row in present], [row[key] for row in present]
 
@@ -104,7 +104,7 @@ def _label(run: Curves) -> str:
 
 
 def _train_loss(curves: Curves, step: int) -> float | None:
-    """Return the training loss that was logged last at ``step`` or before."""
+    """Return the last training loss logged at ``step`` or earlier."""
     losses = [row["loss"] for row in curves.train if row["step"] <= step and row.get("loss") is not None]
     return losses[-1] if losses else None
 
@@ -114,7 +114,7 @@ def _text(value: float | None, form: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table of each run, and draw all of them if asked to."""
+    """Print the table of each run and, with --png, draw the curves of all runs."""
     parser = argparse.ArgumentParser(prog="python -m moa_train.tracking.report", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--png", type=Path, help="draw the curves to this file")

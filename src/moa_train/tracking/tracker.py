@@ -1,6 +1,6 @@
-"""One object that the trainer reports to; on all ranks but the first it does nothing."""
+"""The one object that the trainer reports to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TextIO
@@ -9,45 +9,44 @@ from torch import Tensor
 
 from moa_train.tracking.console import Console
 from moa_train.tracking.jsonl import JsonLines
-from moa_train.tracking.tensorboard import TensorBoard
-from moa_train.tracking.writers import Metrics, Writer
+from moa_train.tracking.logger import Logger, Metrics
 
 
-class Tracker(Writer):
-    """Passes everything on to its writers; ``Tracker()`` has none."""
+class Tracker(Logger):
+    """Pass everything to a list of loggers, in order. ``Tracker()`` discards everything."""
 
-    def __init__(self, writers: Sequence[Writer] = ()) -> None:
-        self.writers = list(writers)
+    def __init__(self, loggers: Sequence[Logger] = ()) -> None:
+        self._loggers = loggers
 
     def advance(self, step: int) -> None:
-        """Note that ``step`` updates are done."""
-        for writer in self.writers:
-            writer.advance(step)
+        """Note that ``step`` updates are complete."""
+        for logger in self._loggers:
+            logger.advance(step)
 
     def log_step(self, step: int, metrics: Metrics) -> None:
-        """Write training metrics."""
-        for writer in self.writers:
-            writer.log_step(step, metrics)
+        """Record training metrics."""
+        for logger in self._loggers:
+            logger.log_step(step, metrics)
 
     def log_eval(self, step: int, metrics: Metrics, split: str = "val") -> None:
-        """Write the result of an evaluation."""
-        for writer in self.writers:
-            writer.log_eval(step, metrics, split)
+        """Record the result of an evaluation."""
+        for logger in self._loggers:
+            logger.log_eval(step, metrics, split)
 
     def log_images(self, step: int, images: Tensor) -> None:
-        """Write a sample of the input."""
-        for writer in self.writers:
-            writer.log_images(step, images)
+        """Record a sample of the model's input."""
+        for logger in self._loggers:
+            logger.log_images(step, images)
 
     def say(self, text: str) -> None:
-        """Tell the person at the console."""
-        for writer in self.writers:
-            writer.say(text)
+        """Show a message to the user."""
+        for logger in self._loggers:
+            logger.say(text)
 
     def close(self, final: Metrics | None = None) -> None:
-        """Close all writers."""
-        for writer in self.writers:
-            writer.close(final)
+        """Close all loggers."""
+        for logger in self._loggers:
+            logger.close(final)
 
 
 def open_tracker(
@@ -58,28 +57,35 @@ def open_tracker(
     is_main: bool = True,
     resumed_step: int = 0,
     progress: str = "auto",
-    tensorboard: bool = True,
-    hyperparameters: Mapping[str, Any] | None = None,
+    loggers: Sequence[Callable[[Path, int, Mapping[str, Any]], Logger]] = (),
+    config: Mapping[str, Any] | None = None,
     profile_steps: int = 0,
     stream: TextIO | None = None,
 ) -> Tracker:
-    """Open the writers that were asked for, on the main rank only.
+    """Open the console, ``metrics.jsonl`` and ``loggers`` on rank 0; the other ranks get a tracker without loggers.
 
-    ``resumed_step`` is the number of updates that the checkpoint had done: what was logged later is
-    dropped. Files: ``metrics.jsonl``, ``tensorboard/`` and ``trace.json.gz`` in ``run_dir``, which must exist. For
-    ``progress`` and ``stream`` see :class:`Console`.
+    Args:
+        run_dir: the run folder, which must exist.
+        total_steps: number of updates at the end of this session.
+        steps_per_epoch: number of updates per epoch; not necessarily whole.
+        is_main: whether this is rank 0.
+        resumed_step: number of updates in the checkpoint that the run resumes from; rows of later steps are dropped.
+        progress: see `Console`.
+        loggers: further loggers: subclasses of `Logger`, or functions with the same parameters.
+        config: the configuration of the run, for the loggers.
+        profile_steps: if positive, trace so many steps into ``trace.json.gz``.
+        stream: where the console writes; standard output by default.
     """
     if not is_main:
         return Tracker()
     first_step = resumed_step + 1 if resumed_step else 0
-    writers: list[Writer] = [
+    opened: list[Logger] = [
         Console(total_steps, steps_per_epoch, first_step=resumed_step, style=progress, stream=stream),
-        JsonLines(run_dir / "metrics.jsonl", first_step),
+        JsonLines(run_dir / "metrics.jsonl", first_step),  # before the loggers, which may read it
     ]
-    if tensorboard:
-        writers.append(TensorBoard(run_dir / "tensorboard", first_step, hyperparameters))
+    opened += [create(run_dir, first_step, config or {}) for create in loggers]
     if profile_steps:
-        from moa_train.tracking.profile import Profile  # the profiler takes time to import
+        from moa_train.tracking.profile import Profile  # importing the profiler is slow
 
-        writers.append(Profile(run_dir / "trace.json.gz", profile_steps))
-    return Tracker(writers)
+        opened.append(Profile(run_dir / "trace.json.gz", profile_steps))
+    return Tracker(opened)

@@ -1,0 +1,110 @@
+"""Data: splits, loaders, and the transforms of batches on the device."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moa_train.data.augment import BatchAugment, Normalize, plan_crop
+from moa_train.data.batch import Batch
+from moa_train.data.dataset import available_splits, open_split
+from moa_train.data.loader import EvalLoader, TrainLoader
+from moa_train.data.mix import Mixer
+from moa_train.data.order import Order
+from moa_train.data.source import Source
+from moa_train.data.tree import compare_classes
+from moa_train.runtime.device import available_cores
+from moa_train.runtime.distributed import Distributed
+from moa_train.runtime.errors import UserError
+from moa_train.schema import DataConfig, RunConfig
+
+
+def open_splits(config: RunConfig, distributed: Distributed) -> tuple[dict[str, Source], str]:
+    """Open all splits of the data set, and return them with the split that chooses the best checkpoint (or "none")."""
+    data, choice = config.data, config.engine.eval_split
+    if data.download:  # by one rank, before the others open it
+        distributed.on_main(lambda: len(open_split(data, "train")))
+    sources = {split: open_split(data, split) for split in available_splits(data)}
+    if "val" in sources and not len(sources["val"]):  # the classes are so small that the fraction holds out no image
+        del sources["val"]
+    for split, source in sources.items():
+        compare_classes(f"{data.name}/train", sources["train"].classes, f"{data.name}/{split}", source.classes)
+    if choice == "auto":
+        choice = "val" if "val" in sources else "none"
+    if choice not in (*sources, "none"):
+        raise UserError(
+            f"engine.eval_split={choice}, but {data.name} has only {', '.join(sources)}. Hold out "
+            f"{'more' if data.val_fraction else 'some'} training images for validation (data.val_fraction=0.1; it is "
+            f"{data.val_fraction}), or choose another split; engine.eval_split=test is the published protocol."
+        )
+    return sources, choice
+
+
+def build_train_loader(config: RunConfig, source: Source, distributed: Distributed) -> TrainLoader:
+    """Return this rank's micro-batches of every step."""
+    engine = config.engine
+    return TrainLoader(
+        source,
+        config.data,
+        order=Order(len(source), engine.batch_size, config.runtime.seed, repeats=config.augment.repeats),
+        view=plan_crop(config.augment, source)[0],
+        micro_batch_size=engine.micro_batch_size or engine.batch_size,
+        rank=distributed.rank,
+        world_size=distributed.world_size,
+        workers=workers(config.data, distributed),
+        pin_memory=distributed.device.type == "cuda",
+    )
+
+
+def build_eval_loader(config: RunConfig, source: Source, distributed: Distributed) -> EvalLoader:
+    """Return this rank's batches of an evaluation."""
+    return EvalLoader(
+        source,
+        batch_size=config.engine.eval_batch_size or (64 if distributed.device.type == "cpu" else 256),
+        rank=distributed.rank,
+        world_size=distributed.world_size,
+        workers=workers(config.data, distributed),
+        crop_ratio=config.data.eval_crop,
+        pin_memory=distributed.device.type == "cuda",
+    )
+
+
+def workers(config: DataConfig, distributed: Distributed) -> int:
+    """Return the number of processes per rank that decode files."""
+    if config.workers is not None:
+        return config.workers
+    return min(8, max(1, available_cores() // distributed.local_world_size))
+
+
+def build_train_transform(
+    config: RunConfig, source: Source, weak_from: int
+) -> Callable[[Batch, int], tuple[Tensor, Tensor]]:
+    """Return the function from a batch on the device to images and target distributions.
+
+    From step ``weak_from`` on, it applies neither strong augmentation nor mixing.
+    """
+    seed = config.runtime.seed
+    augment, mixer = build_augment(config, source), Mixer(config.augment, len(source.classes))
+
+    def transform(batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        strong = step < weak_from
+        images, targets = mixer(augment(batch, strong), batch.labels, (seed, step, batch.micro), strong)
+        return _layout(images, config.runtime.channels_last), targets
+
+    return transform
+
+
+def build_augment(config: RunConfig, source: Source) -> BatchAugment:
+    """Return the augmentation of batches of training images."""
+    crop = plan_crop(config.augment, source)[1]
+    return BatchAugment(config.augment, crop=crop, seed=config.runtime.seed, normalize=Normalize.of(config.data))
+
+
+def build_eval_transform(config: RunConfig) -> Callable[[Batch], Tensor]:
+    """Return the function from a batch on the device to normalized images."""
+    normalize = Normalize.of(config.data)
+    return lambda batch: _layout(normalize(batch.images), config.runtime.channels_last)
+
+
+def _layout(images: Tensor, channels_last: bool) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last) if channels_last else images

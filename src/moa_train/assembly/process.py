@@ -1,0 +1,18 @@
+"""Settings that are global to a process."""
+
+from moa_train.runtime.cpu import keep_freed_memory
+from moa_train.runtime.device import set_threads
+from moa_train.runtime.distributed import Distributed
+from moa_train.runtime.precision import set_fp32_products
+from moa_train.runtime.seed import seed_everything, set_deterministic
+from moa_train.schema import RuntimeConfig
+
+
+def set_up_process(config: RuntimeConfig, distributed: Distributed) -> None:
+    """Set the number of threads, memory reuse, number formats, determinism and seeds."""
+    set_threads(config.threads, distributed.local_world_size)
+    if distributed.device.type == "cpu":
+        keep_freed_memory()
+    set_fp32_products(config.matmul)
+    set_deterministic(config.deterministic)
+    seed_everything(config.seed)

@@ -1,0 +1,159 @@
+"""A training run."""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moa_train.assembly.evaluation import build_validation
+from moa_train.assembly.inputs import build_train_loader, open_splits
+from moa_train.assembly.timeline import build_plan, build_schedule
+from moa_train.assembly.training import build_state, build_train_step
+from moa_train.assembly.validation import check_batch_size, check_config, check_same_data, resolve, training_record
+from moa_train.data.augment import Normalize
+from moa_train.data.loader import TrainLoader
+from moa_train.data.source import Source
+from moa_train.engine.checkpoint import CheckpointStore
+from moa_train.engine.manifest import Checkpoint
+from moa_train.engine.metrics import create_metrics
+from moa_train.engine.nonfinite import NonFinitePolicy, RollBack
+from moa_train.engine.plan import Plan
+from moa_train.engine.state import TrainState, check_form
+from moa_train.engine.step import TrainStep
+from moa_train.engine.trainer import Trainer
+from moa_train.plugins import LOGGERS, short_name
+from moa_train.runtime.distributed import Distributed
+from moa_train.runtime.precision import Precision
+from moa_train.runtime.signals import StopSignals
+from moa_train.schema import RunConfig, to_dict
+from moa_train.tracking.tracker import Tracker, open_tracker
+
+
+@dataclass
+class Run:
+    """Everything of a training run, ready to go."""
+
+    config: RunConfig
+    trainer: Trainer
+    model: nn.Module
+    sources: dict[str, Source]
+    final_split: str
+    """The split that the finished run reports: test if there is one, else the split that chose the best, or "none"."""
+    loader: TrainLoader
+
+
+def build_run(
+    config: RunConfig,
+    *,
+    run_dir: Path,
+    distributed: Distributed,
+    stop: StopSignals,
+    origin: dict[str, Any] | None = None,
+    rolled_back: RollBack | None = None,
+) -> Run:
+    """Build everything, cheapest checks first, and restore the newest checkpoint of ``run_dir`` if there is one.
+
+    Args:
+        config: the configuration; ``micro_batch_size`` is filled in. With ``config.replay``, the checkpoint is the
+            newest one that is not past that step, and nothing is written.
+        run_dir: the run folder, which exists.
+        distributed: the ranks.
+        stop: requests to stop.
+        origin: where this start comes from (command, code); checkpoints hold the origins of all starts.
+        rolled_back: why the run is rebuilt, if it is.
+    """
+    resolve(config, distributed)
+    check_config(config)
+    precision = Precision.resolve(config.runtime.precision, distributed.device)
+
+    sources, choice = open_splits(config, distributed)
+    train = sources["train"]
+    check_batch_size(config, len(train))
+    loader = build_train_loader(config, train, distributed)
+
+    length = len(train) * config.augment.repeats
+    schedule, to_steps = build_schedule(config, length)
+    plan = build_plan(config, schedule.total_steps, length, to_steps)
+    weak_from = plan.total_steps - round(to_steps(config.augment.weak_for, "augment.weak_for"))
+
+    store = CheckpointStore(run_dir, keep_last=config.engine.keep_last, keep=plan.keep.due)
+    # Rank 0 chooses it for all ranks.
+    newest = distributed.on_main(lambda: getattr(store.newest(until=config.replay), "step", None))
+    # With a checkpoint, the initial weights are no longer needed, and their file may be gone.
+    state = build_state(config, len(train.classes), schedule.peak, precision, config.init if newest is None else None)
+    record: dict[str, Any] = {"config": to_dict(config), **training_record(train)}
+    starts = [] if newest is None else _restore(state, store.at(newest), record, distributed)
+    if rolled_back is not None:
+        state.nonfinite, state.lr_factor = rolled_back.nonfinite, rolled_back.lr_factor
+    record["origin"] = [*starts, {**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}]
+
+    train_step = build_train_step(config, train, state, weak_from, distributed)
+    tracker = Tracker() if config.replay is not None else _build_tracker(config, run_dir, plan, state.step, distributed)
+    if state.step == 0 and config.tracking.images and distributed.is_main:
+        _show_inputs(train_step, tracker, config)
+    validation = None
+    if choice != "none":
+        validation = build_validation(config, sources[choice], state, distributed, lambda: stop.requested)
+
+    engine = config.engine
+    trainer = Trainer(
+        state=state,
+        plan=plan,
+        schedule=schedule,
+        train_step=train_step,
+        train_batches=loader.batches,
+        evaluate=validation,
+        eval_split=choice,
+        metrics=create_metrics(engine),
+        best_by=short_name(engine.best_by),
+        batch_size=engine.batch_size,
+        store=store,
+        tracker=tracker,
+        nonfinite=NonFinitePolicy(
+            engine.nonfinite, engine.nonfinite_budget, engine.rollback_lr_factor, run_dir, distributed
+        ),
+        stop=stop,
+        distributed=distributed,
+        record=record,
+        metadata={"format": "1", **{name: json.dumps(value) for name, value in record.items()}},
+    )
+    return Run(config, trainer, state.model, sources, "test" if "test" in sources else choice, loader)
+
+
+def _restore(
+    state: TrainState, checkpoint: Checkpoint, record: dict[str, Any], distributed: Distributed
+) -> list[dict[str, Any]]:
+    """Restore a checkpoint after checking that it belongs to these data; return the starts that led to it."""
+    distributed.check_same(f"the files of {checkpoint.path}", checkpoint.digest)
+    before = check_form(checkpoint)
+    check_same_data(before, record)
+    state.restore(checkpoint, distributed.rank)
+    starts: list[dict[str, Any]] = before["origin"]
+    return starts
+
+
+def _show_inputs(train_step: TrainStep, tracker: Tracker, config: RunConfig) -> None:
+    """Log some images of the first batch as the model sees them."""
+    normalize, shown = Normalize.of(config.data), config.tracking.images
+    train_step.on_inputs = lambda images: tracker.log_images(0, normalize.undo(images[:shown]))
+
+
+def _build_tracker(config: RunConfig, run_dir: Path, plan: Plan, step: int, distributed: Distributed) -> Tracker:
+    settings = config.tracking
+    return open_tracker(
+        run_dir,
+        total_steps=plan.stop_step,
+        steps_per_epoch=plan.steps_per_epoch,
+        is_main=distributed.is_main,
+        resumed_step=step,
+        progress=settings.progress,
+        loggers=[
+            partial(LOGGERS.create, name, settings.args.get(short_name(name), {}), f"tracking.args.{short_name(name)}")
+            for name in settings.loggers
+        ],
+        config=to_dict(config),
+        profile_steps=settings.profile_steps,
+    )

@@ -1,0 +1,113 @@
+"""A training session: builds the run, rebuilds it after each rollback, and trains until the end or a stop."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moa_train.assembly.outcome import report
+from moa_train.assembly.process import set_up_process
+from moa_train.assembly.run import Run, build_run
+from moa_train.assembly.run_dir import run_folder
+from moa_train.engine.nonfinite import RollBack
+from moa_train.optim.scaling import explain_lr
+from moa_train.runtime.distributed import Distributed
+from moa_train.runtime.errors import UserError
+from moa_train.runtime.signals import Exit, StopSignals
+from moa_train.schema import RunConfig, to_dict
+from moa_train.tracking import provenance
+from moa_train.tracking.console import block
+from moa_train.tracking.files import write_whole
+
+
+def run_session(config: RunConfig, changed: list[str], arguments: list[str] | None, stop: StopSignals) -> int:
+    """Train, starting or resuming the run in ``config.run_dir``, and return the exit code.
+
+    Args:
+        config: the configuration, after a resume was resolved.
+        changed: what differs from the run's earlier sessions.
+        arguments: the command line that repeats this run alone, if it differs from that of the process.
+        stop: requests to stop.
+    """
+    with (
+        Distributed.start(config.runtime.device, config.runtime.timeout) as distributed,
+        run_folder(config, distributed) as run_dir,
+    ):
+        set_up_process(config.runtime, distributed)
+        distributed.check_same("configuration and code", {**to_dict(config), "code": provenance.source_digest()})
+        origin = provenance.collect(arguments) if distributed.is_main else {}  # only rank 0 saves
+        build = partial(
+            build_run, config, run_dir=run_dir, distributed=distributed, stop=stop, origin=provenance.brief(origin)
+        )
+        if config.replay is not None:
+            return replay(build(), config.replay)
+        rolled_back = None
+        while True:
+            run = build(rolled_back=rolled_back)
+            distributed.on_main(partial(write_record, run, run_dir, origin))
+            run.trainer.tracker.say(banner(run, distributed, changed))
+            try:
+                return train(run, distributed)
+            except RollBack as request:
+                run.trainer.tracker.say(str(request))
+                rolled_back = request
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"{distributed.device} ran out of memory with {config.engine.micro_batch_size} images per forward "
+                    "pass. Set engine.micro_batch_size to a smaller divisor of engine.batch_size, which leaves the "
+                    "update the same, or set model.checkpointing=true."
+                ) from error
+            finally:
+                run.trainer.tracker.close()
+
+
+def train(run: Run, distributed: Distributed) -> int:
+    """Train until the end or a stop, print the outcome, and return the exit code."""
+    outcome = report(run, distributed) if run.trainer.fit() else None
+    if distributed.is_main:
+        stopped = f"Stopped at step {run.trainer.state.step}; saved. To resume: moa-train resume={run.config.run_dir}"
+        print(outcome or stopped)
+    return Exit.FINISHED if outcome else Exit.STOPPED
+
+
+def replay(run: Run, step: int) -> int:
+    """Repeat a run up to an update, and print where NaN or infinity arises in it."""
+    if step >= run.trainer.plan.total_steps:
+        raise UserError(f"replay={step}: this run has updates 0 to {run.trainer.plan.total_steps - 1}.")
+    ranks = run.trainer.replay(step)
+    if run.trainer.distributed.is_main:
+        print(json.dumps({"step": step, "ranks": ranks}, indent=1))
+    return Exit.FINISHED
+
+
+def banner(run: Run, distributed: Distributed, changed: list[str]) -> str:
+    """Describe the run before it starts."""
+    config, trainer = run.config, run.trainer
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    batch = config.engine.batch_size
+    micro = config.engine.micro_batch_size or batch
+    rows = {
+        "model": f"{config.model.title}, {parameters / 1e6:.2f} M parameters",
+        "data": ", ".join(f"{len(source):,} {split}" for split, source in run.sources.items())
+        + f" images of {len(run.sources['train'].classes)} classes ({config.data.name})",
+        "device": f"{distributed.device}, {distributed.world_size} rank(s), "
+        f"{trainer.state.precision.name} (evaluation {config.runtime.eval_precision})",
+        "batch": f"{batch} = {batch // micro} x {micro} examples",
+        "lr": f"{config.optim.name} {explain_lr(batch, config.optim)}; {trainer.schedule.describe()}",
+        "best by": f"{trainer.best_by} on {trainer.eval_split}"
+        if trainer.eval_split != "none"
+        else "no evaluation: the last weights are reported",
+        "run": config.run_dir,
+    }
+    if trainer.state.step:
+        rows["resumed"] = f"at step {trainer.state.step}" + "".join(f"; changed {change}" for change in changed)
+    return block("moa-train", rows)
+
+
+def write_record(run: Run, run_dir: Path, origin: dict[str, Any]) -> None:
+    """Write the resolved configuration and the origin of the run, for people; checkpoints hold what they need."""
+    write_whole(run_dir / "config.json", json.dumps(to_dict(run.config), indent=2) + "\n")
+    data = {split: source.describe() for split, source in run.sources.items()}
+    provenance.write(run_dir, {**origin, "data": data, "first_step": run.trainer.state.step})

@@ -1,0 +1,83 @@
+"""The state that training changes (weights, optimizer, EMA), and the step that changes it."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from moa_train.assembly.inputs import build_train_transform
+from moa_train.data.source import Source
+from moa_train.engine.find_weights import find_weights
+from moa_train.engine.state import TrainState
+from moa_train.engine.step import TrainStep
+from moa_train.knobs import knobs
+from moa_train.model.load import load_weights
+from moa_train.model.registry import create_model
+from moa_train.optim.clip import clip_gradients
+from moa_train.optim.ema import AveragedWeights
+from moa_train.optim.optimizers import create_optimizer
+from moa_train.plugins import LOSSES
+from moa_train.runtime.distributed import Distributed
+from moa_train.runtime.errors import UserError
+from moa_train.runtime.precision import Precision
+from moa_train.runtime.seed import seed_everything
+from moa_train.schema import RunConfig, from_dict, image_shape
+
+
+def build_state(config: RunConfig, num_classes: int, lr: float, precision: Precision, init: str | None) -> TrainState:
+    """Return the state before the first step, on the device of ``precision``: random weights, or those in ``init``."""
+    seed_everything(config.runtime.seed)
+    model = create_model(config.model, image_size=image_shape(config.data.image_size), num_classes=num_classes)
+    model = model.to(precision.device)
+    if config.runtime.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if init:
+        load_init(model, Path(init), config)
+    decay = config.engine.ema_decay
+    optimizer = create_optimizer(config.optim, model, lr)
+    return TrainState(model, optimizer, precision, AveragedWeights(model, decay) if decay else None)
+
+
+def load_init(model: nn.Module, path: Path, config: RunConfig) -> None:
+    """Load the weights that a run starts from.
+
+    Raises:
+        UserError: they do not fit. The message lists the settings of the model they belong to, if the file has them.
+    """
+    weights, metadata = find_weights(path).load()
+    try:
+        load_weights(model, weights, head=config.init_head)
+    except UserError as error:
+        if "config" not in metadata:
+            raise
+        theirs: RunConfig = from_dict(json.loads(metadata["config"]))
+        ours = {key: value for key, _, value in knobs(config.model)}
+        other = [
+            f"model.{key}={str(value).replace(' ', '')}"
+            for key, item, value in knobs(theirs.model)
+            if item.metadata["fixed"] and value != ours[key]
+        ]
+        raise UserError(f"{error}\nThe model they belong to has {' '.join(other)}." if other else str(error)) from error
+
+
+def build_train_step(
+    config: RunConfig, source: Source, state: TrainState, weak_from: int, distributed: Distributed
+) -> TrainStep:
+    """Return the function that makes one update of ``state``; from step ``weak_from`` on, augmentation is weak."""
+    engine, loss = config.engine, config.loss
+    return TrainStep(
+        cast(nn.Module, torch.compile(state.model)) if config.runtime.compile else state.model,
+        state.optimizer,
+        transform=build_train_transform(config, source, weak_from),
+        loss=partial(LOSSES.load(loss.name), **LOSSES.args(loss.name, loss.args, "loss.args")),
+        clip=partial(clip_gradients, config=config.optim),
+        precision=state.precision,
+        ema=state.ema,
+        micro_batches=engine.batch_size // (engine.micro_batch_size or engine.batch_size) // distributed.world_size,
+        batch_size=engine.batch_size,
+        seed=config.runtime.seed,
+        distributed=distributed,
+    )

@@ -1,0 +1,96 @@
+"""Checks before anything expensive: the configuration, and the data against those of a checkpoint."""
+
+from typing import Any
+
+import numpy as np
+
+from moa_train.data.source import Source
+from moa_train.model.registry import check_model
+from moa_train.optim.duration import Duration
+from moa_train.runtime.distributed import Distributed
+from moa_train.runtime.errors import UserError
+from moa_train.schema import RunConfig, image_shape
+
+
+def resolve(config: RunConfig, distributed: Distributed) -> RunConfig:
+    """Fill in the settings whose defaults depend on the number of ranks; a resume keeps these values."""
+    engine = config.engine
+    if engine.micro_batch_size is None:
+        if engine.batch_size % distributed.world_size:
+            raise UserError(
+                f"engine.batch_size={engine.batch_size} cannot be divided among {distributed.world_size} ranks. "
+                f"Nearest: {round(engine.batch_size / distributed.world_size) * distributed.world_size}."
+            )
+        engine.micro_batch_size = engine.batch_size // distributed.world_size
+    return config
+
+
+def check_config(config: RunConfig) -> None:
+    """Check what can be known before the data is opened, which may take minutes: durations and the model.
+
+    Raises:
+        UserError: naming the key.
+    """
+    schedule, engine = config.schedule, config.engine
+    # Only their form can be checked here. Errors that depend on the length of an epoch come later.
+    Duration.parse(schedule.duration, what="schedule.duration", allow_zero=False)
+    for what, texts in (
+        ("schedule.warmup", [schedule.warmup]),
+        ("schedule.milestones", schedule.milestones),
+        ("augment.weak_for", [config.augment.weak_for]),
+        ("engine.eval_every", [engine.eval_every]),
+        ("engine.save_every", [engine.save_every]),
+        ("engine.keep_every", [engine.keep_every]),
+        ("engine.stop_after", [engine.stop_after]),
+    ):
+        for text in texts:
+            Duration.parse(text or "0", what=what)
+    check_model(config.model, image_shape(config.data.image_size))
+
+
+def check_batch_size(config: RunConfig, images: int) -> None:
+    """Check that a batch is not larger than an epoch.
+
+    `Order` could fill it from the following epochs, but such a batch size is more likely a mistake.
+
+    Raises:
+        UserError: with a size that fits.
+    """
+    batch_size, repeats = config.engine.batch_size, config.augment.repeats
+    if batch_size > images * repeats:
+        drawn = f", each drawn {repeats} times per epoch" if repeats > 1 else ""
+        raise UserError(
+            f"engine.batch_size={batch_size}, but there are only {images} training images{drawn}: a batch would be "
+            f"larger than an epoch. The largest size is engine.batch_size={images * repeats}; for several updates per "
+            f"epoch, use {2 ** max(0, (images * repeats // 4).bit_length() - 1)}."
+        )
+
+
+def training_record(train: Source) -> dict[str, Any]:
+    """Return what checkpoints record of the training images: JSON types."""
+    counts = np.bincount(train.labels, minlength=len(train.classes)).tolist()
+    return {"classes": train.classes, "fingerprint": train.fingerprint, "counts": counts}
+
+
+def check_same_data(before: dict[str, Any], now: dict[str, Any], remedy: str = "Start a new run with init=.") -> None:
+    """Compare the training images that a checkpoint recorded, as `training_record` does, with those of this run.
+
+    Raises:
+        UserError: the classes, their order or the images differ.
+    """
+    old, new = before["classes"], now["classes"]
+    if old != new:
+        first = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+        raise UserError(
+            f"The checkpoint has {len(old)} classes and the data has {len(new)}; the first difference is class "
+            f"{first}: {old[first : first + 1]} -> {new[first : first + 1]}. Use the data set it was trained on."
+        )
+    if before["fingerprint"] != now["fingerprint"]:
+        counts = zip(new, before.get("counts", now["counts"]), now["counts"], strict=True)
+        changes = [f"{name}: {old} -> {new} images" for name, old, new in counts if old != new]
+        raise UserError(
+            f"The training images are not those of the checkpoint (fingerprint {before['fingerprint']} -> "
+            f"{now['fingerprint']}): images were added, removed, renamed or relabeled"
+            + (f" ({'; '.join(changes[:5])}{'; ...' if len(changes) > 5 else ''})" if changes else "")
+            + f". {remedy}"
+        )

@@ -1,0 +1,140 @@
+"""What the training engine needs of a model, a batch and a metric. Your own parts implement these."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+
+class Classifier:
+    """Mixin for models: ``class Mine(Classifier, nn.Module)``. Its methods describe the model to the other packages.
+
+    A model maps normalized images (B, 3, H, W) to logits (B, num_classes). All names are those of
+    ``named_parameters()`` or ``named_modules()``. The defaults suit a model whose classifier is called ``head`` and
+    whose parameters need no special treatment.
+
+    Attributes:
+        head_name: name of the last linear layer, which ``init_head=new`` reinitializes.
+    """
+
+    head_name = "head"
+
+    def forward_features(self, images_BCHW: Tensor) -> list[Tensor]:
+        """Return the feature map (B, C, H, W) of every stage, to use the model as a backbone."""
+        raise NotImplementedError(f"{type(self).__name__} has no feature maps")
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters of two or more dimensions that are exempt from weight decay (1-D ones always are)."""
+        return {
+            f"{name}.weight"
+            for name, module in self.described_module.named_modules()
+            if isinstance(module, nn.Embedding)
+        }
+
+    def hidden_matrices(self) -> set[str]:
+        """Return the parameters that Muon orthogonalizes: all matrices but those of the head, tables and embeddings."""
+        exempt = self.no_weight_decay()
+        return {
+            name
+            for name, parameter in self.described_module.named_parameters()
+            if parameter.ndim == 2 and name not in exempt and not name.startswith(f"{self.head_name}.")
+        }
+
+    def layer_names(self) -> list[str]:
+        """Return prefixes of parameter names, one per layer, from the input to the head.
+
+        Layer-wise lr decay (``optim.layer_decay``) counts them. A parameter belongs to the layer with the longest
+        matching prefix; parameters that match none belong to the first layer, and the head comes last.
+        """
+        return []
+
+    def layer_ids(self) -> dict[str, int]:
+        """Return the layer number of every parameter, from 0; empty if the model doesn't declare layers."""
+        layers = self.layer_names()
+        if not layers:
+            return {}
+        ids = {prefix: number for number, prefix in enumerate(layers)} | {self.head_name: len(layers)}
+
+        def layer(name: str) -> int:
+            matches = [prefix for prefix in ids if name == prefix or name.startswith(f"{prefix}.")]
+            return ids[max(matches, key=len)] if matches else 0
+
+        return {name: layer(name) for name, _ in self.described_module.named_parameters()}
+
+    def part_of(self, name: str) -> tuple[int, str]:
+        """Return the stage (-1 outside of stages) and the kind of part that a parameter or module belongs to.
+
+        ``moa-model summary`` prints one row for each.
+        """
+        return -1, name.split(".")[0]
+
+    @property
+    def described_module(self) -> nn.Module:
+        """Return the module that the methods above describe: this object itself."""
+        assert isinstance(self, nn.Module)
+        return self
+
+
+class Batch(Protocol):
+    """A micro-batch: images with labels, and the identity of every sample.
+
+    ``epoch`` and ``index`` stay on the host, because decisions that depend on them must not wait for the device.
+    """
+
+    @property
+    def labels(self) -> Tensor:
+        """Class indices, int64, (B,)."""
+
+    @property
+    def index(self) -> Tensor:
+        """Positions of the samples in the data set, int64, (B,)."""
+
+    @property
+    def epoch(self) -> Tensor:
+        """Epoch of each sample, int64, (B,)."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer step that the batch belongs to."""
+
+    @property
+    def micro(self) -> int:
+        """Number of the micro-batch within the global batch."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return the batch with images and labels on ``device``."""
+
+
+class Batches(Protocol):
+    """The batches of one evaluation on one rank."""
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield each batch once."""
+
+
+class Metric(Protocol):
+    """A number that an evaluation computes as a function of *sums* over all samples.
+
+    Sums over batches and ranks are exact and independent of their order if ``count`` returns int64 (or, to rounding,
+    float64).
+
+    Attributes:
+        higher_is_better: whether the best checkpoint is the one with the highest value.
+    """
+
+    higher_is_better: bool
+
+    def count(self, logits_BK: Tensor, labels_B: Tensor) -> Tensor:
+        """Return what a batch adds to the sums: a tensor whose shape is the same for every batch, on the same device.
+
+        Args:
+            logits_BK: float32, (B, K).
+            labels_B: int64, (B,).
+        """
+
+    def value(self, totals: Tensor, samples: int) -> float:
+        """Return the metric from the sums over all batches of all ranks, a tensor on the CPU, and their number."""

@@ -1,0 +1,127 @@
+"""Loading weights into a model, also at another resolution or window size. Whatever does not match is an error."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moa_train.runtime.errors import UserError
+
+SHOWN = 20  # lines of a complaint
+
+
+@dataclass
+class Loaded:
+    """What `load_weights` did beyond copying; both lists are empty where the weights fitted as they were."""
+
+    resized: list[str] = field(default_factory=list)  # "name: (27, 27, 3) -> (15, 15, 3)"
+    new: list[str] = field(default_factory=list)  # parameters of the head, which kept their fresh values
+
+
+def load_weights(model: Any, weights: Mapping[str, Tensor], *, head: str = "strict") -> Loaded:
+    """Copy ``weights``, a state dict of the same architecture, into a model of `create_model`.
+
+    For another resolution or window, position tables are interpolated, and so are the kernels that the paper's MOA
+    block lays over its windows. Everything else has to match.
+
+    Args:
+        model: the model, changed in place.
+        weights: tensors by name.
+        head: "strict" loads the classifier as well; "new" keeps the model's newly initialized one.
+
+    Raises:
+        UserError: listing what is missing, unexpected or different. The model is unchanged then.
+    """
+    own = model.state_dict()
+    fresh = {name for name in own if head == "new" and name.startswith(f"{model.head_name}.")}
+    given = {name: value for name, value in weights.items() if name not in fresh}
+    result = Loaded(new=sorted(fresh))
+    problems = [f"unexpected: {name} {_size(value)}" for name, value in given.items() if name not in own]
+    problems += [f"missing: {name} {_size(value)}" for name, value in own.items() if name not in {*given, *fresh}]
+    fitted: dict[str, Tensor] = {}
+    for name in (name for name in own if name in given):
+        fitted[name] = fit(name, given, own)
+        if fitted[name].shape != own[name].shape:
+            problems.append(f"different: {name} {_size(given[name])}, the model has {_size(own[name])}")
+        elif name.endswith("relative_position_index") and not torch.equal(fitted[name], own[name]):
+            problems.append(f"different: {name} counts positions in another order")
+        elif fitted[name].shape != given[name].shape:
+            result.resized.append(f"{name}: {_size(given[name])} -> {_size(own[name])}")
+    if problems:
+        raise UserError(_complaint(problems, model, head))
+    model.load_state_dict(fitted, strict=False)
+    return result
+
+
+def fit(name: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Tensor:
+    """Return ``given[name]`` in the shape of ``own[name]`` if there is a way that keeps its meaning, else as it is."""
+    value, wanted = given[name], own[name]
+    if value.shape == wanted.shape or value.dim() != wanted.dim():
+        return value
+    if name.endswith("relative_position_index"):
+        return wanted  # it follows from the geometry
+    same_channels = value.shape[-1] == wanted.shape[-1]
+    if name.endswith("relative_position_bias_table") and same_channels:
+        index = name.replace("bias_table", "index")
+        return resize_offsets(value, offsets(value, given.get(index)), wanted.shape, offsets(wanted, own.get(index)))
+    if name.endswith("pos_embedding") and same_channels:
+        return resize_positions(value, wanted.shape[1])
+    if name.endswith(("moa.q.weight", "moa.kv.weight")) and value.shape[:2] == wanted.shape[:2]:
+        return resize_kernel(value, wanted.shape[-1])
+    return value
+
+
+def offsets(table: Tensor, index: Tensor | None) -> tuple[int, int]:
+    """Return the numbers of vertical and horizontal offsets, 2h - 1 and 2w - 1, that a position table is for."""
+    if table.dim() == 3:  # (2h - 1, 2w - 1, N)
+        return table.shape[0], table.shape[1]
+    rows = table.shape[0]  # (2h - 1) (2w - 1): h and w are equal, or the index (L, L) tells
+    if index is None or index.dim() != 2 or math.isqrt(len(index)) ** 2 == len(index):
+        return math.isqrt(rows), math.isqrt(rows)
+    # Along the first row of the grid the offset falls by one a position; it ends where that stops.
+    falls = (index[0, 0] - index[0]).tolist()
+    width = sum(fall == position for position, fall in enumerate(falls))
+    return rows // (2 * width - 1), 2 * width - 1
+
+
+def resize_offsets(table: Tensor, old: tuple[int, int], shape: torch.Size, new: tuple[int, int]) -> Tensor:
+    """Interpolate a table of relative positions: the offset 0 stays the center, the farthest offsets the borders."""
+    if math.prod(old) * table.shape[-1] != table.numel():
+        return table
+    grid_1NRR = table.view(*old, -1).permute(2, 0, 1)[None]
+    resized_1NRR = F.interpolate(grid_1NRR.double(), size=new, mode="bicubic", align_corners=True)
+    return resized_1NRR[0].permute(1, 2, 0).reshape(shape).to(table.dtype)
+
+
+def resize_positions(table_1LC: Tensor, length: int) -> Tensor:
+    """Interpolate ViT's absolute positions of a square grid, after the one of the class token."""
+    old, new = math.isqrt(table_1LC.shape[1] - 1), math.isqrt(length - 1)
+    if old**2 + 1 != table_1LC.shape[1] or new**2 + 1 != length:
+        return table_1LC
+    grid_1CHW = table_1LC[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    resized_1CHW = F.interpolate(grid_1CHW, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([table_1LC[:, :1], resized_1CHW.flatten(2).transpose(1, 2)], dim=1)
+
+
+def resize_kernel(weight_OIKK: Tensor, size: int) -> Tensor:
+    """Resample the kernel of a patch projection, so that a map that was resampled alike gives about the same tokens."""
+    old = weight_OIKK.shape[-1]
+    resized_OIKK = F.interpolate(weight_OIKK, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
+    return resized_OIKK * (old / size) ** 2
+
+
+def _size(value: Tensor) -> str:
+    return f"({', '.join(map(str, value.shape))})"
+
+
+def _complaint(problems: list[str], model: Any, head: str) -> str:
+    lines = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
+    more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    hint = ""
+    if head == "strict" and any(f" {model.head_name}." in problem for problem in problems):
+        hint = "\nThe classifier differs. init_head=new reinitializes it."
+    return f"The weights do not match the model in {len(problems)} entries:{lines}{more}{hint}"

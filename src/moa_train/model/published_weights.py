@@ -1,0 +1,122 @@
+"""Checkpoints in the layout that the authors of MOA publish: read, described, written.
+
+Such a file is a pickle ``{"model": state dict, ...}`` beside an object of a foreign class; it is read without executing
+anything (`pickled`). Names and shapes are those of the published form here, so the tensors need no translation.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moa_train.model.pickled import read_checkpoint
+from moa_train.runtime.errors import UserError
+from moa_train.schema import MoaConfig, ModelConfig
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """Return the state dict of a published file, or of one that holds nothing but a state dict.
+
+    Raises:
+        UserError: no such file, a damaged one, or one without a state dict of tensors.
+    """
+    content = read_checkpoint(path)
+    weights = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not weights:
+        raise UserError(f"{path} holds no state dict, neither as a whole nor under 'model'.")
+    strange = [str(name) for name, value in weights.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise UserError(f"{path}: these entries of the state dict are no tensors: {', '.join(strange[:10])}.")
+    return weights
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """The model that published weights belong to."""
+
+    config: ModelConfig
+    image_size: tuple[int, int]
+    num_classes: int
+
+
+def published_model(weights: Mapping[str, Tensor], image_size: tuple[int, int] | None = None) -> PublishedModel:
+    """Derive the architecture from a published state dict.
+
+    Args:
+        weights: the state dict.
+        image_size: (height, width), needed only if the weights have no global attention to derive it from.
+
+    Raises:
+        UserError: it is not the state dict of a published MOA-Transformer.
+    """
+    try:
+        return _model_of(weights, image_size)
+    except KeyError as error:
+        raise UserError(f"These are not the weights of a published MOA-Transformer: there is no {error}.") from None
+
+
+def write_published(path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write a state dict of the published form in the published layout, with ``config`` of plain values beside it.
+
+    Raises:
+        UserError: the weights are of another model or form, for which there is no published layout.
+    """
+    foreign = [name for name in weights if not _PUBLISHED.fullmatch(name)]
+    if foreign:
+        raise UserError(
+            "Only the published form (model.moa.form=published) has a published layout; it has no place for "
+            f"{', '.join(foreign[:5])}{' ...' if len(foreign) > 5 else ''}."
+        )
+    content = {"model": {name: value.detach().cpu().clone() for name, value in weights.items()}, "config": dict(config)}
+    torch.save(content, path)
+
+
+_BLOCK = (
+    r"norm[12]\.(weight|bias)|attn\.relative_position_(bias_table|index)|(attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)"
+)
+_GLOBAL = (
+    r"glb_attn\.(relative_position_(bias_table|index)|(pre_conv|q|kv|proj)\.(weight|bias))|post_conv\.(weight|bias)"
+)
+_PUBLISHED = re.compile(
+    r"patch_embed\.(proj|norm)\.(weight|bias)|(norm|head)\.(weight|bias)"
+    rf"|layers\.\d+\.(blocks\.\d+\.({_BLOCK})|{_GLOBAL}|norm[12]\.(weight|bias)"
+    r"|downsample\.(reduction\.weight|norm\.(weight|bias)))"
+)
+
+
+def _model_of(weights: Mapping[str, Tensor], image_size: tuple[int, int] | None) -> PublishedModel:
+    embedding = weights["patch_embed.proj.weight"]
+    patch, dim = embedding.shape[2], embedding.shape[0]
+    if embedding.shape[1] != 3:
+        raise UserError(f"These weights are for images of {embedding.shape[1]} channels; only 3 are supported.")
+    blocks = [re.match(r"layers\.(\d+)\.blocks\.(\d+)\.attn\.qkv\.weight", name) for name in weights]
+    counts = [(int(found[1]), int(found[2])) for found in blocks if found]
+    stages = range(1 + max((stage for stage, _ in counts), default=0))
+    tables = [weights[f"layers.{stage}.blocks.0.attn.relative_position_bias_table"] for stage in stages]
+    window = (math.isqrt(len(tables[0])) + 1) // 2
+    config = ModelConfig(
+        variant="published",
+        patch_size=patch,
+        embed_dim=dim,
+        depths=[1 + max(block for of, block in counts if of == stage) for stage in stages],
+        heads=[table.shape[1] for table in tables],
+        window=window,
+        mlp_ratio=weights["layers.0.blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        drop_path=0.0,
+        moa=MoaConfig(enabled="layers.0.glb_attn.q.weight" in weights, form="published"),
+    )
+    if config.moa.enabled:
+        thin = weights["layers.0.glb_attn.pre_conv.weight"].shape[0]
+        kernel = math.isqrt(weights["layers.0.glb_attn.kv.weight"].shape[1] // thin)
+        config.moa.reduction = 32 if dim // 32 == thin else dim // thin
+        config.moa.overlap = (kernel - window) // 2
+        side = (math.isqrt(len(weights["layers.0.glb_attn.relative_position_bias_table"])) + 1) // 2 * window * patch
+        image_size = image_size or (side, side)
+    if image_size is None:
+        raise UserError("Without global attention, the weights do not determine the image size. Give --image-size.")
+    return PublishedModel(config, image_size, weights["head.weight"].shape[0])

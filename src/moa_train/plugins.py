@@ -1,0 +1,168 @@
+"""Exchangeable parts by name: ours from a table, a user's by import path, ``package.module:object``.
+
+Nothing is imported before it is needed, so a name in a table costs no start-up time. A part that has settings of its
+own declares them as a dataclass in the annotation of a parameter called ``args``; `Plugins.args` fills it from the
+configuration and checks it.
+"""
+
+import importlib
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+from moa_train.knobs import fill
+from moa_train.runtime.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """The parts of one kind: a table from names to import paths, and whatever a user names by import path."""
+
+    kind: str
+    table: Mapping[str, str]
+    configurable: tuple[str, ...] = ()
+    """Names in the table whose parts have settings of their own; the others need not be imported to know that."""
+
+    def check(self, key: str, name: str) -> None:
+        """Raise `UserError` unless ``name`` is in the table or has the form of an import path; import nothing."""
+        if name in self.table:
+            return
+        module, _, attribute = name.partition(":")
+        if not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
+            raise UserError(
+                f"{key}={name} is not known.{nearest(name, self.table)} Options: {', '.join(self.table) or 'none'}, "
+                f"or the import path of your own {self.kind}: package.module:name."
+            )
+
+    def load(self, name: str) -> Any:
+        """Import and return the part called ``name``.
+
+        Raises:
+            UserError: the name is not known, or its module or attribute does not exist.
+        """
+        self.check(self.kind, name)
+        path = self.table.get(name, name)
+        module, _, attribute = path.partition(":")
+        try:
+            found: Any = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise  # the module exists, but one of its own imports doesn't
+            raise UserError(
+                f"{self.kind} {name}: there is no module {error.name}. Modules are looked for in the installed "
+                "packages, in the folder given by --config-dir and in the current folder."
+            ) from error
+        for part in attribute.split("."):
+            if not hasattr(found, part):
+                public = [known for known in vars(found) if not known.startswith("_")]
+                raise UserError(f"{self.kind} {name}: {module} has no {attribute}.{nearest(part, public)}")
+            found = getattr(found, part)
+        return found
+
+    def may_have_args(self, name: str) -> bool:
+        """Return whether the part called ``name`` may have settings of its own."""
+        return is_own_code(name) or name in self.configurable
+
+    def args(self, name: str, values: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """Return ``{"args": settings}`` for the part called ``name``, or ``{}`` if it has no settings.
+
+        Args:
+            name: of the part.
+            values: the settings that the configuration gives; the others take their defaults.
+            key: where they are in the configuration, for error messages, as in ``model.args``.
+
+        Raises:
+            UserError: a setting is unknown, of the wrong type or out of its range.
+        """
+        kind = args_type(self.load(name)) if self.may_have_args(name) else None
+        if kind is None:
+            if values:
+                raise UserError(f"{key}={dict(values)}: {self.kind} {name} has no settings of its own.")
+            return {}
+        return {"args": fill(kind, values, key)}
+
+    def create(self, name: str, values: Mapping[str, Any], key: str, *args: Any, **kwargs: Any) -> Any:
+        """Load the part called ``name`` and call it with ``args``, ``kwargs`` and its own settings."""
+        return self.load(name)(*args, **kwargs, **self.args(name, values, key))
+
+
+MODELS = Plugins(
+    "model",
+    {
+        "moa": "moa_train.model.network:MOATransformer",
+        "swin": "moa_train.model.baselines:Swin",
+        "vit": "moa_train.model.baselines:ViT",
+        "resnet": "moa_train.model.baselines:BottleneckResNet",
+        "timm": "moa_train.model.timm_door:TimmModel",
+    },
+    configurable=("timm",),
+)
+DATASETS = Plugins(
+    "data set",
+    {
+        "digits": "moa_train.data.digits:Digits",
+        "cifar10": "moa_train.data.cifar:Cifar10",
+        "cifar100": "moa_train.data.cifar:Cifar100",
+        "imagenet": "moa_train.data.folder:ImageNet",
+        "folder": "moa_train.data.folder:ClassFolders",
+    },
+)
+AUGMENTATIONS = Plugins("augmentation", {})
+OPTIMIZERS = Plugins(
+    "optimizer",
+    {name: f"moa_train.optim.optimizers:{name}" for name in ("adamw", "nadamw", "sgd", "muon")},
+)
+SCHEDULES = Plugins(
+    "schedule",
+    {name: f"moa_train.optim.schedule:{name}" for name in ("cosine", "linear", "step", "constant")},
+)
+LOSSES = Plugins("loss", {"cross_entropy": "moa_train.engine.loss:soft_cross_entropy"})
+METRICS = Plugins("metric", {name: f"moa_train.engine.metrics:{name.title()}" for name in ("top1", "top5", "loss")})
+LOGGERS = Plugins(
+    "logger",
+    {
+        "tensorboard": "moa_train.tracking.tensorboard:TensorBoard",
+        "csv": "moa_train.tracking.csv_file:CsvFile",
+        "wandb": "moa_train.tracking.wandb:WandB",
+    },
+    configurable=("wandb",),
+)
+
+
+def is_own_code(name: str) -> bool:
+    """Return whether ``name`` is an import path rather than a name from a table."""
+    return ":" in name
+
+
+def short_name(name: str) -> str:
+    """Return what a part of a list is called in rows and in ``args``: ``rose`` for ``my.metrics:rose``."""
+    return name.rpartition(":")[2].rpartition(".")[2]
+
+
+def args_type(part: Any) -> type | None:
+    """Return the dataclass that annotates the parameter ``args`` of a function or class, or None."""
+    function = getattr(part, "__init__") if isinstance(part, type) else part  # noqa: B009 mypy rejects the attribute
+    hints = typing.get_type_hints(function)
+    kind = hints.get("args")
+    return kind if isinstance(kind, type) and is_dataclass(kind) else None
+
+
+def check_trusted(used: Iterable[str], named: Iterable[str], where: str) -> None:
+    """Raise `UserError` if a stored configuration uses code that the command line does not name.
+
+    Nothing that a file says may run code. So an import path in a checkpoint is used only if the user gives it again,
+    or gives the module or package that it lies in, as ``code=``.
+    """
+    named = list(named)
+    refused = [
+        name
+        for name in dict.fromkeys(used)
+        if not any(name == given or name.startswith((f"{given}.", f"{given}:")) for given in named)
+    ]
+    if refused:
+        modules = ",".join(dict.fromkeys(name.partition(":")[0] for name in refused))
+        raise UserError(
+            f"{where} uses code that is not part of moa-train: {', '.join(refused)}. A file never runs code by itself. "
+            f"If you trust this code, allow it by adding code=[{modules}]."
+        )
