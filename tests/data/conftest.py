@@ -1,7 +1,10 @@
 """Real images for the tests of the input pipeline: two photographs and handwritten digits, from scikit-learn."""
 
+import inspect
 import multiprocessing
+import re
 import resource
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,3 +83,26 @@ def peak() -> Callable[[Callable[[], object]], float]:
         return float(receiver.recv())
 
     return measure
+
+
+@pytest.fixture
+def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Return a function that writes a module with this name and source, which can then be imported."""
+
+    def write(name: str, source: str) -> None:
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    return write
+
+
+@pytest.fixture
+def example_of() -> Callable[[object], str]:
+    """Return a function that returns the code of the first example in a docstring."""
+
+    def example(documented: object) -> str:
+        found = re.search(r"::\n\n((?:(?:    .*)?\n)+)", inspect.cleandoc(documented.__doc__ or ""))
+        assert found
+        return textwrap.dedent(found[1])
+
+    return example

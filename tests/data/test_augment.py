@@ -1,25 +1,28 @@
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from moa_train.data.preview import preview
 from scipy import stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
+from moa_train.data import augment as augment_module
 from moa_train.data.augment import BatchAugment, Normalize
 from moa_train.data.batch import Batch, images_at_once
 from moa_train.data.mix import Mixer
 from moa_train.runtime.errors import UserError
+from moa_train.schema import AugmentConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FULL = {"randaugment_ops": 2, "erasing": 0.25, "color_jitter": 0.4}
 
 
-def augment(**settings: object) -> BatchAugment:
-    return BatchAugment(**{"seed": 0, "mean": MEAN, "std": STD, **settings})  # type: ignore[arg-type]
+def augment(seed: int = 0, **settings: Any) -> BatchAugment:
+    config = AugmentConfig(**settings)
+    return BatchAugment(config, crop=config.crop, seed=seed, normalize=Normalize(MEAN, STD))
 
 
 def batch_of(images: Tensor, rows: Tensor | None = None, epoch: int = 0) -> Batch:
@@ -28,7 +31,7 @@ def batch_of(images: Tensor, rows: Tensor | None = None, epoch: int = 0) -> Batc
     return Batch(images[rows], rows, index=rows, epoch=same, repeat=torch.zeros_like(rows), step=0)
 
 
-def plain(**settings: object) -> BatchAugment:
+def plain(**settings: Any) -> BatchAugment:
     return augment(**{"crop": "none", "flip": 0.0, **settings})
 
 
@@ -122,7 +125,7 @@ def test_padded_crops_are_equally_likely() -> None:
 def test_resized_crops_show_parts_of_the_image() -> None:
     ramp = torch.arange(32.0).mul(8).expand(1, 3, 32, 32).to(torch.uint8)  # brightness is the column
     many = batch_of(ramp.expand(500, -1, -1, -1))
-    transform = plain(crop="resized", scale=(0.25, 0.25), ratio=(1.0, 1.0))
+    transform = plain(crop="resized", scale=[0.25, 0.25], ratio=[1.0, 1.0])
     result = transform.normalize.undo(transform(many)).float()[:, 0]
     step = result[:, :, 4:-4].diff(dim=2).mean((1, 2))
     torch.testing.assert_close(step, torch.full_like(step, 4.0), atol=0.1, rtol=0)  # half the side: half the slope
@@ -155,24 +158,6 @@ def test_jitter_has_torchvisions_distribution() -> None:
         assert stats.ks_2samp(mine.numpy() + noise[0], its.numpy() + noise[1]).pvalue > 1e-3
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"crop": "padd"},
-        {"padding_mode": "mirror"},
-        {"padding": -1},
-        {"flip": 1.5},
-        {"erasing": -0.1},
-        {"color_jitter": float("nan")},
-        {"scale": (0.0, 1.0)},
-        {"randaugment_magnitude": 12},
-    ],
-)
-def test_impossible_settings_are_errors(settings: dict[str, object]) -> None:
-    with pytest.raises(UserError, match=next(iter(settings))):
-        augment(**settings)
-
-
 def test_global_random_state_is_left_alone(tiles: Tensor) -> None:
     torch.manual_seed(3)
     np.random.seed(3)
@@ -188,6 +173,69 @@ def test_numbers_never_change() -> None:
     transform = augment(**FULL, padding=1)
     result = transform.normalize.undo(transform(batch_of(ramp), strong=False))
     assert result.long().flatten(1).mul(torch.arange(192)).sum(1).tolist()[:4] == [2030392, 1259888, 1601712, 3514400]
+
+
+@pytest.fixture
+def own(write_module: Callable[[str, str], None], example_of: Callable[[object], str]) -> None:
+    """A module with the documented example of an own augmentation, and with others."""
+    write_module("own_color", example_of(augment_module) + OTHERS)
+
+
+OTHERS = """
+from moa_train.data.counter import normal
+
+def darken(images, keys):
+    return (images * send(uniform(keys, 0), images).view(-1, 1, 1, 1)).to(torch.uint8)
+
+def paint(images, keys):
+    return send(uniform(keys[:, None], 0, range(3)) * 255, images).to(torch.uint8)[..., None, None].expand_as(images)
+
+def halve(images, keys):
+    return images[..., ::2]
+
+def blur(images, keys):
+    return images.float()
+"""
+
+
+@pytest.mark.usefixtures("own")
+def test_the_example_of_an_own_augmentation_runs(tiles: Tensor) -> None:
+    many = batch_of(tiles[:1].expand(3000, -1, -1, -1))
+    transform = plain(extra=["own_color:to_gray"], args={"to_gray": {"probability": 0.3}})
+    result = transform(many)
+    undone = transform.normalize.undo(result)
+    gray = (undone[:, :1] == undone).flatten(1).all(1)
+    assert stats.binomtest(int(gray.sum()), 3000, 0.3).pvalue > 1e-3
+    assert torch.equal(undone[~gray], tiles[:1].expand(int((~gray).sum()), -1, -1, -1))
+    parts = [transform(batch_of(tiles[:1].expand(3000, -1, -1, -1), rows)) for rows in torch.arange(3000).split(700)]
+    assert torch.equal(torch.cat(parts), result)
+    assert torch.equal(transform(many, strong=False), plain()(many))
+    with pytest.raises(UserError, match=r"augment\.args\.to_gray\.probability=2 is out of range"):
+        plain(extra=["own_color:to_gray"], args={"to_gray": {"probability": 2}})
+
+
+@pytest.mark.usefixtures("own")
+def test_own_augmentations_have_random_numbers_of_their_own(tiles: Tensor) -> None:
+    """The same draws under two names, and the built-in flip, are independent of each other."""
+    many = batch_of(torch.full((4000, 3, 1, 2), 200, dtype=torch.uint8))
+    seen = []
+    for name in ("darken", "paint"):
+        transform = plain(extra=[f"own_color:{name}"])
+        seen.append(transform.normalize.undo(transform(many))[:, :, 0, 0].double().numpy())
+    ramp = batch_of(torch.tensor([0, 255], dtype=torch.uint8).expand(4000, 3, 1, 2))
+    flipped = plain(flip=0.5)(ramp)[:, 0, 0, 0].numpy() > 0
+    table = np.stack([seen[0][:, 0], *seen[1].T, flipped])
+    assert np.abs(np.corrcoef(table) - np.eye(5)).max() < 4.5 / np.sqrt(4000)
+    assert stats.kstest((seen[0][:, 0] + 0.5) / 200, "uniform").statistic < 0.05
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(("name", "returned"), [("halve", r"\(64, 3, 32, 16\)"), ("blur", "float32")])
+def test_own_augmentations_must_return_images_like_those_they_were_given(
+    tiles: Tensor, name: str, returned: str
+) -> None:
+    with pytest.raises(UserError, match=rf"augment\.extra: {name} returned .*{returned}.*must return torch\.uint8"):
+        plain(extra=[f"own_color:{name}"])(batch_of(tiles))
 
 
 class Transfers(TorchDispatchMode):
@@ -208,7 +256,7 @@ class Transfers(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("crop", ["pad", "resized", "none"])
-@pytest.mark.parametrize("mix", [{"cutmix": 0}, {"mixup": 0}])
+@pytest.mark.parametrize("mix", [{"mixup": 0.8}, {"cutmix": 1.0}])
 def test_the_host_never_waits_for_the_device(tiles: Tensor, crop: str, mix: dict[str, float]) -> None:
     """The device ``meta`` computes nothing: whatever the host would have to read from it is an error."""
     there = batch_of(tiles).to("meta")
@@ -217,7 +265,7 @@ def test_the_host_never_waits_for_the_device(tiles: Tensor, crop: str, mix: dict
             wait(there.images)
     with Transfers() as transfers:
         images = augment(crop=crop, **FULL)(there)
-        images, targets = Mixer(num_classes=100, **mix)(images, there.labels, (0, 0, 0))
+        images, targets = Mixer(AugmentConfig(**mix), 100)(images, there.labels, (0, 0, 0))
     assert images.is_meta
     assert targets.is_meta
     assert transfers.count > 10
@@ -236,11 +284,3 @@ def test_a_gpu_gives_the_same_pixels(tiles: Tensor, crop: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert ((here - there.cpu()).abs() > 2 / 255 / 0.224).float().mean() < 1e-3
-
-
-def test_preview_shows_the_images(tiles: Tensor) -> None:
-    normalize = Normalize(MEAN, STD)
-    grid = preview(normalize(tiles), normalize, columns=8, rows=2)
-    assert grid.shape == (3, 2 * 34 - 2, 8 * 34 - 2)
-    assert torch.equal(grid[:, 34:, 34:66], tiles[9])
-    assert preview(normalize(tiles[:3]), normalize).shape == (3, 32, 100)

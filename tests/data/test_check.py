@@ -7,9 +7,8 @@ import pytest
 from PIL import Image
 
 from moa_train.data.check import check
-from moa_train.data.datasets import pack_tree
 from moa_train.data.image import Decoding
-from moa_train.data.pack import write_pack
+from moa_train.data.pack import pack_tree, write_pack
 from moa_train.data.tree import scan
 from moa_train.runtime.errors import UserError
 

@@ -42,8 +42,8 @@ def test_parts_by_name_are_disjoint_complete_and_nearly_stratified() -> None:
     assert np.bincount(labels[held], minlength=4)[:2] == pytest.approx([400, 100], rel=0.25)
     for fraction in (0.001, 0.999):
         kept, held = hold_out_by_name(names_of(labels), labels, fraction)
-        assert np.bincount(labels[kept], minlength=4).min() == 1
-        assert np.bincount(labels[held], minlength=4)[:3].min() == 1
+        assert np.bincount(labels[kept], minlength=4).min() >= 1  # a class of one is only trained on
+        assert np.bincount(labels[held], minlength=4)[:3].min() >= 1
 
 
 def test_a_name_decides_alone() -> None:

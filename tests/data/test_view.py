@@ -14,7 +14,6 @@ from moa_train.data.box import Box
 from moa_train.data.counter import sample_keys
 from moa_train.data.image import EncodedImage
 from moa_train.data.view import CentreCrop, RandomResizedCrop, resized_crop
-from moa_train.runtime.errors import UserError
 
 NOTHING = np.empty(0)
 
@@ -154,27 +153,3 @@ def test_random_crops_depend_on_the_key_alone(photographs: list[Image.Image]) ->
     alone = view(image, view.numbers(sample_keys(0, 0, np.array([7]), 0))[0])
     assert torch.equal(crops[7], alone)
     assert len({crop.numpy().tobytes() for crop in crops}) == 20
-
-
-def test_a_random_filter_is_one_or_the_other(photographs: list[Image.Image]) -> None:
-    image = jpeg(photographs[0])
-    numbers = RandomResizedCrop((32, 32)).numbers(sample_keys(0, 0, np.arange(40), 0))
-    views = {name: RandomResizedCrop((32, 32), interpolation=name) for name in ("bilinear", "bicubic", "random")}
-    count = {"bilinear": 0, "bicubic": 0}
-    for sample in numbers:
-        crops = {name: view(image, sample) for name, view in views.items()}
-        for name in count:
-            count[name] += torch.equal(crops["random"], crops[name])
-    assert sum(count.values()) == 40
-    assert min(count.values()) > 8
-
-
-def test_impossible_settings_are_errors() -> None:
-    with pytest.raises(UserError, match="interpolation=bicubik is not known"):
-        RandomResizedCrop((32, 32), interpolation="bicubik")
-    with pytest.raises(UserError, match="scale"):
-        RandomResizedCrop((32, 32), scale=(0, 1))
-    with pytest.raises(UserError, match="interpolation=random"):
-        CentreCrop((32, 32), interpolation="random")
-    with pytest.raises(UserError, match=r"eval_crop=1\.5"):
-        CentreCrop((32, 32), 1.5)

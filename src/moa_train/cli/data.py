@@ -68,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run_pack(options: argparse.Namespace) -> int:
     """Pack every split of a class-folder tree."""
-    from moa_train.data.datasets import pack_tree, scan_split
-    from moa_train.data.tree import check_split_names, compare_classes
+    from moa_train.data.pack import pack_tree
+    from moa_train.data.tree import check_split_names, compare_classes, scan_split
     from moa_train.schema import SPLITS
 
     splits = [split for split in SPLITS if (options.source / split).is_dir()]

@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from moa_train.data.arrays import ArraySource
-from moa_train.data.datasets import check_classes, scan_split
 from moa_train.data.image import Decoding, EncodedImage, reading
-from moa_train.data.pack import check_origin, is_packed, read_pack, verify_pack
-from moa_train.data.tree import ClassTree, check_plausible, check_split_names, scan
+from moa_train.data.pack import check_classes, check_origin, is_packed, read_pack, verify_pack
+from moa_train.data.tree import ClassTree, check_plausible, check_split_names, scan, scan_split
 from moa_train.runtime.errors import UserError
 from moa_train.schema import SPLITS
 

@@ -8,6 +8,7 @@ each other's files with equal ones.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moa_train.data.arrays import ArraySource
-from moa_train.data.tree import ClassTree
+from moa_train.data.image import Decoding, EncodedImage, reading
+from moa_train.data.tree import ClassTree, class_folders, compare_classes
 from moa_train.runtime.errors import UserError
 
 FORMAT = 1
+_log = logging.getLogger(__name__)
 
 
 def pack_paths(root: Path, split: str) -> tuple[Path, Path]:
@@ -85,6 +88,30 @@ def write_pack(
                 path.unlink()
 
 
+def pack_tree(tree: ClassTree, root: Path, split: str, decoding: Decoding | None = None) -> None:
+    """Decode a class-folder tree of equally sized small images, and write it as a pack.
+
+    Raises:
+        UserError: an image is unreadable or of another size than the first, or the pack cannot be written.
+    """
+    _log.info("Packing the %d images of %s into %s (only once)", len(tree.files), tree.root, root)
+    images: np.ndarray | None = None
+    for row in range(len(tree.files)):
+        path = tree.path(row)
+        with reading(path):
+            image = EncodedImage.of(path, decoding).decode().numpy()
+        if images is None:
+            images = np.empty((len(tree.files), *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
+            raise UserError(
+                f"{path} is {image.shape[2]} x {image.shape[1]} pixels, the first image is {images.shape[3]} x "
+                f"{images.shape[2]}: a pack needs one size. Use data=folder for images of any size."
+            )
+        images[row] = image
+    assert images is not None  # scan never returns an empty tree
+    write_pack(root, split, images, tree.labels, tree.classes, tree.fingerprint, tree.files)
+
+
 def read_pack(root: Path, split: str, title: str, image_size: tuple[int, int]) -> ArraySource:
     """Open a pack, memory-mapped.
 
@@ -119,6 +146,18 @@ def read_pack(root: Path, split: str, title: str, image_size: tuple[int, int]) -
 def packed_classes(root: Path, split: str) -> list[str]:
     """Return the classes of a pack, without its images."""
     return read_pack(root, split, split, (1, 1)).classes
+
+
+def check_classes(root: Path, split: str, classes: Sequence[str]) -> None:
+    """Check that the classes of a split are those of train in the same folder, whether train is packed or not.
+
+    Raises:
+        UserError: the names or their order differ.
+    """
+    if is_packed(root, "train"):
+        compare_classes(str(root / "train"), packed_classes(root, "train"), str(root / split), classes)
+    elif (root / "train").is_dir():
+        compare_classes(str(root / "train"), class_folders(root / "train"), str(root / split), classes)
 
 
 def check_origin(root: Path, split: str, tree: ClassTree) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from unicodedata import normalize
 
@@ -52,8 +52,8 @@ class ClassTree:
     classes: list[str]
     files: NDArray[np.bytes_]
     labels: Labels
-    ignored: int
-    broken: list[str]
+    ignored: int = 0
+    broken: list[str] = field(default_factory=list)
 
     def path(self, index: int) -> Path:
         """Return the path of a file."""
@@ -104,6 +104,16 @@ def scan(root: Path) -> ClassTree:
         labels += [label] * found
         ignored += others
     return ClassTree(root, classes, np.array(files), np.array(labels, np.int64), ignored, broken)
+
+
+def scan_split(root: Path, split: str) -> ClassTree:
+    """List the images of root/split.
+
+    Raises:
+        UserError: it is missing or empty, or its folders are not likely to be classes.
+    """
+    check_plausible(root / split, split)
+    return scan(root / split)
 
 
 def class_folders(root: Path) -> list[str]:
