@@ -27,8 +27,8 @@ def open_splits(config: RunConfig, distributed: Distributed) -> tuple[dict[str, 
     sources = {split: open_split(data, split) for split in available_splits(data)}
     if "val" in sources and not len(sources["val"]):  # the classes are so small that the fraction holds out no image
         del sources["val"]
-    for split, source in sources.items():
-        compare_classes(f"{data.name}/train", sources["train"].classes, f"{data.name}/{split}", source.classes)
+    for source in sources.values():
+        compare_classes(sources["train"].place, sources["train"].classes, source.place, source.classes)
     if choice == "auto":
         choice = "val" if "val" in sources else "none"
     if choice not in (*sources, "none"):

@@ -1,6 +1,7 @@
 """moa-data: look after data sets."""
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ EXAMPLES = """examples:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; exit with 0, with 1 if a check found something, with 2 after a mistake of the user."""
     options = parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may not be UTF-8, and terminals not Unicode
     try:
         sys.exit(options.command(options))
     except UserError as error:

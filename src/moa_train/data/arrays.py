@@ -73,6 +73,11 @@ class ArraySource:
         )
 
     @property
+    def place(self) -> str:
+        """Data set and split: the images are in memory."""
+        return self.title
+
+    @property
     def files(self) -> NDArray[np.bytes_] | None:
         """Paths of the files that the samples were made of, if known."""
         return None if self._all_files is None else self._all_files[self.rows]

@@ -53,6 +53,11 @@ class FileSource:
         return str(self.tree.path(self.rows[index]))
 
     @property
+    def place(self) -> str:
+        """The folder that the images are in."""
+        return str(self.tree.root)
+
+    @property
     def files(self) -> NDArray[np.bytes_]:
         """Paths of the files, relative to the folder of the split."""
         return self.tree.files[self.rows]

@@ -229,6 +229,6 @@ def reading(path: Path) -> Iterator[None]:
             reason = f"not a valid file of a supported format: {', '.join(FORMATS)}"
         else:
             reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{path}: unreadable image ({reason}). Repair or remove it; `moa-data check ROOT` lists all such files."
-        ) from error
+        message = f"unreadable image ({reason}). Repair or remove it; `moa-data check ROOT` lists all such files."
+        # Names of files may not be UTF-8, and messages are written to files.
+        raise UserError(f"{path}: {message}".encode(errors="backslashreplace").decode()) from error

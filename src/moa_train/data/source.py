@@ -1,8 +1,8 @@
 """A source: the images of one split, with labels and names.
 
-Both kinds have ``classes``, ``labels`` (int64, N), ``files``, ``image_size``, ``in_memory``, ``fingerprint``, a length,
-and the methods ``name``, ``subset`` and ``describe``. Loaders gather whole batches from an ``ArraySource``; for a
-``FileSource``, worker processes read the files.
+Both kinds have ``classes``, ``labels`` (int64, N), ``files``, ``place``, ``image_size``, ``in_memory``,
+``fingerprint``, a length, and the methods ``name``, ``subset`` and ``describe``. Loaders gather whole batches from an
+``ArraySource``; for a ``FileSource``, worker processes read the files.
 """
 
 import logging
@@ -30,7 +30,7 @@ def align(source: Source, classes: Sequence[str]) -> Source:
     if source.classes == list(classes):
         return source
     if set(source.classes) - set(classes):
-        compare_classes("the model", classes, source.title, source.classes)
+        compare_classes("the model", classes, source.place, source.classes)
     if missing := [name for name in classes if name not in set(source.classes)]:
         _log.warning(
             "%s has no images of %d of the %d classes: %s%s. It is evaluated on the others.",
