@@ -160,7 +160,7 @@ def test_unreadable_images_fail_with_their_path_or_are_replaced(tmp_path, data, 
     inject(4)
     assert results[0] == results[1]
     said = Job(f"{command} data.unreadable_budget=2 run_dir={tmp_path / 'c'}", tmp_path).ended(2)
-    assert "exceed" in said
+    assert "data.unreadable_budget=2 allows 2 per rank" in said
     assert "Traceback" not in said
 
 

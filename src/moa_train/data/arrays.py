@@ -74,8 +74,8 @@ class ArraySource:
 
     @property
     def place(self) -> str:
-        """Data set and split: the images are in memory."""
-        return self.title
+        """The file that the images are in, or the title if they are in memory only."""
+        return str(self.images.filename) if isinstance(self.images, np.memmap) else self.title
 
     @property
     def files(self) -> NDArray[np.bytes_] | None:
