@@ -111,7 +111,7 @@ def fused_pays(q_GNLD: Tensor, bias: Tensor) -> bool:
     needs a gradient takes a slow path, and without matrix tiles its bf16 products are slower than oneDNN's.
     """
     if q_GNLD.device.type != "cpu":
-        return q_GNLD.shape[-2] >= LONG_ROW
+        return q_GNLD.device.type != "cuda" or q_GNLD.shape[-2] >= LONG_ROW
     needs_gradient = bias.requires_grad and torch.is_grad_enabled()
     return not needs_gradient and (HAS_MATRIX_TILES or q_GNLD.dtype != torch.bfloat16)
 
