@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from moa_train.interfaces import Classifier
 from moa_train.knobs import fill, knob
-from moa_train.model.pickled import read_state_dict
+from moa_train.model.pth_file import read_state_dict
 from moa_train.runtime.errors import UserError, nearest
 from moa_train.schema import ModelConfig
 
 RESERVED = {"num_classes", "in_chans", "img_size", "drop_rate", "drop_path_rate", "features_only", "checkpoint_path"}
-"""Arguments of timm.create_model that follow from other settings, besides all that concern pretrained weights."""
+"""Arguments of timm.create_model that other settings determine."""
 
 
 @dataclass
