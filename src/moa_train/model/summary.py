@@ -57,7 +57,7 @@ def summarize(config: ModelConfig, *, image_size: tuple[int, int], num_classes: 
     and convolutions.
     """
     with torch.device("meta"):
-        model = create_model(config, image_size=image_size, num_classes=num_classes).eval()
+        model = create_model(config, image_size=image_size, num_classes=num_classes).eval().requires_grad_(False)
         image_BCHW = torch.empty(1, 3, *image_size)
     parameters: Counter[tuple[int, str]] = Counter()  # in the model's order
     for path, parameter in model.named_parameters():

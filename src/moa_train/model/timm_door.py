@@ -55,6 +55,8 @@ class TimmModel(Classifier, nn.Module):
             for name, module in self.net.named_modules()
             if any(module is head for head in (heads if isinstance(heads, list | tuple) else [heads]))
         ]
+        if not self.heads:
+            raise UserError(f"model.variant={config.variant} is not a classifier. Choose another model of timm.")
         self.head_name = self.heads[0]
         stages = getattr(self.net, "feature_info", None) if hasattr(self.net, "forward_intermediates") else None
         self.stages = [f"net.{stage['module']}" for stage in stages or []]
