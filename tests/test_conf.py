@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from moa_train.cli.app import typed
+from moa_train.cli.compose import typed
 from moa_train.knobs import knobs
 from moa_train.model.registry import check_model
 from moa_train.schema import EvalConfig, RunConfig, image_shape

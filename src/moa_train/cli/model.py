@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from moa_train.cli import app
 from moa_train.plugins import DATASETS
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
 from moa_train.schema import RunConfig, image_shape, to_dict
 
@@ -104,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Entry point."""
+    protect_output()
     command, *rest = sys.argv[1:] or ["--help"]
     sys.argv[1:] = rest
     if command == "summary":
