@@ -199,7 +199,7 @@ def test_scaler_skips_all_parts_at_one_infinite_gradient(name: str) -> None:
 
 
 def test_models_that_an_optimizer_cannot_train() -> None:
-    with pytest.raises(UserError, match=r"optim\.name=muon needs matrices"):
+    with pytest.raises(UserError, match=r"optim\.name=muon needs hidden matrices"):
         create("muon", nn.Sequential(nn.Conv2d(3, 4, 1)))
     with pytest.raises(UserError, match="all of them are frozen"):
         create("adamw", body().requires_grad_(False))
