@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-# Whoever starts the tests in the background or under nohup has them, and all they start, ignore these two.
+# In the background or under nohup, this process and its children would ignore these two signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -45,6 +47,27 @@ TINY = {
 
 def overrides(changes: dict[str, Any]) -> list[str]:
     return [f"{key}={value}" for key, value in {**TINY, **changes}.items()]
+
+
+@pytest.fixture(scope="session")
+def no_waits() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which whatever makes the host wait for the GPU raises."""
+    import torch
+
+    def set_mode(name: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it calls itself a prototype
+            torch.cuda.set_sync_debug_mode(name)
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        set_mode("error")
+        try:
+            yield
+        finally:
+            set_mode("default")
+
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from moa_train.assembly.model import model_fields
-from moa_train.cli.app import typed
-from moa_train.model import check_model
-from moa_train.schema import EvalConfig, RunConfig, knobs
+from moa_train.cli.compose import typed
+from moa_train.knobs import knobs
+from moa_train.model.registry import check_model
+from moa_train.schema import EvalConfig, RunConfig, image_shape
 
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = {
@@ -22,7 +22,6 @@ OPTIONS = {
 }
 PAIRS = [(group, option) for group, options in OPTIONS.items() for option in options if group != "model/at"]
 MODELS = OPTIONS["model"]
-CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000, "folder": 17}
 
 # model.md: patch, width, depths, heads, window, stochastic depth.
 PUBLISHED = {
@@ -114,12 +113,12 @@ def test_every_model_has_the_settings_of_its_geometry(resolved, option):
     assert_says(resolved(f"model={model}", f"data={data}", *needs(data)), written("model/at", option))
 
 
-@pytest.mark.parametrize("data", CLASSES)
+@pytest.mark.parametrize("data", OPTIONS["data"])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_can_be_built_for_every_data_set(resolved, model, data):
     config = resolved(f"model={model}", f"data={data}", *needs(data))
-    assert (config.data.name, config.model.variant) == (data, model)
-    check_model(config.model.name, **model_fields(config.model, config.data, CLASSES[data]))
+    assert (config.data.name, config.model.variant) == (data, "resnet18" if model == "timm" else model)
+    check_model(config.model, image_shape(config.data.image_size))
 
 
 @pytest.mark.parametrize(("model", "data"), PUBLISHED)

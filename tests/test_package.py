@@ -96,7 +96,7 @@ def test_what_is_imported_is_what_is_declared(source):
     extras = PROJECT["optional-dependencies"]
     required, optional = (
         {requirement.split(">")[0] for requirement in group}
-        for group in (PROJECT["dependencies"], extras["plot"] + extras["jpeg"] + extras["bench"])
+        for group in (PROJECT["dependencies"], extras["plot"] + extras["jpeg"] + extras["bench"] + extras["wandb"])
     )
     assert foreign - optional == required
 

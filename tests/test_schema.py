@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moa_train.knobs import knobs
 from moa_train.runtime.errors import UserError
-from moa_train.schema import EvalConfig, RunConfig, from_dict, image_shape, knobs, to_dict, validate
+from moa_train.schema import EvalConfig, RunConfig, from_dict, image_shape, to_dict, validate
 
 
 def changed(**changes: Any) -> RunConfig:
@@ -54,28 +55,47 @@ def test_every_knob_is_documented_and_has_a_sensible_default(config):
         ({"engine__batch_size": 64, "engine__micro_batch_size": 48}, ["batch_size=64", "48 or 96"]),
         ({"engine__batch_size": 8, "engine__micro_batch_size": 16}, ["batch_size=8", ": 16"]),
         ({"engine__eval_split": "dev"}, ["engine.eval_split=dev", "auto, val, test, none"]),
-        ({"engine__eval_split": "val"}, ["engine.eval_split=val", "data.val_fraction=0.1", "engine.eval_split=test"]),
         ({"engine__keep_last": 0}, ["engine.keep_last=0", ">= 1"]),
-        ({"model__depths": [2, -1]}, ["model.depths=-1", ">= 0"]),
+        ({"model__depths": [2, -1]}, ["model.depths=-1", ">= 1"]),
         ({"model__name": "moe"}, ["model.name=moe", "'moa'"]),
-        ({"model__moa__form": "publish"}, ["model.moa.form=publish", "paper, released"]),
+        ({"model__moa__form": "publish"}, ["model.moa.form=publish", "paper, published"]),
         ({"model__moa__drop_path": 1.0}, ["model.moa.drop_path=1.0", "<= 0.99"]),
         ({"data__val_fraction": 0.7}, ["data.val_fraction=0.7", "<= 0.5"]),
         ({"data__image_size": "abc"}, ["data.image_size=abc", "[height, width]"]),
         ({"data__image_size": [1, 2, 3]}, ["data.image_size=[1, 2, 3]"]),
         ({"data__image_size": 0}, ["data.image_size=0"]),
         ({"data__name": "imagenet"}, ["data=imagenet", "data.root=FOLDER"]),
-        ({"data__download": True}, ["data.download=true", "digits is never downloaded"]),
+        ({"data__download": True}, ["data.download=true", "digits cannot be downloaded"]),
         ({"data__mean": [0.5]}, ["data.mean=[0.5]", "3 entries"]),
         ({"data__std": [0.5, 0.0, 0.5]}, ["data.std=0.0", "> 0"]),
         ({"augment__scale": [0.9, 0.1]}, ["augment.scale=[0.9, 0.1]", "exceeds"]),
         ({"augment__ratio": [1.0]}, ["augment.ratio=[1.0]", "2 entries"]),
         ({"augment__crop": "centre"}, ["augment.crop=centre", "pad, resized, none"]),
+        ({"augment__scale": [0.0, 1.0]}, ["augment.scale=0.0", "> 0"]),
+        ({"augment__scale": [0.5, 1.2]}, ["augment.scale=1.2", "<= 1"]),
+        ({"augment__scale": [math.nan, 1.0]}, ["augment.scale=nan"]),
+        ({"augment__ratio": [2.0, 1.0]}, ["augment.ratio=[2.0, 1.0]", "exceeds"]),
+        ({"augment__padding": -1}, ["augment.padding=-1", ">= 0"]),
+        ({"augment__interpolation": "random"}, ["augment.interpolation=random", "bilinear, bicubic"]),
+        ({"augment__flip": 1.5}, ["augment.flip=1.5", "<= 1"]),
+        ({"augment__erasing": -0.1}, ["augment.erasing=-0.1", ">= 0"]),
+        ({"augment__color_jitter": math.nan}, ["augment.color_jitter=nan"]),
+        ({"augment__randaugment_ops": -1}, ["augment.randaugment_ops=-1", ">= 0"]),
+        ({"augment__randaugment_magnitude": 12.0}, ["augment.randaugment_magnitude=12.0", "<= 10"]),
+        ({"augment__randaugment_std": -1.0}, ["augment.randaugment_std=-1.0", ">= 0"]),
+        ({"augment__mixup": -1.0}, ["augment.mixup=-1.0", ">= 0"]),
+        ({"augment__cutmix": math.inf}, ["augment.cutmix=inf"]),
+        ({"augment__mix_prob": 2.0}, ["augment.mix_prob=2.0", "<= 1"]),
+        ({"augment__mix_switch_prob": math.nan}, ["augment.mix_switch_prob=nan"]),
+        ({"augment__label_smoothing": 1.0}, ["augment.label_smoothing=1.0", "<= 0.99"]),
+        ({"augment__repeats": 0}, ["augment.repeats=0", ">= 1"]),
+        ({"data__eval_crop": 1.5}, ["data.eval_crop=1.5", "<= 1"]),
+        ({"data__unreadable": "ignore"}, ["data.unreadable=ignore", "fail, quarantine"]),
         ({"schedule__name": "step"}, ["schedule=step", "schedule.milestones"]),
         ({"tracking__log_every": 0}, ["tracking.log_every=0", ">= 1"]),
         ({"runtime__seed": 2**31}, ["runtime.seed=2147483648", "<= 2147483647"]),
         ({"runtime__precision": "bf8"}, ["runtime.precision=bf8", "'bf16'"]),
-        ({"resume": "a", "init": "b"}, ["resume", "init", "one of the two"]),
+        ({"resume": "a", "init": "b"}, ["resume", "init", "only one of the two"]),
         ({"resume": "auto"}, ["resume=auto", "run_dir=FOLDER"]),
         ({"init_head": "new"}, ["init_head=new", "init="]),
         ({"init_head": "fresh", "init": "a"}, ["init_head=fresh", "strict, new"]),

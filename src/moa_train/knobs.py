@@ -6,12 +6,9 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moa_train.runtime.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from moa_train.plugins import Plugins
 
 
 def knob(
@@ -23,7 +20,7 @@ def knob(
     most: float | None = None,
     below: float | None = None,
     options: tuple[str, ...] | None = None,
-    plugins: "Plugins | None" = None,
+    plugins: Any = None,
     fixed: bool = False,
 ) -> Any:
     """Declare a field of a configuration dataclass.
@@ -34,7 +31,7 @@ def knob(
         least, most: inclusive bounds; for a list they hold for every entry.
         above, below: exclusive bounds.
         options: the allowed values.
-        plugins: the kind of part that the value names, by a name from its table or by import path.
+        plugins: a `plugins.Plugins`: the value names a part of this kind, by a name from its table or by import path.
         fixed: whether the value must stay the same when a run is resumed.
     """
     bounds = {"least": least, "above": above, "most": most, "below": below}

@@ -21,6 +21,8 @@ class Plugins:
 
     kind: str
     table: Mapping[str, str]
+    configurable: tuple[str, ...] = ()
+    """Names in the table whose parts have settings of their own; the others need not be imported to know that."""
 
     def check(self, key: str, name: str) -> None:
         """Raise `UserError` unless ``name`` is in the table or has the form of an import path; import nothing."""
@@ -58,6 +60,10 @@ class Plugins:
             found = getattr(found, part)
         return found
 
+    def may_have_args(self, name: str) -> bool:
+        """Return whether the part called ``name`` may have settings of its own."""
+        return is_own_code(name) or name in self.configurable
+
     def args(self, name: str, values: Mapping[str, Any], key: str) -> dict[str, Any]:
         """Return ``{"args": settings}`` for the part called ``name``, or ``{}`` if it has no settings.
 
@@ -69,7 +75,7 @@ class Plugins:
         Raises:
             UserError: a setting is unknown, of the wrong type or out of its range.
         """
-        kind = args_type(self.load(name))
+        kind = args_type(self.load(name)) if self.may_have_args(name) else None
         if kind is None:
             if values:
                 raise UserError(f"{key}={dict(values)}: {self.kind} {name} has no settings of its own.")
@@ -90,6 +96,7 @@ MODELS = Plugins(
         "resnet": "moa_train.model.baselines:BottleneckResNet",
         "timm": "moa_train.model.timm_door:TimmModel",
     },
+    configurable=("timm",),
 )
 DATASETS = Plugins(
     "data set",
@@ -119,6 +126,7 @@ LOGGERS = Plugins(
         "csv": "moa_train.tracking.csv_file:CsvFile",
         "wandb": "moa_train.tracking.wandb:WandB",
     },
+    configurable=("wandb",),
 )
 
 

@@ -22,9 +22,11 @@ from moa_train.plugins import (
     is_own_code,
     short_name,
 )
-from moa_train.runtime.errors import UserError, nearest
+from moa_train.runtime.errors import UserError, choose, nearest
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+COMPILE_MODES = ("auto", "blocks", "model", "false")
+SPLITS = ("train", "val", "test")
 
 
 @dataclass
@@ -59,7 +61,7 @@ class ModelConfig:
         4, "side of a patch in pixels (resnet: 4 is the ImageNet stem, 1 and 2 are 3x3 stems)", least=1, fixed=True
     )
     embed_dim: int = knob(96, "channels of the first stage; each patch merging doubles them", least=1, fixed=True)
-    depths: list[int] = knob([2, 2, 8], "number of blocks in each stage (vit: one number)", least=0, fixed=True)
+    depths: list[int] = knob([2, 2, 8], "number of blocks in each stage (vit: one number)", least=1, fixed=True)
     heads: list[int] = knob([3, 6, 12], "attention heads in each stage", least=1, fixed=True)
     window: int = knob(14, "side of a local window in positions (table 4)", least=1, fixed=True)
     mlp_ratio: float = knob(4.0, "hidden width of an MLP relative to its input width", above=0, fixed=True)
@@ -72,6 +74,11 @@ class ModelConfig:
     )
     moa: MoaConfig = field(default_factory=MoaConfig)
     args: dict[str, Any] = knob({}, "settings of your own model: model.args.KEY=VALUE", fixed=True)
+
+    @property
+    def title(self) -> str:
+        """Return the name of the model for folders and tables."""
+        return short_name(self.name) if is_own_code(self.name) else self.variant
 
 
 @dataclass
@@ -97,6 +104,13 @@ class DataConfig:
     std: list[float] | None = knob(
         None, "channel standard deviations for normalization (default: those of the data set)", above=0, most=1
     )
+    hold_out: str = knob(
+        "position",
+        "how val_fraction chooses images of class folders: name, by a hash of the file name, so that adding or "
+        "removing a file moves no other file; position, in the sorted list, as in runs of older versions",
+        options=("name", "position"),
+        fixed=True,
+    )
     unreadable: str = knob(
         "fail",
         "unreadable training images: fail, or quarantine, which uses the next readable file instead; "
@@ -104,6 +118,13 @@ class DataConfig:
         options=("fail", "quarantine"),
     )
     unreadable_budget: int = knob(100, "quarantine: unreadable files a rank tolerates before it fails", least=0)
+    max_pixels: int = knob(100_000_000, "images with more pixels than this count as unreadable", least=1)
+    range: list[float] | None = knob(
+        None,
+        "[LOW,HIGH]: gray levels of black and white in images with more than 8 bits per channel (default: the full "
+        "range of 16-bit images; floating-point and 32-bit images are then errors)",
+        fixed=True,
+    )
     eval_crop: float = knob(
         0.875, "evaluation: side of the center crop relative to the side of the resized image", above=0, most=1
     )
@@ -269,7 +290,11 @@ class RuntimeConfig:
     )
     matmul: str = knob("tf32", "fp32 matrix products on CUDA: ieee or tf32 (10-bit mantissa)", options=("ieee", "tf32"))
     channels_last: bool = knob(False, "use the channels_last memory format for images and convolutions")
-    compile: bool = knob(False, "torch.compile the model: takes minutes at the start, then speeds up steps on CUDA")
+    compile: Any = knob(
+        "auto",
+        "torch.compile: blocks (one graph per kind of block), model (one graph), false; "
+        "auto: blocks for MOA models on CUDA in runs of 2,000 steps or more, unless runtime.deterministic=true",
+    )
     deterministic: bool = knob(False, "use deterministic kernels only: runs repeat bit for bit; slower on CUDA")
     timeout: float = knob(600.0, "seconds to wait for another rank before the run ends", above=0)
     threads: int = knob(0, "CPU threads per rank; 0: CPU cores / ranks on this machine", least=0)
@@ -317,7 +342,7 @@ class EvalConfig:
 
     ckpt: str | None = knob(None, "run folder, checkpoint folder or .safetensors file")
     weights: str = knob("auto", "weights to evaluate; auto: ema if there are any", options=("auto", "model", "ema"))
-    split: str = knob("test", "split to evaluate", options=("train", "val", "test"))
+    split: str = knob("test", "split to evaluate", options=SPLITS)
     root: str | None = knob(None, "folder of the data set, if it has moved")
     batch_size: int | None = knob(None, "examples per forward pass (default: as in training)", least=1)
     workers: int | None = knob(None, "processes that decode image files (default: as in training)", least=0)
@@ -328,6 +353,14 @@ class EvalConfig:
         [], "your own modules or packages that the checkpoint's configuration may import: [my_package]"
     )
     output: str | None = knob(None, "JSON file for the result (default: eval-SPLIT.json next to the weights)")
+
+
+def compile_mode(choice: Any) -> str:
+    """Return ``runtime.compile`` as auto, blocks, model or false; true means model."""
+    mode = {"true": "model"}.get(str(choice).lower(), str(choice).lower())
+    if mode not in COMPILE_MODES:
+        raise UserError(choose("runtime.compile", mode, COMPILE_MODES))
+    return mode
 
 
 def image_shape(image_size: Any) -> tuple[int, int]:
@@ -369,12 +402,15 @@ def validate(config: Any) -> None:
     if isinstance(config, RunConfig):
         _check_rules(config)
         for kind, name, values, key in parts(config):
-            if values or is_own_code(name):  # others have defaults only, and need not be imported
-                kind.args(name, values, key)
+            kind.args(name, values, key)
+        check = getattr(DATASETS.load(config.data.name), "check", None)
+        if check is not None:
+            check(config.data)
 
 
 def _check_rules(config: RunConfig) -> None:
     data, augment, optim, engine = config.data, config.augment, config.optim, config.engine
+    compile_mode(config.runtime.compile)
     try:
         height, width = image_shape(data.image_size)
     except (TypeError, ValueError):
@@ -385,12 +421,13 @@ def _check_rules(config: RunConfig) -> None:
         ("augment.scale", augment.scale, 2),
         ("augment.ratio", augment.ratio, 2),
         ("optim.betas", optim.betas, 2),
+        ("data.range", data.range, 2),
         ("data.mean", data.mean, 3),
         ("data.std", data.std, 3),
     ):
         if entries is not None and len(entries) != length:
             raise UserError(f"{key}={entries} must have {length} entries.")
-        if entries and key.startswith("augment") and entries[0] > entries[1]:
+        if entries and key.startswith(("augment", "data.range")) and entries[0] > entries[1]:
             raise UserError(f"{key}={entries}: the lower bound exceeds the upper bound.")
     micro = engine.micro_batch_size
     if micro and engine.batch_size % micro:
@@ -398,9 +435,14 @@ def _check_rules(config: RunConfig) -> None:
             f"engine.batch_size={engine.batch_size} is not a multiple of engine.micro_batch_size={micro}. "
             f"Nearest batch sizes that are: {_multiples_near(engine.batch_size, micro)}."
         )
+    for key, names in (
+        ("engine.metrics", engine.metrics),
+        ("augment.extra", augment.extra),
+        ("tracking.loggers", config.tracking.loggers),
+    ):
+        if len({short_name(name) for name in names}) < len(names):
+            raise UserError(f"{key}={names}: two entries have the same name.")
     metrics = [short_name(name) for name in engine.metrics]
-    if len(set(metrics)) < len(metrics):
-        raise UserError(f"engine.metrics={engine.metrics}: two metrics have the same name.")
     if short_name(engine.best_by) not in metrics:
         raise UserError(f"engine.best_by={engine.best_by} must be one of engine.metrics: {', '.join(metrics)}.")
     if config.schedule.name == "step" and not config.schedule.milestones:

@@ -10,20 +10,12 @@ import torch
 
 from moa_train.cli import model as command
 from moa_train.engine.find_weights import find_weights
-from moa_train.model import create_model
 from moa_train.model.published_weights import read_published
-from moa_train.schema import from_dict
+from moa_train.model.registry import create_model
+from moa_train.schema import MoaConfig, ModelConfig, from_dict
 
-FIELDS = {
-    "image_size": (56, 56),
-    "num_classes": 5,
-    "patch_size": 4,
-    "embed_dim": 32,
-    "depths": (1, 1),
-    "heads": (1, 2),
-    "window": 7,
-    "moa_form": "released",
-}
+SIZE, CLASSES = (56, 56), 5
+CONFIG = ModelConfig(patch_size=4, embed_dim=32, depths=[1, 1], heads=[1, 2], window=7, moa=MoaConfig(form="published"))
 
 
 class Foreign:
@@ -33,7 +25,14 @@ class Foreign:
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
     path = tmp_path / "published.pth"
-    torch.save({"model": create_model("moa", **FIELDS).state_dict(), "config": Foreign(), "epoch": 7}, path)
+    torch.save(
+        {
+            "model": create_model(CONFIG, image_size=SIZE, num_classes=CLASSES).state_dict(),
+            "config": Foreign(),
+            "epoch": 7,
+        },
+        path,
+    )
     return path
 
 
@@ -58,7 +57,7 @@ def test_converted_weights_say_what_model_they_are(published: Path, monkeypatch:
     run(monkeypatch, "convert", str(published), str(ours))
     _, metadata = find_weights(ours).load()
     config = from_dict(json.loads(metadata["config"]))
-    assert (config.model.moa.form, config.model.window, config.model.depths) == ("released", 7, [1, 1])
+    assert (config.model.moa.form, config.model.window, config.model.depths) == ("published", 7, [1, 1])
     assert config.data.image_size == [56, 56]
     assert len(json.loads(metadata["classes"])) == 5
 

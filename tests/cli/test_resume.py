@@ -1,16 +1,23 @@
-"""Going on with a run: what holds, what may change, what may not."""
+"""Resuming a run: which configuration applies, and which settings may change."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 
-from moa_train.cli.resume import changes, overlaid, resolve_resume
-from moa_train.cli.train import run_folder
+from moa_train.assembly import resume
+from moa_train.assembly.resume import changes
+from moa_train.assembly.run_dir import run_folder
+from moa_train.cli.train import with_overrides
 from moa_train.engine.checkpoint import CheckpointStore
+from moa_train.knobs import knobs
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
-from moa_train.schema import RunConfig, knobs
+from moa_train.schema import RunConfig
+
+
+def resolve_resume(config: RunConfig, overrides: list[str]) -> tuple[RunConfig, list[str]]:
+    return resume.resolve_resume(config, lambda before: with_overrides(before, overrides))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,7 @@ def test_what_would_make_it_another_run_is_refused(tiny, key):
         part = getattr(part, section)
     name = key.split(".")[-1]
     setattr(part, name, "other")
-    with pytest.raises(UserError, match="cannot go on") as error:
+    with pytest.raises(UserError, match="cannot be resumed") as error:
         changes(before, now)
     assert f"  {key}: " in str(error.value)
     assert "-> other" in str(error.value)
@@ -54,7 +61,7 @@ def test_what_would_make_it_another_run_is_refused(tiny, key):
 @pytest.mark.parametrize(
     ("typed", "fragments"),
     [
-        ("model=moa_t", ["model=moa_t", "single values", "optim.lr=1e-4"]),
+        ("model=moa_t", ["model=moa_t", "single settings", "optim.lr=1e-4"]),
         ("optim.name=sgd", ["optim.name: muon -> sgd", "init="]),
         ("engine.batch_size=64", ["engine.batch_size: 32 -> 64"]),
         ("runtime.seed=1", ["runtime.seed: 0 -> 1"]),
@@ -71,7 +78,7 @@ def test_refusals_name_key_and_remedy(run_dir, typed, fragments):
 def test_a_folder_in_use_is_not_overwritten(run_dir, tiny):
     config = tiny()
     config.run_dir = str(run_dir)
-    with pytest.raises(UserError, match=r"holds a run already \(step 12\).*resume=.*another run_dir"):
+    with pytest.raises(UserError, match=r"already holds a run \(step 12\).*resume=.*another run_dir"):
         resolve_resume(config, [])
 
 
@@ -119,7 +126,7 @@ def test_weights_to_start_from_are_not_needed_again(straight, train, tmp_path):
 
 
 def test_overrides_are_laid_over_with_their_types():
-    config = overlaid(RunConfig(), ["data.mean=[0,0.5,1]", "optim.lr=1", "model.moa={overlap:2}", "run_dir=x"])
+    config = with_overrides(RunConfig(), ["data.mean=[0,0.5,1]", "optim.lr=1", "model.moa={overlap:2}", "run_dir=x"])
     assert (config.data.mean, config.optim.lr, config.model.moa.overlap) == ([0.0, 0.5, 1.0], 1.0, 2)
     assert config.model.moa.reduction == RunConfig().model.moa.reduction
     assert config.run_dir is None  # places are not the configuration's
@@ -127,8 +134,8 @@ def test_overrides_are_laid_over_with_their_types():
 
 def test_a_run_that_ended_while_another_was_starting_there_is_not_taken_over(run_dir):
     with (
-        Distributed.start("cpu") as alone,
-        pytest.raises(UserError, match=r"holds a run already \(step 12\)"),
+        Distributed.start("cpu", 60.0) as alone,
+        pytest.raises(UserError, match=r"already holds a run \(step 12\)"),
         run_folder(RunConfig(run_dir=str(run_dir)), alone),
     ):
         pass

@@ -120,7 +120,7 @@ def test_what_takes_long_at_the_start_is_told(make_classes, tmp_path):
         env=ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr
-    assert f"Packing the 39 images of {root}/train into {root} (once)" in done.stderr.splitlines()
+    assert f"Packing the 39 images of {root}/train into {root} (only once)" in done.stderr.splitlines()
 
 
 SHORT = {"schedule__duration": "2 steps", "schedule__warmup": "0", "engine__eval_every": "2 steps"}
@@ -135,10 +135,10 @@ SHORT = {"schedule__duration": "2 steps", "schedule__warmup": "0", "engine__eval
         {"optim__name": "muon", "optim__clip": "none", "schedule__name": "linear"},
         {"runtime__precision": "bf16", "runtime__eval_precision": "bf16", "schedule__name": "constant"},
         {"runtime__channels_last": "true", "augment__randaugment_ops": 2, "augment__color_jitter": 0.4},
-        {"engine__ema_decay": 0, "augment__erasing": 0.5, "augment__cutmix": 1.0, "augment__off": "50%"},
+        {"engine__ema_decay": 0, "augment__erasing": 0.5, "augment__cutmix": 1.0, "augment__weak_for": "50%"},
         {"augment__repeats": 2, "augment__crop": "resized", "engine__micro_batch_size": 16},
         {"model__moa__enabled": "false", "schedule__name": "step", "schedule__milestones": "['1 step']"},
-        {"model__moa__form": "released", "data__val_fraction": 0},
+        {"model__moa__form": "published", "data__val_fraction": 0},
         {"model__name": "swin"},
         {"model__name": "vit", "model__depths": "[2]", "model__heads": "[2]", "model__drop_path": 0},
         {

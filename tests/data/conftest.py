@@ -1,5 +1,10 @@
 """Real images for the tests of the input pipeline: two photographs and handwritten digits, from scikit-learn."""
 
+import inspect
+import multiprocessing
+import re
+import resource
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +26,7 @@ def photographs() -> list[Image.Image]:
 
 @pytest.fixture(scope="session")
 def tiles(photographs: list[Image.Image]) -> Tensor:
-    """Real 32 x 32 colour images, cut from the photographs and enlarged or reduced: uint8, 64 3 32 32."""
+    """Real 32 x 32 color images, cut from the photographs and enlarged or reduced: uint8, 64 3 32 32."""
     rng = np.random.default_rng(0)
     cut = []
     for place in range(64):
@@ -57,3 +62,47 @@ def make_tree(tmp_path: Path, photographs: list[Image.Image]) -> Callable[..., P
         return root
 
     return make
+
+
+@pytest.fixture
+def peak() -> Callable[[Callable[[], object]], float]:
+    """Return a function that runs an action in a process of its own and returns the megabytes of memory it added."""
+
+    def measure(action: Callable[[], object]) -> float:
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+
+        def run() -> None:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            action()
+            sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+        process = multiprocessing.get_context("fork").Process(target=run)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        return float(receiver.recv())
+
+    return measure
+
+
+@pytest.fixture
+def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Return a function that writes a module with this name and source, which can then be imported."""
+
+    def write(name: str, source: str) -> None:
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    return write
+
+
+@pytest.fixture
+def example_of() -> Callable[[object], str]:
+    """Return a function that returns the code of the first example in a docstring."""
+
+    def example(documented: object) -> str:
+        found = re.search(r"::\n\n((?:(?:    .*)?\n)+)", inspect.cleandoc(documented.__doc__ or ""))
+        assert found
+        return textwrap.dedent(found[1])
+
+    return example

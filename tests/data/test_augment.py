@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,18 +9,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
+from moa_train.data import augment as augment_module
 from moa_train.data.augment import BatchAugment, Normalize
 from moa_train.data.batch import Batch, images_at_once
 from moa_train.data.mix import Mixer
-from moa_train.data.preview import preview
 from moa_train.runtime.errors import UserError
+from moa_train.schema import AugmentConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FULL = {"randaugment_ops": 2, "erasing": 0.25, "color_jitter": 0.4}
 
 
-def augment(**settings: object) -> BatchAugment:
-    return BatchAugment(**{"seed": 0, "mean": MEAN, "std": STD, **settings})  # type: ignore[arg-type]
+def augment(seed: int = 0, **settings: Any) -> BatchAugment:
+    config = AugmentConfig(**settings)
+    return BatchAugment(config, crop=config.crop, seed=seed, normalize=Normalize(MEAN, STD))
 
 
 def batch_of(images: Tensor, rows: Tensor | None = None, epoch: int = 0) -> Batch:
@@ -28,7 +31,7 @@ def batch_of(images: Tensor, rows: Tensor | None = None, epoch: int = 0) -> Batc
     return Batch(images[rows], rows, index=rows, epoch=same, repeat=torch.zeros_like(rows), step=0)
 
 
-def plain(**settings: object) -> BatchAugment:
+def plain(**settings: Any) -> BatchAugment:
     return augment(**{"crop": "none", "flip": 0.0, **settings})
 
 
@@ -42,7 +45,7 @@ def test_normalize_and_back(tiles: Tensor) -> None:
 
 @pytest.mark.parametrize("crop", ["pad", "resized", "none"])
 def test_pixels_do_not_depend_on_the_batch(tiles: Tensor, crop: str) -> None:
-    """The same samples, in other batches and another order, are the same to the bit."""
+    """The same samples in other batches and in another order have exactly the same pixels."""
     transform = augment(crop=crop, **FULL)
     whole = transform(batch_of(tiles))
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
@@ -52,7 +55,7 @@ def test_pixels_do_not_depend_on_the_batch(tiles: Tensor, crop: str) -> None:
 
 @pytest.mark.parametrize("crop", ["pad", "resized", "none"])
 @pytest.mark.parametrize("at_once", [1, 30])
-def test_pixels_do_not_depend_on_the_parts_they_are_made_in(
+def test_pixels_do_not_depend_on_how_many_are_processed_at_once(
     tiles: Tensor, crop: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transform = augment(crop=crop, **FULL)
@@ -81,24 +84,24 @@ def test_each_word_of_the_key_matters(tiles: Tensor, key: str) -> None:
     assert len(distinct) == 2 if key == "seed" else len(distinct) > 55
 
 
-def test_the_images_of_the_batch_stay_as_they_are(tiles: Tensor) -> None:
+def test_the_images_of_the_batch_are_not_modified(tiles: Tensor) -> None:
     for crop in ("pad", "resized", "none"):
         batch = batch_of(tiles.clone())
         augment(crop=crop, **FULL)(batch)
         assert torch.equal(batch.images, tiles)
 
 
-def test_nothing_on_is_normalisation(tiles: Tensor) -> None:
+def test_without_augmentation_images_are_only_normalized(tiles: Tensor) -> None:
     assert torch.equal(plain()(batch_of(tiles)), Normalize(MEAN, STD)(tiles))
 
 
-def test_strong_off_leaves_crop_and_flip(tiles: Tensor) -> None:
+def test_weak_augmentation_is_crop_and_flip(tiles: Tensor) -> None:
     batch = batch_of(tiles)
     assert torch.equal(augment(**FULL)(batch, strong=False), augment()(batch))
     assert not torch.equal(augment(**FULL)(batch), augment()(batch))
 
 
-def test_flips_are_as_frequent_as_asked_for(tiles: Tensor) -> None:
+def test_flips_have_the_configured_probability(tiles: Tensor) -> None:
     many = batch_of(tiles[:1].expand(4000, -1, -1, -1))
     flipped = (plain(flip=0.3)(many) == Normalize(MEAN, STD)(tiles[:1].flip(3))).flatten(1).all(1)
     kept = (plain(flip=0.3)(many) == Normalize(MEAN, STD)(tiles[:1])).flatten(1).all(1)
@@ -107,12 +110,12 @@ def test_flips_are_as_frequent_as_asked_for(tiles: Tensor) -> None:
 
 
 def test_padded_crops_are_equally_likely() -> None:
-    ramp = torch.arange(24 * 24).view(1, 1, 24, 24)  # each value names its place
+    ramp = torch.arange(24 * 24).view(1, 1, 24, 24)  # each value encodes its position
     images = torch.cat((ramp % 256, ramp // 256, torch.ones_like(ramp)), 1).to(torch.uint8)
     many = batch_of(images.expand(8100, -1, -1, -1))
     transform = plain(crop="pad", padding=4)
     result = transform.normalize.undo(transform(many)).int()
-    value = result[:, 0, 12, 12] + 256 * result[:, 1, 12, 12]  # the centre always shows the image
+    value = result[:, 0, 12, 12] + 256 * result[:, 1, 12, 12]  # the center is never padding
     places = torch.stack((value // 24 - 12, value % 24 - 12), 1)
     assert places.abs().max() == 4
     counts = torch.bincount((places[:, 0] + 4) * 9 + places[:, 1] + 4, minlength=81)
@@ -120,24 +123,24 @@ def test_padded_crops_are_equally_likely() -> None:
 
 
 def test_resized_crops_show_parts_of_the_image() -> None:
-    ramp = torch.arange(32.0).mul(8).expand(1, 3, 32, 32).to(torch.uint8)  # brightness is the column
+    ramp = torch.arange(32.0).mul(8).expand(1, 3, 32, 32).to(torch.uint8)  # the brightness encodes the column
     many = batch_of(ramp.expand(500, -1, -1, -1))
-    transform = plain(crop="resized", scale=(0.25, 0.25), ratio=(1.0, 1.0))
+    transform = plain(crop="resized", scale=[0.25, 0.25], ratio=[1.0, 1.0])
     result = transform.normalize.undo(transform(many)).float()[:, 0]
     step = result[:, :, 4:-4].diff(dim=2).mean((1, 2))
     torch.testing.assert_close(step, torch.full_like(step, 4.0), atol=0.1, rtol=0)  # half the side: half the slope
     assert len(result[:, 16, 16].unique()) > 10
 
 
-def test_jitter_changes_by_the_factors_asked_for() -> None:
-    grey = torch.full((2000, 3, 4, 4), 100, dtype=torch.uint8)  # contrast and saturation do nothing here
+def test_jitter_has_the_configured_range() -> None:
+    grey = torch.full((2000, 3, 4, 4), 100, dtype=torch.uint8)  # contrast and saturation do not change it
     transform = plain(color_jitter=0.4)
     values = transform.normalize.undo(transform(batch_of(grey)))[:, 0, 0, 0].float() / 100
     assert stats.kstest((values.numpy() - 0.6) / 0.8, "uniform").pvalue > 1e-3
 
 
 def test_jitter_has_torchvisions_distribution() -> None:
-    """Mean luma shows brightness; its range brightness times contrast; colour all three."""
+    """Mean luma depends on brightness, its range on brightness and contrast, and color on all three factors."""
     pixels = torch.tensor([[[95, 55], [95, 55]], [[80, 40], [80, 40]], [[70, 30], [70, 30]]], dtype=torch.uint8)
     images = pixels.expand(3000, -1, -1, -1)
     transform = plain(color_jitter=0.4)
@@ -151,26 +154,8 @@ def test_jitter_has_torchvisions_distribution() -> None:
         luma = (result * weights).sum(1)
         measured.append(((luma.mean((1, 2))), luma[:, 0, 0] - luma[:, 0, 1], result[:, 0, 0, 0] - result[:, 2, 0, 0]))
     for mine, its in zip(*measured, strict=True):
-        noise = np.random.default_rng(0).uniform(-1, 1, (2, 3000))  # over the steps of whole numbers
+        noise = np.random.default_rng(0).uniform(-1, 1, (2, 3000))  # spreads the rounded values over their interval
         assert stats.ks_2samp(mine.numpy() + noise[0], its.numpy() + noise[1]).pvalue > 1e-3
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"crop": "padd"},
-        {"padding_mode": "mirror"},
-        {"padding": -1},
-        {"flip": 1.5},
-        {"erasing": -0.1},
-        {"color_jitter": float("nan")},
-        {"scale": (0.0, 1.0)},
-        {"randaugment_magnitude": 12},
-    ],
-)
-def test_impossible_settings_are_errors(settings: dict[str, object]) -> None:
-    with pytest.raises(UserError, match=next(iter(settings))):
-        augment(**settings)
 
 
 def test_global_random_state_is_left_alone(tiles: Tensor) -> None:
@@ -183,15 +168,78 @@ def test_global_random_state_is_left_alone(tiles: Tensor) -> None:
 
 
 def test_numbers_never_change() -> None:
-    """What a sample looks like is part of a run's identity: a resumed run must go on with the same pixels."""
+    """A resumed run must continue with the same pixels, also after an upgrade."""
     ramp = torch.arange(16 * 3 * 8 * 8).view(16, 3, 8, 8).to(torch.uint8)
     transform = augment(**FULL, padding=1)
     result = transform.normalize.undo(transform(batch_of(ramp), strong=False))
     assert result.long().flatten(1).mul(torch.arange(192)).sum(1).tolist()[:4] == [2030392, 1259888, 1601712, 3514400]
 
 
+@pytest.fixture
+def own(write_module: Callable[[str, str], None], example_of: Callable[[object], str]) -> None:
+    """A module with the documented example of an own augmentation, and with others."""
+    write_module("own_color", example_of(augment_module) + OTHERS)
+
+
+OTHERS = """
+from moa_train.data.counter import normal
+
+def darken(images, keys):
+    return (images * send(uniform(keys, 0), images).view(-1, 1, 1, 1)).to(torch.uint8)
+
+def paint(images, keys):
+    return send(uniform(keys[:, None], 0, range(3)) * 255, images).to(torch.uint8)[..., None, None].expand_as(images)
+
+def halve(images, keys):
+    return images[..., ::2]
+
+def blur(images, keys):
+    return images.float()
+"""
+
+
+@pytest.mark.usefixtures("own")
+def test_the_example_of_an_own_augmentation_runs(tiles: Tensor) -> None:
+    many = batch_of(tiles[:1].expand(3000, -1, -1, -1))
+    transform = plain(extra=["own_color:to_gray"], args={"to_gray": {"probability": 0.3}})
+    result = transform(many)
+    undone = transform.normalize.undo(result)
+    gray = (undone[:, :1] == undone).flatten(1).all(1)
+    assert stats.binomtest(int(gray.sum()), 3000, 0.3).pvalue > 1e-3
+    assert torch.equal(undone[~gray], tiles[:1].expand(int((~gray).sum()), -1, -1, -1))
+    parts = [transform(batch_of(tiles[:1].expand(3000, -1, -1, -1), rows)) for rows in torch.arange(3000).split(700)]
+    assert torch.equal(torch.cat(parts), result)
+    assert torch.equal(transform(many, strong=False), plain()(many))
+    with pytest.raises(UserError, match=r"augment\.args\.to_gray\.probability=2 is out of range"):
+        plain(extra=["own_color:to_gray"], args={"to_gray": {"probability": 2}})
+
+
+@pytest.mark.usefixtures("own")
+def test_own_augmentations_have_random_numbers_of_their_own(tiles: Tensor) -> None:
+    """The same draws in two augmentations are independent of each other and of the built-in flip."""
+    many = batch_of(torch.full((4000, 3, 1, 2), 200, dtype=torch.uint8))
+    seen = []
+    for name in ("darken", "paint"):
+        transform = plain(extra=[f"own_color:{name}"])
+        seen.append(transform.normalize.undo(transform(many))[:, :, 0, 0].double().numpy())
+    ramp = batch_of(torch.tensor([0, 255], dtype=torch.uint8).expand(4000, 3, 1, 2))
+    flipped = plain(flip=0.5)(ramp)[:, 0, 0, 0].numpy() > 0
+    table = np.stack([seen[0][:, 0], *seen[1].T, flipped])
+    assert np.abs(np.corrcoef(table) - np.eye(5)).max() < 4.5 / np.sqrt(4000)
+    assert stats.kstest((seen[0][:, 0] + 0.5) / 200, "uniform").statistic < 0.05
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(("name", "returned"), [("halve", r"\(64, 3, 32, 16\)"), ("blur", "float32")])
+def test_own_augmentations_must_return_images_like_those_they_were_given(
+    tiles: Tensor, name: str, returned: str
+) -> None:
+    with pytest.raises(UserError, match=rf"augment\.extra: {name} returned .*{returned}.*must return torch\.uint8"):
+        plain(extra=[f"own_color:{name}"])(batch_of(tiles))
+
+
 class Transfers(TorchDispatchMode):
-    """Notes what is copied to the device ``meta``, and whether the host would wait for that."""
+    """Counts copies to the device ``meta``, and those for which the host would wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,16 +256,16 @@ class Transfers(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("crop", ["pad", "resized", "none"])
-@pytest.mark.parametrize("mix", [{"cutmix": 0}, {"mixup": 0}])
+@pytest.mark.parametrize("mix", [{"mixup": 0.8}, {"cutmix": 1.0}])
 def test_the_host_never_waits_for_the_device(tiles: Tensor, crop: str, mix: dict[str, float]) -> None:
-    """The device ``meta`` computes nothing: whatever the host would have to read from it is an error."""
+    """The device ``meta`` has no data: every attempt of the host to read from it is an error."""
     there = batch_of(tiles).to("meta")
     for wait in (lambda x: x.max().item(), torch.nonzero, lambda x: x[x > 3], Tensor.cpu, Tensor.tolist):
         with pytest.raises((RuntimeError, NotImplementedError)):
             wait(there.images)
     with Transfers() as transfers:
         images = augment(crop=crop, **FULL)(there)
-        images, targets = Mixer(num_classes=100, **mix)(images, there.labels, (0, 0, 0))
+        images, targets = Mixer(AugmentConfig(**mix), 100)(images, there.labels, (0, 0, 0))
     assert images.is_meta
     assert targets.is_meta
     assert transfers.count > 10
@@ -227,20 +275,10 @@ def test_the_host_never_waits_for_the_device(tiles: Tensor, crop: str, mix: dict
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("crop", ["pad", "resized", "none"])
-def test_a_gpu_gives_the_same_pixels(tiles: Tensor, crop: str) -> None:
+def test_a_gpu_gives_the_same_pixels(tiles: Tensor, crop: str, no_waits: Any) -> None:
     batch = batch_of(tiles)
-    here = augment(crop=crop, **FULL)(batch)
-    torch.cuda.set_sync_debug_mode("error")  # the host must never wait
-    try:
-        there = augment(crop=crop, **FULL)(batch.to("cuda"))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    here, on_device = augment(crop=crop, **FULL)(batch), batch.to("cuda")
+    augment(crop=crop, **FULL)(on_device)  # loads kernels
+    with no_waits():
+        there = augment(crop=crop, **FULL)(on_device)
     assert ((here - there.cpu()).abs() > 2 / 255 / 0.224).float().mean() < 1e-3
-
-
-def test_preview_shows_the_images(tiles: Tensor) -> None:
-    normalize = Normalize(MEAN, STD)
-    grid = preview(normalize(tiles), normalize, columns=8, rows=2)
-    assert grid.shape == (3, 2 * 34 - 2, 8 * 34 - 2)
-    assert torch.equal(grid[:, 34:, 34:66], tiles[9])
-    assert preview(normalize(tiles[:3]), normalize).shape == (3, 32, 100)

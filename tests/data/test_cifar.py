@@ -11,15 +11,22 @@ import numpy as np
 import pytest
 
 from moa_train.data import cifar
-from moa_train.data.datasets import open_source
+from moa_train.data.dataset import open_split
+from moa_train.data.source import Source
 from moa_train.runtime.errors import UserError
+from moa_train.schema import DataConfig
 
 COUNT = 12
+KINDS = {"cifar10": cifar.Cifar10, "cifar100": cifar.Cifar100}
+
+
+def opened(name: str, root: Path, split: str = "train", download: bool = False) -> Source:
+    return open_split(DataConfig(name=name, root=str(root), download=download), split)
 
 
 def write_archive(root: Path, name: str) -> cifar.Archive:
     """Write an archive in the layout of the official one, with few images; return its description."""
-    archive = cifar.ARCHIVES[name]
+    archive = KINDS[name].archive
     rng = np.random.default_rng(0)
     classes = 10 if name == "cifar10" else 100
     path = root / archive.filename
@@ -42,10 +49,10 @@ def test_an_archive_in_the_folder_is_packed(
     tmp_path: Path, name: str, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = write_archive(tmp_path, name)
-    monkeypatch.setitem(cifar.ARCHIVES, name, archive)
-    source = open_source(name, split="train", image_size=(32, 32), root=tmp_path)
+    monkeypatch.setattr(KINDS[name], "archive", archive)
+    source = opened(name, tmp_path)
     assert len(source) == COUNT * parts
-    assert len(open_source(name, split="test", image_size=(32, 32), root=tmp_path)) == COUNT
+    assert len(opened(name, tmp_path, "test")) == COUNT
     assert source.labels[:12].tolist() == [*range(10), 0, 1]
     assert source.classes[3] == "class3"
     with tarfile.open(tmp_path / archive.filename) as tar:
@@ -58,7 +65,7 @@ def test_an_archive_in_the_folder_is_packed(
 def test_other_files_are_not_opened(tmp_path: Path) -> None:
     write_archive(tmp_path, "cifar10")
     with pytest.raises(UserError, match=r"has MD5 .*, expected c32a1d4ab5d03f1284b67883e8d87530"):
-        open_source("cifar10", split="train", image_size=(32, 32), root=tmp_path)
+        opened("cifar10", tmp_path)
     assert not list(tmp_path.glob("pack-*"))
 
 
@@ -66,9 +73,9 @@ def test_without_a_network_the_error_says_what_to_fetch_and_where_to_put_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nowhere = "https://127.0.0.1:9/cifar-10-binary.tar.gz"  # nothing listens there
-    monkeypatch.setitem(cifar.ARCHIVES, "cifar10", replace(cifar.ARCHIVES["cifar10"], url=nowhere))
+    monkeypatch.setattr(cifar.Cifar10, "archive", replace(cifar.Cifar10.archive, url=nowhere))
     with pytest.raises(UserError) as error:
-        open_source("cifar10", split="train", image_size=(32, 32), root=tmp_path / "data", download=True)
+        opened("cifar10", tmp_path / "data", download=True)
     for needed in (nowhere, "c32a1d4ab5d03f1284b67883e8d87530", str(tmp_path / "data" / "cifar-10-binary.tar.gz")):
         assert needed in str(error.value)
 
@@ -76,7 +83,7 @@ def test_without_a_network_the_error_says_what_to_fetch_and_where_to_put_it(
 def test_nothing_is_fetched_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cifar, "fetch", lambda *arguments: pytest.fail("fetched"))
     with pytest.raises(UserError, match=r"Add data\.download=true"):
-        open_source("cifar10", split="train", image_size=(32, 32), root=tmp_path)
+        opened("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -101,9 +108,9 @@ def test_only_a_whole_archive_gets_its_name(tmp_path: Path, whole: bool, monkeyp
     with HTTPServer(("127.0.0.1", 0), Server) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/{archive.filename}"
-        monkeypatch.setitem(cifar.ARCHIVES, "cifar10", replace(archive, url=address))
+        monkeypatch.setattr(cifar.Cifar10, "archive", replace(archive, url=address))
         with nullcontext() if whole else pytest.raises(UserError, match="could not be downloaded"):
-            open_source("cifar10", split="train", image_size=(32, 32), root=root, download=True)
+            opened("cifar10", root, download=True)
         server.shutdown()
     archives = [path.name for path in root.iterdir() if "pack" not in path.name]
     assert archives == ([archive.filename] if whole else [])

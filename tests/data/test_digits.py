@@ -20,6 +20,7 @@ def test_the_file_holds_what_scikit_learn_reads(monkeypatch):
 
 
 def test_scikit_learn_is_not_imported():
-    opened = "from moa_train.data import digits; digits.open_digits('train', (8, 8))"
-    code = f"import sys; {opened}; print('sklearn' in sys.modules)"
+    opened = "open_split(DataConfig(name='digits'), 'train')"
+    imports = "import sys; from moa_train.schema import DataConfig; from moa_train.data.dataset import open_split"
+    code = f"{imports}; {opened}; print('sklearn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -33,6 +33,8 @@ CATALOGUE = {
     18: "shuffled time stamps",
     19: "evaluation across rank and worker counts",
     20: "SIGKILL while TensorBoard writes",
+    21: "failing system calls: listing, writing, closing",
+    22: "two nodes: a dead rank, a dead torchrun, a cut link",
 }
 
 

@@ -41,7 +41,7 @@ def choose_run_dir(config: RunConfig) -> Path:
     """Return the run folder: the given one, or a new one in outputs/, created here so that no other run can take it."""
     if config.run_dir:
         return Path(config.run_dir)
-    name = f"{short_name(config.data.name)}-{config.model.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{short_name(config.data.name)}-{config.model.title}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in count(1):
         path = Path("outputs") / (name if number == 1 else f"{name}-{number}")
         try:

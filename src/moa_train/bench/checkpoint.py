@@ -33,7 +33,7 @@ def prepare(job: Job) -> Callable[[], Iterator[Table]]:
 
 def _measure(job: Job, precision: Precision) -> Table:
     config, device = job.config, job.device
-    state = build_state(config, job.num_classes, RATE, precision, None)
+    state = build_state(config, job.num_classes, RATE, precision, fresh=False)
     images = torch.randn(2, 3, *image_shape(config.data.image_size), device=device)
     targets = torch.full((2, job.num_classes), 1 / job.num_classes, device=device)
     inputs = [(images, targets)]  # an update, or there would be no optimizer state to save
@@ -45,7 +45,7 @@ def _measure(job: Job, precision: Precision) -> Table:
         size = sum(path.stat().st_size for path in newest.path.iterdir())
     rows = [Row(name, "ms", [1e3 * value for value in taken]) for name, taken in seconds.items()]
     waits, whole, *_, theirs = rows
-    title = f"{config.model.variant}, {config.optim.name}, {size / 2**20:.1f} MiB of files, in the system's cache"
+    title = f"{config.model.title}, {config.optim.name}, {size / 2**20:.1f} MiB of files, in the system's cache"
     return Table("checkpoint", title, [*rows, waits.over(theirs), whole.over(theirs)])
 
 

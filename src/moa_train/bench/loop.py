@@ -91,7 +91,7 @@ def _compare(job: Job, config: RunConfig) -> Table:
         run.trainer.tracker.close()
     rows = [Row(name, "ms", [1e3 * value / job.steps for value in taken]) for name, taken in seconds.items()]
     batch = f"batch {config.engine.batch_size} = {bare.passes} x {config.engine.micro_batch_size}"
-    title = f"{config.model.variant}, {config.data.name}, {bare.precision.name}, {batch}, turns of {job.steps} steps"
+    title = f"{config.model.title}, {config.data.name}, {bare.precision.name}, {batch}, turns of {job.steps} steps"
     saves = f"a save each, a log row every {config.tracking.log_every}"
     return Table("loop", f"{title}, {saves}", [*rows, rows[0].over(rows[1])])
 

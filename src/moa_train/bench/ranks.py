@@ -64,7 +64,7 @@ def _compare(job: Job, config: RunConfig, alone: RunConfig) -> Table:
     one = Row.rate("N x one process" if cuda else "one process", seconds["one"], job.steps * config.engine.batch_size)
     each = "a GPU each" if cuda else f"{config.runtime.threads} of {alone.runtime.threads} threads each"
     batch = f"batch {config.engine.batch_size}, turns of {job.steps} steps"
-    title = f"{config.model.variant}, {config.data.name}, {each}, {batch}"
+    title = f"{config.model.title}, {config.data.name}, {each}, {batch}"
     return Table("ranks", title, [several, one, several.over(one)])
 
 

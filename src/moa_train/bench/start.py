@@ -49,7 +49,7 @@ def _compare(job: Job) -> Table:
     measures = {"first step": product, "imports, model": lambda: until("built", ["-c", LEAST, json.dumps(model)])}
     alternate(measures, 1)  # to warm up the system's cache
     rows = [Row(name, "s", seconds) for name, seconds in alternate(measures, job.rounds).items()]
-    return Table("start", f"{config.model.variant}, {config.data.name}", [*rows, rows[0].over(rows[1])])
+    return Table("start", f"{config.model.title}, {config.data.name}", [*rows, rows[0].over(rows[1])])
 
 
 def until(mark: str, arguments: Sequence[str]) -> float:

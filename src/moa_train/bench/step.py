@@ -68,13 +68,13 @@ def _ours(job: Job, config: RunConfig, recomputing: bool) -> Entrant:
     config.model.checkpointing, config.engine.ema_decay = recomputing, 0.0
 
     def build(precision: Precision) -> tuple[nn.Module, Optimizers]:
-        state = build_state(config, job.num_classes, RATE, precision, None)
+        state = build_state(config, job.num_classes, RATE, precision, fresh=False)
         return state.model, state.optimizer
 
     with torch.device("meta"):
         size = image_shape(config.data.image_size)
         macs = count_macs(create_model(config.model, image_size=size, num_classes=job.num_classes), size)
-    return Entrant(config.model.variant + (" checkpointing" if recomputing else ""), build, macs)
+    return Entrant(config.model.title + (" checkpointing" if recomputing else ""), build, macs)
 
 
 def _theirs(job: Job, text: str) -> Entrant:

@@ -1,6 +1,5 @@
 """The frame of the commands that Hydra composes: typed configuration, help, and errors for users."""
 
-import argparse
 import contextlib
 import difflib
 import json
@@ -10,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import moa_train.conf
 from moa_train import __version__
+from moa_train.cli import sweep
+from moa_train.cli.compose import ARGS_KEY, GROUPS, addable, compose, config_roots, is_override, typed
 from moa_train.knobs import in_words, knobs
+from moa_train.plugins import args_type
 from moa_train.runtime.cpu import wait_briefly
 from moa_train.runtime.errors import LostRankError, UserError, choose
+from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
-from moa_train.schema import validate
-
-CONF = Path(moa_train.conf.__file__).parent
-GROUPS = {folder.name: folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "__pycache__"}
-"""The groups of the configuration: a folder each, a YAML file per option."""
+from moa_train.schema import parts
 
 
 def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name: str, examples: str) -> None:
@@ -47,7 +46,7 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
     """
     store = ConfigStore.instance()
     store.store(name=f"{config_name}_schema", node=schema)
-    store.store(group="hydra/help", name=f"{config_name}_help", node=_help(schema, examples))
+    store.store(group="hydra/help", name=f"{config_name}_help", node={})
 
     def checked(config: DictConfig) -> None:
         # Inside Hydra's task, so that --help, --cfg and multirun stay Hydra's.
@@ -55,11 +54,17 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
         if HydraConfig.get().mode is RunMode.MULTIRUN and os.environ.get("RANK", "0") == "0":
             print(f"{'' if job.num == 0 else chr(10)}run {job.num + 1} of the sweep: {' '.join(overrides)}", flush=True)
         code = _guarded(lambda: task(typed(config), overrides))
-        if code:
+        if HydraConfig.get().mode is RunMode.MULTIRUN and code not in (Exit.STOPPED, Exit.INTERRUPTED):
+            outcomes.append((code, overrides))  # the other jobs run all the same
+        elif code:
             sys.exit(code)
 
+    outcomes: list[tuple[int, list[str]]] = []
+    protect_output()
     wait_briefly()
     arguments = sys.argv[1:]
+    # A user's own modules lie next to the recipe or in the current folder; last, so that they never hide a library.
+    sys.path += [str(root.resolve()) for root in config_roots(arguments)[1:]] + [str(Path.cwd())]
     if "--version" in arguments:
         print(f"moa-train {__version__}")
         sys.exit(Exit.FINISHED)
@@ -69,30 +74,41 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
     logging.getLogger("moa_train").setLevel(logging.INFO)  # not the root logger: libraries have much to say
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions arrive as they are: whose they are is told apart here
 
-    def compose() -> None:
-        if not {"--help", "-h", "--hydra-help", "--shell-completion", "-sc"} & set(arguments):
+    def execute() -> None:
+        if {"--help", "-h"} & set(arguments):
+            text = _help(schema, examples, _own_settings(arguments, config_name))
+            store.store(group="hydra/help", name=f"{config_name}_help", node=text)
+        elif not {"--hydra-help", "--shell-completion", "-sc"} & set(arguments):
             check_overrides(arguments, schema)
         # Options first: argparse takes arguments on one side of them only.
-        sys.argv[1:] = sorted(arguments, key=lambda text: "=" in text and not text.startswith("-"))
+        sys.argv[1:] = sorted(map(addable, arguments), key=lambda text: "=" in text and not text.startswith("-"))
+        if sweep.requested(arguments):
+            sweep.check_jobs(arguments, config_name)
         hydra.main(version_base="1.3", config_path="pkg://moa_train.conf", config_name=config_name)(checked)()
+        if failed := [code for code, _ in outcomes if code]:
+            lines = [f"  {'failed' if code else 'done':8}{' '.join(overrides)}" for code, overrides in outcomes]
+            print(
+                f"error: {len(failed)} of {len(outcomes)} runs of the sweep failed:", *lines, sep="\n", file=sys.stderr
+            )
+            sys.exit(max(failed))
 
-    sys.exit(_guarded(compose))
-
-
-def arguments_of_one_run(overrides: Sequence[str]) -> list[str] | None:
-    """Return what repeats the run of these ``overrides`` alone, if the command line is that of a sweep; else None."""
-    multirun = {"-m", "--multirun"}
-    if not multirun & set(sys.argv[1:]):
-        return None
-    options = [text for text in sys.argv[1:] if text not in multirun and (text.startswith("-") or "=" not in text)]
-    return [*options, *overrides]
+    sys.exit(_guarded(execute))
 
 
-def typed(config: DictConfig) -> Any:
-    """Return the composed configuration as its dataclass, validated."""
-    result = OmegaConf.to_object(config)
-    validate(result)
-    return result
+def _own_settings(arguments: Sequence[str], config_name: str) -> list[tuple[str, Any, str]]:
+    """Return key, default and help of the settings that the parts named on the command line have."""
+    overrides = [text for text in arguments if is_override(text)]
+    if not overrides:
+        return []
+    composed = compose(config_name, overrides, config_roots(arguments))
+    described = []
+    for kind, name, _, key in parts(OmegaConf.to_object(composed)):
+        settings = args_type(kind.load(name)) if kind.may_have_args(name) else None
+        for item in fields(settings) if settings else ():
+            default = item.default_factory() if item.default_factory is not MISSING else item.default
+            shown = "REQUIRED" if default is MISSING else default
+            described.append((f"{key}.{item.name}", shown, item.metadata.get("help", "")))
+    return described
 
 
 def check_overrides(arguments: list[str], schema: type) -> None:
@@ -105,7 +121,6 @@ def check_overrides(arguments: list[str], schema: type) -> None:
     if stray and not any(text.startswith("-") for text in arguments):
         raise UserError(f"{stray[0]!r} is not an argument of the form key=value. See --help.")
     items = {key: item for key, item, _ in knobs(schema())}
-    multirun = bool({"-m", "--multirun"} & set(arguments))
     roots = config_roots(arguments)
     parser = OverridesParser.create()
     for text in arguments:
@@ -118,25 +133,19 @@ def check_overrides(arguments: list[str], schema: type) -> None:
                 f"Cannot read {text}. The form is key=value, without spaces; brackets and quotes must close; a value "
                 "with other signs, such as = or a space, needs quotes in quotes: \"run_dir='a=b'\"."
             ) from None
-        _check_override(override, schema, items, multirun, roots)
-
-
-def config_roots(arguments: Sequence[str]) -> list[Path]:
-    """Return the folders that options are files of: conf/, and one of the user's own behind ``--config-dir``."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-dir", "-cd", type=Path)
-    known, _ = parser.parse_known_args(arguments)
-    return [CONF, known.config_dir] if known.config_dir else [CONF]
+        _check_override(override, schema, items, sweep.requested(arguments), roots)
 
 
 def _check_override(
-    override: Override, schema: type, items: Mapping[str, Any], multirun: bool, roots: Sequence[Path]
+    override: Override, schema: type, items: Mapping[str, Any], in_sweep: bool, roots: Sequence[Path]
 ) -> None:
     key, text = override.key_or_group, override.input_line or ""
     if key.startswith("hydra"):
         return
     if override.is_delete():
         raise UserError(f"{text}: nothing can be removed. What is left out has its default.")
+    if ARGS_KEY.match(f"{key}=") and key.split(".args.")[0] + ".args" in items:
+        return  # checked by the part that has this setting
     known = key in GROUPS or key in items
     if not known and key in {head for name in items for head in _sections(name)}:
         return  # a whole section, as in model.moa={overlap:1,reduction:16}
@@ -146,7 +155,7 @@ def _check_override(
         raise UserError(f"{text}: {key} is there already. Write {text.lstrip('+')}.")
     values = [override.value()]
     if override.is_sweep_override():
-        if not multirun:
+        if not in_sweep:
             raise UserError(
                 f"{text} means several runs: add -m for them. A list is written [1,2], a text with commas in quotes: "
                 f"\"{key}='a,b'\"."
@@ -226,7 +235,7 @@ def _explain(text: str) -> None:
             path.write_text(json.dumps({"message": text, "timestamp": str(int(when))}))
 
 
-def _help(schema: type, examples: str) -> dict[str, str]:
+def _help(schema: type, examples: str, own: Sequence[tuple[str, Any, str]]) -> dict[str, str]:
     lines: list[str] = []
     section = ""
     for key, item, value in knobs(schema()):
@@ -235,8 +244,10 @@ def _help(schema: type, examples: str) -> dict[str, str]:
             lines.append("")
             section = head
         rule = item.metadata
-        options = f" [{', '.join(rule['options'])}]" if rule["options"] else ""
+        names = (*rule["plugins"].table, "package.module:name") if rule["plugins"] else rule["options"]
+        options = f" [{', '.join(names)}]" if names else ""
         lines.append(f"  {key + '=' + _shown(value):<44}{rule['help']}{options}")
+    lines += ["", *(f"  {key + '=' + _shown(value):<44}{text}" for key, value, text in own)] if own else []
     above, below = (text.replace("$", "$$") for text in (examples, "\n".join(lines)))  # of Hydra's template
     return {
         "app_name": Path(sys.argv[0]).name,

@@ -1,4 +1,33 @@
-"""Augmentation of whole batches, on the training device (files were cropped and resized by `view` before)."""
+"""Augmentation of whole batches on the training device (`view` has already cropped and resized images from files).
+
+Your own augmentation is a function. Name it by import path, ``augment.extra=[my_package.color:to_gray]``::
+
+    from dataclasses import dataclass
+
+    import torch
+    from torch import Tensor
+
+    from moa_train.data.batch import send
+    from moa_train.data.counter import Hashes, uniform
+    from moa_train.knobs import knob
+
+    @dataclass
+    class ToGray:
+        probability: float = knob(0.2, "probability of a gray image", least=0, most=1)
+
+    def to_gray(images: Tensor, keys: Hashes, args: ToGray) -> Tensor:
+        chosen = send(uniform(keys, 0) < args.probability, images)
+        gray = images.float().mean(1, keepdim=True).to(torch.uint8)
+        return torch.where(chosen.view(-1, 1, 1, 1), gray, images)
+
+It receives uint8 images (B, 3, H, W) on the training device, a key for each image, and its settings
+(``augment.args.to_gray.probability=0.5``) if it has a parameter ``args``. It returns uint8 images of the same shape.
+
+- Random numbers come from the keys; `counter` explains how. `send` copies them to the device without waiting for it.
+- The result for an image depends only on this image and its key, because a batch is augmented in parts.
+- It must not modify the images that it receives, but return new ones.
+- ``augment.weak_for`` disables it, like all strong augmentation.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -10,27 +39,28 @@ from moa_train.data import photometric
 from moa_train.data.affine import pad_crop, warp
 from moa_train.data.batch import images_at_once, send
 from moa_train.data.box import box_numbers, random_box
-from moa_train.data.counter import Hashes, Purpose, sample_keys, uniform
+from moa_train.data.counter import Hashes, Purpose, own_keys, sample_keys, uniform
 from moa_train.data.erasing import RandomErasing
 from moa_train.data.randaugment import RandAugment
 from moa_train.data.source import Source
 from moa_train.data.view import CentreCrop, RandomResizedCrop, View
 from moa_train.interfaces import Batch
 from moa_train.plugins import AUGMENTATIONS, DATASETS, short_name
+from moa_train.runtime.errors import UserError
 from moa_train.schema import AugmentConfig, DataConfig
 
 STRONG = ("randaugment", "jitter", "extra")
-"""Operations that ``augment.weak_for`` switches off, in addition to erasing and mixing."""
+"""Operations that ``augment.weak_for`` disables, in addition to erasing and mixing."""
 
 ImageOp = Callable[[Tensor, Hashes], Tensor]
-"""From uint8 images B C H W, whose samples have these keys, to new ones in memory of their own."""
+"""A function from uint8 images (B, C, H, W) and the keys of their samples to new images, not in the same memory."""
 
 
 def plan_crop(config: AugmentConfig, source: Source) -> tuple[View, str]:
-    """Decide where the random crop happens: return the view of files, and the crop that `BatchAugment` applies.
+    """Return the view for image files and the crop that `BatchAugment` applies, so that images are cropped only once.
 
-    A random resized crop of a file is cut out while it is read, at the file's own resolution. All other crops act on
-    whole batches of images that have their final size.
+    The random resized crop of a file is taken while the file is read, at its own resolution. All other crops act on
+    whole batches of images that already have their final size.
     """
     if config.crop == "resized" and not source.in_memory:
         scale, ratio = (config.scale[0], config.scale[1]), (config.ratio[0], config.ratio[1])
@@ -39,7 +69,7 @@ def plan_crop(config: AugmentConfig, source: Source) -> tuple[View, str]:
 
 
 class Normalize:
-    """Turn uint8 images into floats of zero mean and unit deviation: (x / 255 - mean) / std, per channel."""
+    """Normalize uint8 images to floats of zero mean and unit variance: (x / 255 - mean) / std, per channel."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.shift = 255 * torch.tensor(mean).view(1, -1, 1, 1)
@@ -48,18 +78,18 @@ class Normalize:
 
     @classmethod
     def of(cls, config: DataConfig) -> "Normalize":
-        """Return the normalization with the given statistics, or those of the data set."""
+        """Return the normalization with the configured statistics, by default those of the data set."""
         known = DATASETS.load(config.name)
         return cls(config.mean or known.mean, config.std or known.std)
 
     def __call__(self, images: Tensor, out: Tensor | None = None) -> Tensor:
-        """Normalize uint8 B C H W to float32, into ``out`` if that is given."""
+        """Return uint8 images (B, C, H, W) as normalized float32, written into ``out`` if it is given."""
         self._move(images.device)
         out = torch.empty(images.shape, device=images.device) if out is None else out
         return out.copy_(images).sub_(self.shift).mul_(self.scale)
 
     def undo(self, images: Tensor) -> Tensor:
-        """Turn normalized images back into uint8, to be looked at."""
+        """Return normalized images as uint8 again, to display them."""
         self._move(images.device)
         return images.float().div(self.scale).add_(self.shift).round_().clamp_(0, 255).to(torch.uint8)
 
@@ -71,17 +101,17 @@ class Normalize:
 class BatchAugment:
     """Crop, flip, RandAugment, color jitter, a user's own operations, normalization, random erasing, in this order.
 
-    What happens to an image follows from (seed, epoch, index, repeat) alone. It is decided on the host, for a whole
-    batch at once, and carried out on the device of the images; the host never waits for that device.
+    The augmentation of an image depends only on (seed, epoch, index, repeat). The host draws the random numbers for a
+    whole batch at once, and the operations run on the device of the images; the host never waits for this device.
 
     Attributes:
         ops: the operations on uint8 images, by name, in order. Normalization and erasing follow.
 
     Args:
-        config: what to apply, and how strongly.
-        crop: the crop to apply here, as `plan_crop` decides.
-        seed: of the run.
-        normalize: normalization; its mean also fills pixels that come from outside an image.
+        config: the operations and their strengths.
+        crop: the crop to apply, as returned by `plan_crop`.
+        seed: seed of the run.
+        normalize: normalization; its mean is also the color of pixels from outside an image.
     """
 
     def __init__(self, config: AugmentConfig, *, crop: str, seed: int, normalize: "Normalize") -> None:
@@ -96,25 +126,26 @@ class BatchAugment:
             ("extra", config.extra, self._extra),
         ]
         self.ops = {name: op for name, enabled, op in ops if enabled}
-        self._own = [
-            (AUGMENTATIONS.load(name), AUGMENTATIONS.args(name, config.args.get(short_name(name), {}), "augment.args"))
-            for name in config.extra
-        ]
+        self._own = []
+        for name in config.extra:
+            short = short_name(name)
+            args = AUGMENTATIONS.args(name, config.args.get(short, {}), f"augment.args.{short}")
+            self._own.append((short, AUGMENTATIONS.load(name), args))
 
     def __call__(self, batch: Batch, strong: bool = True) -> Tensor:
         """Augment the images of a batch.
 
         Args:
-            batch: uint8 images, B C H W.
-            strong: False leaves out the operations named in `STRONG`, and erasing.
+            batch: uint8 images, (B, C, H, W).
+            strong: False omits erasing and the operations named in `STRONG`.
 
         Returns:
-            float32, B C H W.
+            Normalized images, float32, (B, C, H, W).
         """
         keys = sample_keys(self.seed, batch.epoch.numpy(), batch.index.numpy(), batch.repeat.numpy())
         result = torch.empty(batch.images.shape, device=batch.images.device)
         at_once = images_at_once(batch.images)
-        with torch.inference_mode():  # hundreds of small operations, each a little cheaper like that
+        with torch.inference_mode():  # makes hundreds of small operations a little cheaper
             for start in range(0, len(batch), at_once):
                 part = slice(start, start + at_once)
                 images = batch.images[part]
@@ -142,7 +173,7 @@ class BatchAugment:
 
     def _flip(self, images: Tensor, keys: Hashes) -> Tensor:
         flips = uniform(keys, Purpose.FLIP) < self.config.flip
-        order = np.argsort(flips, kind="stable")  # flips last: copying slices is much faster than indexing
+        order = np.argsort(flips, kind="stable")  # flipped images last: copying a slice is much faster than indexing
         images = images.index_select(0, send(order, images))
         flipped = images[len(flips) - flips.sum() :]
         flipped.copy_(flipped.flip(3))
@@ -156,6 +187,12 @@ class BatchAugment:
         return photometric.colour(images, vivid)
 
     def _extra(self, images: Tensor, keys: Hashes) -> Tensor:
-        for op, args in self._own:
-            images = op(images, keys, **args)
+        for name, op, args in self._own:
+            result = op(images, own_keys(keys, name), **args)
+            if result.dtype != torch.uint8 or result.shape != images.shape:
+                raise UserError(
+                    f"augment.extra: {name} returned {result.dtype} of shape {tuple(result.shape)}. "
+                    f"It must return torch.uint8 of shape {tuple(images.shape)}, as it was given."
+                )
+            images = result
         return images

@@ -1,4 +1,4 @@
-"""One micro-batch on its way from the loader to the model."""
+"""One micro-batch of images with labels, and functions for work on batches."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,20 +15,20 @@ _VALUES_AT_ONCE = 1 << 21
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one size with the names of their samples.
+    """Images of one size, their labels, and the identity of their samples.
 
-    ``index``, ``epoch`` and ``repeat`` stay on the host wherever the images go: augmentation hashes them into
-    decisions, and a decision taken on the device would make the host wait for it.
+    ``index``, ``epoch`` and ``repeat`` always stay on the host: augmentation derives its decisions from them, and
+    decisions on the device would make the host wait for it.
 
     Attributes:
-        images: uint8, B C H W.
-        labels: int64, B.
-        index: int64, B; element of the data set.
-        epoch: int64, B; pass over the data set.
-        repeat: int64, B; copy of the sample within its pass.
-        step: optimizer step; in evaluation the number of the chunk.
+        images: uint8, (B, C, H, W).
+        labels: int64, (B,).
+        index: int64, (B,); position of each sample in the data set.
+        epoch: int64, (B,); epoch of each sample.
+        repeat: int64, (B,); number of the sample's repetition within its epoch (``augment.repeats``).
+        step: optimizer step; in evaluation, the number of the chunk.
         micro: number of the micro-batch within the global batch; 0 in evaluation.
-        unreadable: messages for files that could not be read and were replaced.
+        unreadable: messages about files that could not be read and were replaced.
     """
 
     images: Tensor
@@ -52,15 +52,15 @@ class Batch:
         )
 
     def pin_memory(self) -> "Batch":
-        """Return the batch with images and labels in page-locked memory, from where copies overlap with work."""
+        """Return the batch with images and labels in page-locked memory, from which copies run asynchronously."""
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 def images_at_once(images: Tensor) -> int:
-    """Return how many images of a batch to work on at a time: on a CPU as many as its caches hold, else all.
+    """Return how many images of a batch to process at a time: on a CPU as many as fit into its caches, else all.
 
-    What is larger is slow twice: each operation goes through memory, and for its result the system has to find new
-    memory, page by page, every time.
+    Larger tensors are slow on a CPU for two reasons: every operation reads and writes main memory, and the system has
+    to map new pages for every result.
     """
     if images.device.type != "cpu" or not images.numel():
         return max(1, len(images))
@@ -68,13 +68,13 @@ def images_at_once(images: Tensor) -> int:
 
 
 def send(numbers: NDArray[Any], like: Tensor) -> Tensor:
-    """Return numbers of the host as a tensor on the device of ``like``; the host does not wait for it."""
+    """Return an array as a tensor on the device of ``like``, copied without making the host wait."""
     return to_device(torch.from_numpy(np.ascontiguousarray(numbers)), like.device)
 
 
 def to_uint8(values: Tensor) -> Tensor:
     """Return floats in 0..255, rounded down, as uint8.
 
-    By way of int16: straight to uint8, torch converts one number at a time on a CPU, and takes four times as long.
+    The detour over int16 is four times as fast on a CPU, because torch doesn't vectorize the conversion to uint8.
     """
     return values.to(torch.int16).to(torch.uint8)

@@ -1,13 +1,23 @@
-"""Random numbers without state: a hash of the words that name a draw.
+"""Random numbers without state: each is a hash of the integers ("words") that name it.
 
-A sample's randomness is a function of (seed, epoch, index, repeat, purpose) and of nothing else, so it is the same
-whichever worker or rank draws it, in whatever batch, before or after a resume. NumPy on the host computes it: the
-numbers decide which images go through which operation, and asking a device for them would make the host wait.
+A sample's random numbers depend only on (seed, epoch, index, repeat, purpose). They are the same for every worker,
+rank and batch, and after a resume. They are computed by NumPy on the host, because they decide which images go through
+which operation: reading such decisions from a device would make the host wait for it.
 
-The hash chains the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
-2014), a bijection of 64-bit words: keys that differ in the last word only never collide.
+In your own augmentation, number the draws and append the number to the keys that it receives, one per sample (B)::
+
+    uniform(keys, 0) < 0.5                          # a decision per sample, (B,)
+    normal(keys, 1)                                 # a normal number per sample, (B,)
+    uniform(keys[:, None], 2, np.arange(3))         # three numbers per sample, (B, 3)
+
+These keys are derived from the name of the augmentation (`own_keys`), so the numbers are independent of those of the
+built-in operations and of other augmentations.
+
+The hash chains the finalizer of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+2014), a bijection of 64-bit words: keys that differ only in the last word never collide.
 """
 
+import hashlib
 from enum import IntEnum
 from typing import TypeAlias
 
@@ -21,9 +31,9 @@ Whole: TypeAlias = NDArray[np.int64]
 
 
 class Purpose(IntEnum):
-    """The word after a sample's key: what a draw is for. Values are part of a run's identity; never renumber them.
+    """The word after a sample's key: the purpose of a random number.
 
-    2 was used once. Your own augmentations use numbers from 1000.
+    The values are part of a run's identity: never renumber them, and never use 2 again.
     """
 
     FILE_CROP = 1
@@ -33,6 +43,7 @@ class Purpose(IntEnum):
     JITTER = 6
     ERASING = 7
     ERASING_BOX = 8
+    OWN = 9
 
 
 _GOLDEN = np.array(0x9E3779B97F4A7C15, np.uint64)
@@ -41,16 +52,21 @@ _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 def hashes(*words: Word) -> Hashes:
-    """Hash the words, which broadcast against each other like any arrays, to 64 uniform bits each."""
-    state = np.zeros((1,), np.uint64)  # never a scalar: NumPy warns of wrap-around in scalars only
+    """Return 64 uniform bits for each combination of the words, which broadcast against each other."""
+    state = np.zeros((1,), np.uint64)  # an array, because NumPy warns about overflow of scalars
     for word in words:
-        state = _finalise((state + _GOLDEN) ^ np.asarray(word).astype(np.uint64))
+        state = _finalize((state + _GOLDEN) ^ np.asarray(word).astype(np.uint64))
     return state
 
 
 def sample_keys(seed: int, epoch: Word, index: Word, repeat: Word) -> Hashes:
-    """Return the key of each sample's randomness: the first word of all its draws, before a ``Purpose``."""
+    """Return the key of each sample: the first word of all its random numbers; the second is a `Purpose`."""
     return hashes(seed, epoch, index, repeat)
+
+
+def own_keys(keys: Hashes, name: str) -> Hashes:
+    """Return the keys of the samples for a user's own augmentation with this name."""
+    return hashes(keys, Purpose.OWN, int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()))
 
 
 def uniform(*words: Word) -> Floats:
@@ -65,11 +81,11 @@ def normal(*words: Word) -> Floats:
 
 
 def permutation(length: int, *words: Word) -> NDArray[np.int64]:
-    """Return a permutation of ``range(length)``: the order of the hashes of (words, position)."""
+    """Return a permutation of ``range(length)``: positions sorted by the hash of (words, position)."""
     return np.argsort(hashes(*words, np.arange(length)), kind="stable").astype(np.int64)
 
 
-def _finalise(state: Hashes) -> Hashes:
+def _finalize(state: Hashes) -> Hashes:
     state = (state ^ (state >> _SHIFTS[0])) * _MULTIPLIERS[0]
     state = (state ^ (state >> _SHIFTS[1])) * _MULTIPLIERS[1]
     return state ^ (state >> _SHIFTS[2])

@@ -4,11 +4,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from moa_train.data.dataset import DataSet
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from moa_train.data.source import Source
 
 TEST_FRACTION = 0.2
@@ -23,7 +23,8 @@ class Digits(DataSet):
 
     def read(self, split: str) -> "Source":
         """Open the training part (four fifths of each class) or the test part (the other fifth)."""
-        from moa_train.data.arrays import ArraySource
+        import numpy as np
+
         from moa_train.data.split import hold_out
 
         table = _read()
@@ -32,11 +33,13 @@ class Digits(DataSet):
         rest, test = hold_out(labels, TEST_FRACTION, purpose=1)
         classes = [str(digit) for digit in range(10)]
         rows = test if split == "test" else rest
-        return ArraySource(f"{self.name}/{split}", images, labels, classes, self.image_size, rows)
+        return self.from_arrays(split, images, labels, classes, rows)
 
 
-def _read() -> np.ndarray:
-    """Return 64 levels and a label for each scan, shape (1797, 65)."""
+def _read() -> "np.ndarray":
+    """Return 64 gray levels and a label for each scan, shape (1797, 65)."""
+    import numpy as np
+
     # Importing scikit-learn takes as long as importing torch, and load_digits() does no more than this.
     package = find_spec("sklearn")
     path = Path(package.origin if package and package.origin else "").parent / "datasets" / "data" / "digits.csv.gz"

@@ -1,10 +1,9 @@
 """Data sets in class folders: any tree of images, and ImageNet-1K."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moa_train.data.dataset import SPLITS, DataSet
-from moa_train.runtime.errors import UserError
+from moa_train.data.dataset import DataSet
+from moa_train.schema import SPLITS
 
 if TYPE_CHECKING:
     from moa_train.data.source import Source
@@ -16,19 +15,21 @@ class ClassFolders(DataSet):
     needs_root = True
 
     def splits(self) -> list[str]:
-        """Return the splits that have a folder or a pack; train always belongs to them."""
+        """Return the splits that have a folder or a pack; train is always one of them."""
         from moa_train.data.pack import is_packed
 
         return ["train", *(s for s in SPLITS[1:] if is_packed(self.root, s) or (self.root / s).is_dir())]
 
     def read(self, split: str) -> "Source":
-        """Open a pack where there is one, else the class folders."""
-        from moa_train.data.pack import is_packed, read_pack
+        """Open the pack of a split if there is one, else its class folders."""
+        from moa_train.data.pack import check_origin, is_packed, read_pack
+        from moa_train.data.tree import scan_split
 
-        title = f"{self.name}/{split}"
         if is_packed(self.root, split):
-            return read_pack(self.root, split, title, self.image_size)
-        return open_files(self.root, split, title, self.image_size)
+            if (self.root / split).is_dir():
+                check_origin(self.root, split, scan_split(self.root, split))
+            return read_pack(self.root, split, f"{self.name}/{split}", self.image_size)
+        return self.from_folders(split)
 
 
 class ImageNet(DataSet):
@@ -38,21 +39,5 @@ class ImageNet(DataSet):
     needs_root = True
 
     def read(self, split: str) -> "Source":
-        """Open the class folders."""
-        folder = "val" if split == "test" else split
-        return open_files(self.root, folder, f"{self.name}/{split}", self.image_size)
-
-
-def open_files(root: Path, split: str, title: str, image_size: tuple[int, int]) -> "Source":
-    """Open the class folders of root/split."""
-    from moa_train.data.datasets import scan_split
-    from moa_train.data.files import FileSource
-
-    if not (root / split).is_dir():
-        found = [other for other in SPLITS if (root / other).is_dir()]
-        raise UserError(
-            f"{root / split}: there is no such folder. "
-            + (f"{root} has {', '.join(found)}. " if found else "Set data.root to the folder of the data set. ")
-            + f"Images are expected as {root / split}/CLASS/NAME.jpg."
-        )
-    return FileSource(title, scan_split(root, split), image_size)
+        """Open the class folders of a split."""
+        return self.from_folders(split, "val" if split == "test" else split)

@@ -1,4 +1,4 @@
-"""Loaders: from a source and an order to micro-batches of uint8 images."""
+"""Loaders: micro-batches of uint8 images from a source, for training and evaluation."""
 
 import atexit
 import logging
@@ -22,28 +22,29 @@ from moa_train.data.order import Draw, Order, micro_batches
 from moa_train.data.source import Source
 from moa_train.data.view import CentreCrop, View
 from moa_train.runtime.errors import UserError
-from moa_train.schema import DataConfig
+from moa_train.schema import DataConfig, RuntimeConfig
 
 _POLL = 5.0
 _log = logging.getLogger(__name__)
 
 
 class TrainLoader:
-    """Endless micro-batches of one rank, in an order that (seed, step) alone determines.
+    """An infinite stream of one rank's micro-batches, whose order depends only on (seed, step).
 
-    Sources in memory are gathered here, a whole micro-batch at once; files are read by worker processes, one
-    micro-batch each. What a batch holds depends on neither the number of workers nor the step that a session starts at.
+    For sources in memory, this process gathers a whole micro-batch at once. Files are read by worker processes, where
+    each worker reads a whole micro-batch. The contents of a batch depend neither on the number of workers nor on the
+    step that a session starts at.
 
     Args:
         source: training split.
-        config: what to do about unreadable files (``unreadable``, ``unreadable_budget``).
-        order: order of the samples; its seed is also that of random crops.
-        view: makes pixels of a file; sources in memory have no use for it.
-        micro_batch_size: images per batch; divides the order's batch size.
-        rank: of this process.
-        world_size: number of processes.
-        workers: processes that read files; 0 reads them in this process. Sources in memory need none.
-        pin_memory: hand out batches in page-locked memory.
+        config: response to unreadable files (``unreadable``, ``unreadable_budget``).
+        order: order of the samples; its seed is also the seed of the random crops of files.
+        view: converts a file to pixels; not used for sources in memory.
+        micro_batch_size: images per batch; divides the batch size of the order.
+        rank: rank of this process.
+        world_size: number of ranks.
+        workers: processes that read files; 0: this process reads them. Not used for sources in memory.
+        pin_memory: whether to return batches in page-locked memory.
         timeout: seconds to wait for a worker.
     """
 
@@ -59,7 +60,7 @@ class TrainLoader:
         world_size: int = 1,
         workers: int = 0,
         pin_memory: bool = False,
-        timeout: float = 600.0,
+        timeout: float = RuntimeConfig.timeout,
     ) -> None:
         self.order, self.micro_batch_size = order, micro_batch_size
         self._share = micro_batches(order.batch_size, micro_batch_size, rank, world_size)
@@ -70,14 +71,14 @@ class TrainLoader:
 
     @property
     def quarantined(self) -> list[str]:
-        """Messages for the unreadable files that this rank has met, in order."""
+        """Messages about the unreadable files that this rank has found, in order."""
         return list(self._unreadable)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of step ``start_step``, of the next step, and so on for ever.
+        """Yield this rank's micro-batches of step ``start_step`` and of all later steps, without end.
 
         Raises:
-            UserError: an image cannot be read, or more than the budget of them; a worker died or hangs.
+            UserError: an image cannot be read, the budget of unreadable images is exceeded, or a worker died or hangs.
         """
         for batch in self._start(_Requests(self.order, self._share, self.micro_batch_size, start_step)):
             for message in batch.unreadable:
@@ -88,28 +89,28 @@ class TrainLoader:
         if message in self._unreadable:
             return
         self._unreadable[message] = None
-        _log.warning("Quarantined %d of at most %d: %s", len(self._unreadable), self._budget, message)
+        _log.warning("Replaced unreadable image %d of at most %d: %s", len(self._unreadable), self._budget, message)
         if len(self._unreadable) > self._budget:
             raise UserError(
-                f"{len(self._unreadable)} unreadable images exceed the budget of {self._budget}. The last: {message}"
+                f"{len(self._unreadable)} images are unreadable; data.unreadable_budget={self._budget} allows "
+                f"{self._budget} per rank. The last one: {message}"
             )
 
 
 class EvalLoader:
-    """Every sample once, in chunks whose composition depends on neither ranks nor workers.
+    """Every sample once, in chunks whose composition depends neither on the number of ranks nor on that of workers.
 
-    Chunk k holds samples [k B, (k + 1) B), the last one what is left; rank r takes the chunks k with k mod W = r.
-    ``Batch.step`` is k. An unreadable image is an error here, always.
+    Chunk k contains the samples [k B, (k + 1) B); the last chunk may be smaller. Rank r receives the chunks k with
+    k mod W = r. ``Batch.step`` is k. An unreadable image is always an error.
 
     Args:
         source: split to evaluate.
-        batch_size: B, images a chunk.
-        rank: of this process.
-        world_size: W, number of processes.
-        workers: processes that read files; 0 reads them here. They are started for each pass.
-        crop_ratio: of files: side of the central crop over the side that the image is resized to.
-        interpolation: of files.
-        pin_memory: hand out batches in page-locked memory.
+        batch_size: images per chunk, B.
+        rank: rank of this process.
+        world_size: number of ranks, W.
+        workers: processes that read files, started for each pass; 0: this process reads them.
+        crop_ratio: files: side of the center crop relative to the side of the resized image.
+        pin_memory: whether to return batches in page-locked memory.
         timeout: seconds to wait for a worker.
     """
 
@@ -122,13 +123,12 @@ class EvalLoader:
         world_size: int = 1,
         workers: int = 0,
         crop_ratio: float = 0.875,
-        interpolation: str = "bicubic",
         pin_memory: bool = False,
-        timeout: float = 600.0,
+        timeout: float = RuntimeConfig.timeout,
     ) -> None:
         self.source, self.batch_size = source, batch_size
         self._chunks = range(rank, -(-len(source) // batch_size), world_size)
-        self.view = CentreCrop(source.image_size, crop_ratio, interpolation)
+        self.view = CentreCrop(source.image_size, crop_ratio)
         read = _Reader(source, 0, self.view, substitute=False)
         self._start = partial(_start, read, workers=workers, pin_memory=pin_memory, timeout=timeout)
 
@@ -153,7 +153,7 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Requests:
-    """The requests of a rank from a step on, without end."""
+    """All requests of a rank, starting at a step: an infinite sequence."""
 
     order: Order
     share: range
@@ -168,7 +168,7 @@ class _Requests:
 
 
 class _Reader(Dataset):
-    """Turns requests into batches, in this process or in a worker."""
+    """Reads the batch of a request, in this process or in a worker."""
 
     def __init__(self, source: Source, seed: int, view: View, substitute: bool) -> None:
         self.source, self.seed, self.view, self.substitute = source, seed, view, substitute
@@ -181,7 +181,7 @@ class _Reader(Dataset):
             else:
                 images, index, unreadable = self.source.read(draw, self.seed, self.view, self.substitute)
         except UserError as error:
-            return error  # as a value: raised in a worker, it would come back with the worker's traceback as its text
+            return error  # not raised: an exception from a worker would have the worker's traceback as its message
         return Batch(
             images=images,
             labels=torch.from_numpy(self.source.labels[index]),
@@ -215,11 +215,12 @@ def _in_workers(
             if "DataLoader" not in str(error):
                 raise
             raise UserError(
-                f"A process that reads images failed: {str(error).splitlines()[0]} Usual causes: memory or /dev/shm "
-                "is full (lower data.workers or the batch size), or storage hangs. data.workers=0 reads without them."
+                f"A worker process that reads images failed: {str(error).splitlines()[0]} Usual causes: memory or "
+                "/dev/shm is full (reduce data.workers or the batch size), or the storage hangs. With data.workers=0, "
+                "the main process reads the images."
             ) from error
         finally:
-            del loader  # ends the workers that listen
+            del loader  # ends all workers that still respond
             for process in processes:
                 process.kill()
 
@@ -233,7 +234,7 @@ def _start_workers(
 ) -> Iterator[Batch | UserError]:
     on_child_death = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # the user chose how many
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # the user chose the number of workers
         loader = DataLoader(
             reader,
             batch_size=None,
@@ -242,17 +243,17 @@ def _start_workers(
             pin_memory=pin_memory,
             timeout=_POLL,
             worker_init_fn=_leave_signals_to_trainer,
-            generator=torch.Generator(),  # else starting a loader would draw from the global one
+            generator=torch.Generator(),  # otherwise, starting a loader would advance the global generator
         )
         batches = iter(loader)
     if threading.current_thread() is threading.main_thread():
-        # torch's handler would raise wherever the trainer is, in the middle of a save too: better at the next batch.
+        # torch's handler raises wherever the trainer is, even in the middle of a save. The next batch fails instead.
         signal.signal(signal.SIGCHLD, on_child_death or signal.SIG_DFL)
     return batches
 
 
 def _patiently(loader: Iterator[Batch | UserError], timeout: float) -> Iterator[Batch | UserError]:
-    """Yield batches. Each waits for ``timeout`` seconds, looking every ``_POLL`` seconds whether workers are alive."""
+    """Yield batches; wait up to ``timeout`` seconds for each, and check every ``_POLL`` seconds for dead workers."""
     waited = 0.0
     while True:
         try:
@@ -269,7 +270,7 @@ def _patiently(loader: Iterator[Batch | UserError], timeout: float) -> Iterator[
 
 
 def _close(batches: weakref.ref[Generator[Batch, None, None]]) -> None:
-    """End the workers before the interpreter does: they ignore the signal that it would send."""
+    """End the workers before the interpreter exits, because they ignore the signal that it sends."""
     if (generator := batches()) is not None:
         generator.close()
 
@@ -281,6 +282,6 @@ def _unwrap(result: Batch | UserError) -> Batch:
 
 
 def _leave_signals_to_trainer(worker: int) -> None:
-    """Ignore the signals that a terminal or a scheduler sends to all processes: the trainer ends its workers."""
+    """Ignore signals that a terminal or a scheduler sends to all processes; the trainer ends its workers itself."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -11,15 +11,15 @@ from moa_train.schema import AugmentConfig
 
 
 class Mixer:
-    """Blend each image of a micro-batch with the one at the mirrored position in the batch, and its target likewise.
+    """Blend each image of a micro-batch, and its target, with the one at the mirrored position in the micro-batch.
 
-    One proportion applies to the whole micro-batch. It is drawn on the host from the key of the micro-batch, so it is
-    the same for any number of ranks and on any device.
+    One mixing proportion applies to the whole micro-batch. The host draws it with the key of the micro-batch as the
+    seed, so it is the same for any number of ranks and on any device.
 
     Args:
         config: alphas of the Beta distributions of mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019),
             probabilities, and label smoothing.
-        num_classes: K.
+        num_classes: number of classes, K.
     """
 
     def __init__(self, config: AugmentConfig, num_classes: int) -> None:
@@ -31,13 +31,13 @@ class Mixer:
         """Mix a micro-batch.
 
         Args:
-            images: float, B C H W; mixed in place.
-            labels: int64, B.
+            images: float, (B, C, H, W); mixed in place.
+            labels: int64, (B,).
             key: (seed, step, number of the micro-batch).
-            strong: False leaves the images alone; smoothing stays.
+            strong: False only smooths the labels.
 
         Returns:
-            Images, and targets as float32 B K whose rows sum to 1.
+            The images, and targets, float32, (B, K), whose rows sum to 1.
         """
         config, targets = self.config, self.smooth(labels)
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
@@ -55,7 +55,7 @@ class Mixer:
         return images, targets
 
     def smooth(self, labels: Tensor) -> Tensor:
-        """Return one-hot targets, float32 B K, with ``label_smoothing`` spread evenly over all classes."""
+        """Return one-hot targets, float32, (B, K), with ``label_smoothing`` spread evenly over all classes."""
         smoothing = self.config.label_smoothing
         rest = smoothing / self.num_classes
         targets = torch.full((len(labels), self.num_classes), rest, device=labels.device)
@@ -63,9 +63,9 @@ class Mixer:
 
 
 def cutmix_box(height: int, width: int, kept: float, rng: np.random.Generator) -> tuple[tuple[slice, slice], float]:
-    """Choose rows and columns to paste: (box, part of the area that really stays).
+    """Return the rows and columns to paste, and the fraction of the area that is actually kept.
 
-    The box would cover 1 - kept of the area; where it leaves the image it is cut, so less may be covered.
+    The box covers 1 - kept of the area. It is clipped at the borders of the image, so it may cover less.
     """
     side = math.sqrt(1 - kept)
     y, x = int(rng.integers(height)), int(rng.integers(width))
@@ -76,8 +76,8 @@ def cutmix_box(height: int, width: int, kept: float, rng: np.random.Generator) -
 
 
 def blend(rows: Tensor, weight: float) -> None:
-    """Move each row of a batch by ``weight`` of the way to the one at the opposite place, in place."""
-    half, at_once = len(rows) // 2, images_at_once(rows)  # an odd one in the middle is its own opposite
+    """Interpolate each row of a batch toward the row at the mirrored position by ``weight``, in place."""
+    half, at_once = len(rows) // 2, images_at_once(rows)  # with an odd number of rows, the middle one stays
     for start in range(0, half, at_once):
         end = min(start + at_once, half)
         first, last = rows[start:end], rows[len(rows) - end : len(rows) - start]
