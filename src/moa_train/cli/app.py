@@ -38,6 +38,8 @@ CONF = Path(moa_train.conf.__file__).parent
 GROUPS = {folder.name: folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "__pycache__"}
 """The groups of the configuration: a folder each, a YAML file per option."""
 
+_SECRET = "secret|token|pass|key|credential|auth|private"
+
 
 def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name: str, examples: str) -> None:
     """Compose a configuration from the command line, check it, and run ``task`` with it; never returns.
@@ -54,7 +56,9 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
 
     def checked(config: DictConfig) -> None:
         # Inside Hydra's task, so that --help, --cfg and multirun stay Hydra's.
-        job, overrides = HydraConfig.get().job, list(HydraConfig.get().overrides.task)
+        job = HydraConfig.get().job
+        # As typed: reading the entries would replace ${oc.env:NAME} by the variable's value.
+        overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         if HydraConfig.get().mode is RunMode.MULTIRUN and os.environ.get("RANK", "0") == "0":
             print(f"{'' if job.num == 0 else chr(10)}run {job.num + 1} of the sweep: {' '.join(overrides)}", flush=True)
         code = _guarded(lambda: task(typed(config), overrides))
@@ -124,9 +128,25 @@ def arguments_of_one_run(overrides: Sequence[str]) -> list[str] | None:
 
 def typed(config: DictConfig) -> Any:
     """Return the composed configuration as its dataclass, validated."""
+    _refuse_secrets(config)
     result = OmegaConf.to_object(config)
     validate(result)
     return result
+
+
+def _refuse_secrets(config: DictConfig) -> None:
+    """Raise UserError if a setting takes an environment variable whose name suggests a secret.
+
+    The values of all settings are recorded, and no setting needs a secret: libraries read theirs from the environment.
+    """
+    text = str(OmegaConf.to_container(config, resolve=False))
+    for name in re.findall(r"\boc\.env:\s*\W*(\w+)", text):
+        if re.search(_SECRET, name, re.IGNORECASE):
+            raise UserError(
+                f"${{oc.env:{name}}} looks like a secret. The values of all settings are written to config.json and to "
+                f"every checkpoint, and no setting needs a secret. Remove it; if {name} is not a secret, let the shell "
+                f"insert it: ${name}."
+            )
 
 
 def check_overrides(arguments: list[str], schema: type) -> None:
