@@ -24,6 +24,9 @@ class Classifier:
         """Return the feature map (B, C, H, W) of every stage, to use the model as a backbone."""
         raise NotImplementedError(f"{type(self).__name__} has no feature maps")
 
+    def load_pretrained(self) -> None:
+        """Load the weights that the model's own settings name, if any. Only a new run without ``init`` calls this."""
+
     def no_weight_decay(self) -> set[str]:
         """Return the parameters of two or more dimensions that are exempt from weight decay (1-D ones always are)."""
         return {

@@ -99,6 +99,20 @@ def test_sigkill_then_resume_offline_is_one_curve(tmp_path: Path) -> None:
 
 
 @needs_wandb
+def test_rows_that_may_have_been_uploaded_are_not_uploaded_again_under_the_same_id(tmp_path: Path) -> None:
+    ids = []
+    for first, last in ((0, 20), (10, 30)):
+        process = start(tmp_path, first, last, "offline")
+        assert process.communicate(timeout=60)[1] == ""
+        ids.append((tmp_path / "wandb-id").read_text())
+        (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+        assert path.stem == f"run-{ids[-1]}"
+        path.with_suffix(".wandb.synced").touch()  # what "wandb sync" does after an upload
+    assert ids[0] != ids[1]
+    assert curve(inspect(tmp_path)) == expected(30)
+
+
+@needs_wandb
 def test_a_server_that_does_not_answer_is_a_warning_and_the_run_is_logged_offline(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:  # accepts connections and never answers
         environment = {

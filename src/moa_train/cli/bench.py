@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 
 from moa_train.cli import app
+from moa_train.cli.compose import typed
 from moa_train.plugins import DATASETS
 from moa_train.runtime.errors import UserError, choose
 from moa_train.runtime.signals import Exit
@@ -129,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
 def compose(overrides: Sequence[str]) -> RunConfig:
     """Return the configuration that such arguments lead to; options among them are Hydra's already."""
     app.check_overrides(list(overrides), RunConfig)
-    config: RunConfig = app.typed(hydra.compose("train", [text for text in overrides if not text.startswith("-")]))
+    config: RunConfig = typed(hydra.compose("train", [text for text in overrides if not text.startswith("-")]))
     return config
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
 from moa_train.schema import DataConfig
 
@@ -23,6 +24,7 @@ EXAMPLES = """examples:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; exit with 0, with 1 if a check found something, with 2 after a mistake of the user."""
+    protect_output()
     options = parser().parse_args(arguments)
     try:
         sys.exit(options.command(options))

@@ -25,7 +25,8 @@ It receives uint8 images (B, 3, H, W) on the training device, a key for each ima
 
 - Random numbers come from the keys; `counter` explains how. `send` copies them to the device without waiting for it.
 - The result for an image depends only on this image and its key, because a batch is augmented in parts.
-- The images that it receives stay unchanged: it returns new ones.
+- It must not modify the images that it receives, but return new ones.
+- ``augment.weak_for`` disables it, like all strong augmentation.
 """
 
 from collections.abc import Callable, Sequence

@@ -17,7 +17,7 @@ class Optimizers:
     """One or several torch optimizers (``parts``) over disjoint parameters, used as one.
 
     ``names`` maps each parameter to its name in the model. Checkpoints hold the state of the ``parts``. A
-    ``GradScaler`` gets this object (``scaler.step(optimizers)``), so that it skips all parts if any gradient is infinite.
+    ``GradScaler`` gets this object (``scaler.step(optimizers)``), so that an infinite gradient skips all parts.
     """
 
     def __init__(self, parts: list[Optimizer]) -> None:

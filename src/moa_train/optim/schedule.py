@@ -37,7 +37,7 @@ class Schedule:
     warmup_start: float = 0.0
     warmup_steps: int = 0
     milestones: tuple[int, ...] = ()
-    gamma: float = 0.1
+    gamma: float = 1.0
 
     def __post_init__(self) -> None:
         self._check_lrs()

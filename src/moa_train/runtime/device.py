@@ -18,6 +18,9 @@ def pick_device(name: str = "auto", local_rank: int = 0, local_world_size: int =
     local rank, or its only visible GPU, as with ``srun --gpus-per-task=1``; `Distributed` checks that no two processes
     share one. Raises UserError for a device that does not exist.
     """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Before the allocator is first used: memory is mapped as needed, so that changing sizes don't fragment it.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
