@@ -167,7 +167,9 @@ def test_a_model_is_evaluated_on_the_classes_that_are_there(
             assert source.classes == ["ant", "bee", "cat", "dog"]
             assert f"{name}/test has no images of 2 of the 4 classes: ant, cat" in caplog.text
             caplog.clear()
-            with pytest.raises(UserError, match=r"the model and .*test.* have different classes: .*only in .*test.*: dog"):
+            with pytest.raises(
+                UserError, match=r"the model and .*test.* have different classes: .*only in .*test.*: dog"
+            ):
                 align(whole, ["ant", "bee", "cat"])
     assert align(whole, ["bee", "dog"]) is whole
     assert align(whole, ["dog", "bee"]).labels.tolist() == [1, 1, 0, 0]
