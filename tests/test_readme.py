@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import import_module
@@ -16,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch.distributed.run import get_args_parser
 
 from moa_train.cli import app, bench
+from moa_train.cli.compose import addable, typed
 from moa_train.runtime.signals import Exit
 from moa_train.schema import EvalConfig, RunConfig
 
@@ -53,11 +55,13 @@ COMMANDS = sorted({command: where for where, command in shown()}.items())
 
 @pytest.fixture(scope="module", autouse=True)
 def _conf() -> Iterator[None]:
+    sys.path.append(str(ROOT / "tests" / "own_code"))  # where my_package is
     for command, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{command}_schema", node=schema)
         ConfigStore.instance().store(group="hydra/help", name=f"{command}_help", node={})
     with initialize_config_module("moa_train.conf", version_base="1.3"):
         yield
+    sys.path.pop()
 
 
 def test_the_documents_show_commands():
@@ -119,7 +123,7 @@ def accept(program: str, arguments: list[str]) -> None:
         for override in overrides
     ]
     for job in itertools.product(*values):
-        app.typed(compose(program, list(job)))
+        typed(compose(program, [addable(text) for text in job]))
     return None
 
 

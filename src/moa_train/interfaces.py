@@ -1,7 +1,7 @@
 """What the training engine needs of a model, a batch and a metric. Your own parts implement these."""
 
 from collections.abc import Iterator
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ class Classifier:
     def forward_features(self, images_BCHW: Tensor) -> list[Tensor]:
         """Return the feature map (B, C, H, W) of every stage, to use the model as a backbone."""
         raise NotImplementedError(f"{type(self).__name__} has no feature maps")
+
+    def load_pretrained(self) -> None:
+        """Load the weights that the model's own settings name, if any. Only a new run without ``init`` calls this."""
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters of two or more dimensions that are exempt from weight decay (1-D ones always are)."""
@@ -79,8 +82,16 @@ class Classifier:
 class Batch(Protocol):
     """A micro-batch: images with labels, and the identity of every sample.
 
-    ``epoch`` and ``index`` stay on the host, because decisions that depend on them must not wait for the device.
+    ``index``, ``epoch`` and ``repeat`` stay on the host, because decisions that depend on them must not wait for the
+    device.
     """
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    @property
+    def images(self) -> Tensor:
+        """Images before augmentation and normalization, uint8, (B, 3, H, W)."""
 
     @property
     def labels(self) -> Tensor:
@@ -93,6 +104,10 @@ class Batch(Protocol):
     @property
     def epoch(self) -> Tensor:
         """Epoch of each sample, int64, (B,)."""
+
+    @property
+    def repeat(self) -> Tensor:
+        """Number of each sample among its repetitions within the epoch, int64, (B,)."""
 
     @property
     def step(self) -> int:
@@ -112,7 +127,7 @@ class Batches(Protocol):
     def __len__(self) -> int:
         """Return the number of batches."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         """Yield each batch once."""
 
 

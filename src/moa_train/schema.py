@@ -22,9 +22,10 @@ from moa_train.plugins import (
     is_own_code,
     short_name,
 )
-from moa_train.runtime.errors import UserError, nearest
+from moa_train.runtime.errors import UserError, choose, nearest
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+COMPILE_MODES = ("auto", "blocks", "model", "false")
 SPLITS = ("train", "val", "test")
 
 
@@ -238,7 +239,7 @@ class EngineConfig:
         options=("auto", "val", "test", "none"),
     )
     metrics: list[str] = knob(["top1", "top5", "loss"], "metrics computed in evaluation", plugins=METRICS)
-    best_by: str = knob("top1", "metric that chooses the best checkpoint, one of engine.metrics")
+    best_by: str = knob("top1", "metric that chooses the best checkpoint, one of engine.metrics", fixed=True)
     eval_every: str = knob("1 epoch", "interval between evaluations")
     eval_batch_size: int | None = knob(
         None, "examples per forward pass in evaluation (default: 256; 64 on a CPU, to save memory)", least=1
@@ -289,7 +290,11 @@ class RuntimeConfig:
     )
     matmul: str = knob("tf32", "fp32 matrix products on CUDA: ieee or tf32 (10-bit mantissa)", options=("ieee", "tf32"))
     channels_last: bool = knob(False, "use the channels_last memory format for images and convolutions")
-    compile: bool = knob(False, "torch.compile the model: takes minutes at the start, then speeds up steps on CUDA")
+    compile: Any = knob(
+        "auto",
+        "torch.compile: blocks (one graph per kind of block), model (one graph), false; "
+        "auto: blocks for MOA models on CUDA in runs of 2,000 steps or more, unless runtime.deterministic=true",
+    )
     deterministic: bool = knob(False, "use deterministic kernels only: runs repeat bit for bit; slower on CUDA")
     timeout: float = knob(600.0, "seconds to wait for another rank before the run ends", above=0)
     threads: int = knob(0, "CPU threads per rank; 0: CPU cores / ranks on this machine", least=0)
@@ -350,6 +355,14 @@ class EvalConfig:
     output: str | None = knob(None, "JSON file for the result (default: eval-SPLIT.json next to the weights)")
 
 
+def compile_mode(choice: Any) -> str:
+    """Return ``runtime.compile`` as auto, blocks, model or false; true means model."""
+    mode = {"true": "model"}.get(str(choice).lower(), str(choice).lower())
+    if mode not in COMPILE_MODES:
+        raise UserError(choose("runtime.compile", mode, COMPILE_MODES))
+    return mode
+
+
 def image_shape(image_size: Any) -> tuple[int, int]:
     """Return ``data.image_size`` as (height, width), in pixels."""
     height, width = image_size if isinstance(image_size, list | tuple) else (image_size, image_size)
@@ -397,6 +410,7 @@ def validate(config: Any) -> None:
 
 def _check_rules(config: RunConfig) -> None:
     data, augment, optim, engine = config.data, config.augment, config.optim, config.engine
+    compile_mode(config.runtime.compile)
     try:
         height, width = image_shape(data.image_size)
     except (TypeError, ValueError):
@@ -421,9 +435,14 @@ def _check_rules(config: RunConfig) -> None:
             f"engine.batch_size={engine.batch_size} is not a multiple of engine.micro_batch_size={micro}. "
             f"Nearest batch sizes that are: {_multiples_near(engine.batch_size, micro)}."
         )
+    for key, names in (
+        ("engine.metrics", engine.metrics),
+        ("augment.extra", augment.extra),
+        ("tracking.loggers", config.tracking.loggers),
+    ):
+        if len({short_name(name) for name in names}) < len(names):
+            raise UserError(f"{key}={names}: two entries have the same name.")
     metrics = [short_name(name) for name in engine.metrics]
-    if len(set(metrics)) < len(metrics):
-        raise UserError(f"engine.metrics={engine.metrics}: two metrics have the same name.")
     if short_name(engine.best_by) not in metrics:
         raise UserError(f"engine.best_by={engine.best_by} must be one of engine.metrics: {', '.join(metrics)}.")
     if config.schedule.name == "step" and not config.schedule.milestones:

@@ -26,7 +26,7 @@ def photographs() -> list[Image.Image]:
 
 @pytest.fixture(scope="session")
 def tiles(photographs: list[Image.Image]) -> Tensor:
-    """Real 32 x 32 colour images, cut from the photographs and enlarged or reduced: uint8, 64 3 32 32."""
+    """Real 32 x 32 color images, cut from the photographs and enlarged or reduced: uint8, 64 3 32 32."""
     rng = np.random.default_rng(0)
     cut = []
     for place in range(64):

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moa_train.data.counter import Purpose, hashes, normal, permutation, sample_keys, uniform
+from moa_train.data.counter import Purpose, hashes, normal, own_keys, permutation, sample_keys, uniform
 
 MASK = (1 << 64) - 1
 
 
 def reference(*words: int) -> int:
-    """The same hash with Python's whole numbers, which do not wrap around."""
+    """Return the same hash, computed with Python's unbounded integers."""
     state = 0
     for word in words:
         z = ((state + 0x9E3779B97F4A7C15) & MASK) ^ (word & MASK)
@@ -21,11 +21,11 @@ def reference(*words: int) -> int:
 
 
 @pytest.mark.parametrize("words", [(0,), (1, 2, 3), (2**63 - 1, 5), (123456789, 0, 17, 3, 4)])
-def test_hash_is_the_chained_finaliser(words: tuple[int, ...]) -> None:
+def test_hash_is_the_chained_finalizer(words: tuple[int, ...]) -> None:
     assert int(hashes(*words)[0]) == reference(*words)
 
 
-def test_finaliser_is_that_of_splitmix64() -> None:
+def test_finalizer_is_that_of_splitmix64() -> None:
     # The first output of SplitMix64 for seed 0, as published with xoshiro's reference code.
     assert int(hashes(0)[0]) == 0xE220A8397B1DCDAF
 
@@ -92,3 +92,4 @@ def test_numbers_never_change() -> None:
     # A run that is resumed by another version of the project must draw the same samples.
     assert permutation(8, 0, 0).tolist() == [0, 7, 1, 5, 4, 2, 6, 3]
     assert [purpose.value for purpose in Purpose] == [1, 3, 4, 5, 6, 7, 8, 9]
+    assert int(own_keys(np.array([1], np.uint64), "to_gray")[0]) == 14866994235350313932

@@ -99,7 +99,7 @@ def test_imagenets_val_folder_is_the_test_split(make_tree: Callable[..., Path]) 
         (("train",), 0.0, {"train"}),
     ],
 )
-def test_a_folder_has_the_splits_it_has(
+def test_the_splits_of_a_folder_are_those_on_disk(
     make_tree: Callable[..., Path], splits: tuple[str, ...], fraction: float, available: set[str]
 ) -> None:
     root = make_tree(splits=splits)
@@ -121,7 +121,7 @@ def test_without_a_validation_split_the_error_says_how_to_get_one(name: str, mak
         opened(name, "val", root=root)
 
 
-def test_two_validation_splits_are_one_too_many(make_tree: Callable[..., Path]) -> None:
+def test_val_fraction_with_a_val_folder_is_an_error(make_tree: Callable[..., Path]) -> None:
     root = make_tree(splits=("train", "val"))
     with pytest.raises(UserError, match=r"val_fraction=0\.1, but .* has a validation split of its own"):
         opened("folder", "val", root=root, val_fraction=0.1)
@@ -139,7 +139,7 @@ def test_two_validation_splits_are_one_too_many(make_tree: Callable[..., Path]) 
         ("cifar", "data set=cifar is not known. Did you mean 'cifar10'"),
     ],
 )
-def test_missing_data_is_named_with_the_remedy(tmp_path: Path, name: str, message: str) -> None:
+def test_missing_data_is_named_with_the_fix(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         opened(name, "train", root=tmp_path)
 
@@ -167,7 +167,7 @@ def test_unreadable_images_are_named_while_packing(make_tree: Callable[..., Path
     assert not list(root.glob("*pack*"))
 
 
-def test_records_are_plain_and_fingerprints_tell_splits_apart(make_tree: Callable[..., Path]) -> None:
+def test_records_are_plain_and_fingerprints_differ_between_splits(make_tree: Callable[..., Path]) -> None:
     root = make_tree(splits=("train", "test"), size=(32, 32))
     sources = [
         opened(name, split, root=root, val_fraction=0.25)

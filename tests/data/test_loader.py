@@ -52,7 +52,7 @@ def train(
     **settings: Any,
 ) -> TrainLoader:
     size, order = source.image_size, Order(len(source), batch_size, seed)
-    view = RandomResizedCrop(size) if crop == "resized" else CentreCrop(size, 1.0)
+    view = RandomResizedCrop(size, (0.08, 1.0), (3 / 4, 4 / 3)) if crop == "resized" else CentreCrop(size, 1.0)
     return TrainLoader(source, config or DataConfig(), order=order, view=view, micro_batch_size=micro, **settings)
 
 
@@ -159,7 +159,7 @@ def test_unreadable_images_fail_with_their_path(files: FileSource, workers: int)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_quarantine_puts_the_next_file_in_the_place(
+def test_quarantine_substitutes_the_next_readable_file(
     files: FileSource, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     sound = first(train(files, crop="none"), 10)
@@ -172,7 +172,7 @@ def test_quarantine_puts_the_next_file_in_the_place(
         index = [substitute.get(index, index) for index in before.index.tolist()]
         assert after.index.tolist() == index
         assert after.labels.tolist() == files.labels[index].tolist()
-    assert len(quarantine.quarantined) == len(caplog.messages) == 2  # each named once, however often it is drawn
+    assert len(quarantine.quarantined) == len(caplog.messages) == 2  # each file is reported once
     assert "Replaced unreadable image 1 of at most 100" in caplog.text
 
 
@@ -183,7 +183,7 @@ def test_quarantine_has_a_budget(files: FileSource) -> None:
         first(train(files, config=DataConfig(unreadable="quarantine", unreadable_budget=2)), 20)
 
 
-def test_a_data_set_without_a_readable_image_ends(files: FileSource) -> None:
+def test_a_data_set_without_readable_images_is_an_error(files: FileSource) -> None:
     for index in range(len(files)):
         Path(files.name(index)).write_bytes(b"no image")
     with pytest.raises(UserError, match="in a row are unreadable"):
@@ -207,7 +207,7 @@ def test_a_killed_worker_is_an_error_at_the_next_batch(files: FileSource) -> Non
     next(batches)
     (worker,) = set(workers_of(os.getpid())) - before
     os.kill(worker, signal.SIGKILL)
-    time.sleep(0.2)  # nothing is raised here, where a trainer may be saving
+    time.sleep(0.2)  # no exception here: the trainer could be saving
     with pytest.raises(UserError, match=r"A worker process that reads images failed: .*exited unexpectedly.* memory"):
         list(islice(batches, 1000))
 
@@ -221,7 +221,7 @@ def test_storage_that_hangs_is_an_error_in_bounded_time(files: FileSource) -> No
     deadline = time.monotonic() + 5
     while set(workers_of(os.getpid())) - before:
         assert time.monotonic() < deadline
-        active_children()  # which also reaps the dead
+        active_children()  # also reaps dead processes
 
 
 @pytest.mark.usefixtures("impatient")
@@ -260,7 +260,7 @@ from moa_train.schema import DataConfig
 for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"):
     signal.signal(getattr(signal, name), lambda number, frame: print("signal", number, flush=True))
 source = FileSource("x", scan(Path(sys.argv[1])), (24, 24))
-order, view = Order(len(source), 4, 0), RandomResizedCrop((24, 24))
+order, view = Order(len(source), 4, 0), RandomResizedCrop((24, 24), (0.08, 1.0), (3 / 4, 4 / 3))
 batches = TrainLoader(source, DataConfig(), order=order, view=view, micro_batch_size=4, workers=2).batches()
 next(batches)
 print("ready", flush=True)
@@ -294,7 +294,7 @@ def test_signals_to_all_processes_reach_the_trainer_only(trainer: "subprocess.Po
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         os.killpg(trainer.pid, number)
         assert trainer.stdout.readline() == f"signal {int(number)}\n"
-    output, _ = trainer.communicate("continue\n", timeout=20)  # and leaving with an open loader does not hang
+    output, _ = trainer.communicate("continue\n", timeout=20)  # exiting with an open loader does not hang
     assert output == "alive\n"
     assert trainer.returncode == 0
 

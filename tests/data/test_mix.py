@@ -12,7 +12,7 @@ from moa_train.schema import AugmentConfig
 
 CLASSES = 10
 LABELS = torch.arange(64) % CLASSES
-IMAGES = torch.arange(64.0).view(-1, 1, 1, 1).expand(-1, 3, 16, 24).contiguous()  # the value names the image
+IMAGES = torch.arange(64.0).view(-1, 1, 1, 1).expand(-1, 3, 16, 24).contiguous()  # the value identifies the image
 
 
 def mixer(num_classes: int = CLASSES, **settings: float) -> Mixer:
@@ -26,7 +26,7 @@ def no_test_changes_the_images() -> Iterator[None]:
 
 
 def kept(images: Tensor, smoothed: Tensor, targets: Tensor) -> float:
-    """The proportion of the own target, found by least squares."""
+    """Return the weight of an image's own target, estimated by least squares."""
     own, other = smoothed, smoothed.flip(0)
     return float(((targets - other) * (own - other)).sum() / (own - other).square().sum())
 
@@ -73,7 +73,7 @@ def test_cutmix_boxes_reach_every_pixel_and_cut_at_borders() -> None:
     pair = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 90, 120)
     covered = torch.stack([mix(pair.clone(), LABELS[:2], (0, step, 0))[0][0, 0] for step in range(1000)])
     assert covered.mean(0).min() > 0.05
-    # A side s covers s - s^2 / 4 on average, as the borders cut: E[s^2] - E[s^3] / 2 + E[s^4] / 16 for uniform s^2.
+    # A side s covers s - s^2 / 4 on average, as borders clip it: E[s^2] - E[s^3] / 2 + E[s^4] / 16 for uniform s^2.
     assert covered.mean() == pytest.approx(1 / 2 - 1 / 5 + 1 / 48, abs=0.03)
 
 
@@ -85,7 +85,7 @@ def test_proportions_follow_the_beta_distribution() -> None:
 
 @pytest.mark.parametrize("alpha", [0.8, 1.0])
 def test_proportions_and_boxes_have_torchvisions_distributions(alpha: float) -> None:
-    """Parts of the own target, 600 batches each. Cutmix: what its boxes cover, cut at the borders."""
+    """Compare the weights of the images' own targets over 600 batches of each implementation."""
     torch.manual_seed(0)
     labels, pair = torch.tensor([0, 1]), torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 24, 36)
     peers = {"mixup": v2.MixUp(alpha=alpha, num_classes=2), "cutmix": v2.CutMix(alpha=alpha, num_classes=2)}
@@ -129,7 +129,7 @@ def test_keys_decide_and_nothing_else() -> None:
         assert not torch.equal(mix(IMAGES.clone(), LABELS, key)[1], first[1])
 
 
-def test_strong_off_only_smooths() -> None:
+def test_weak_augmentation_only_smooths_labels() -> None:
     mix = mixer()
     images, targets = mix(IMAGES, LABELS, (1, 2, 3), strong=False)
     assert images is IMAGES

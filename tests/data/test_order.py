@@ -9,13 +9,13 @@ from moa_train.runtime.errors import UserError
 
 
 def stream(length: int, seed: int, repeats: int) -> "itertools.chain[tuple[int, int, int]]":
-    """The definition, one sample after the other."""
+    """Yield the (epoch, index, repeat) of each sample, computed one at a time."""
 
-    def one_pass(epoch: int) -> list[tuple[int, int, int]]:
+    def one_epoch(epoch: int) -> list[tuple[int, int, int]]:
         order = permutation(length, seed, epoch).tolist()
         return [(epoch, index, repeat) for index in order for repeat in range(repeats)]
 
-    return itertools.chain.from_iterable(map(one_pass, itertools.count()))
+    return itertools.chain.from_iterable(map(one_epoch, itertools.count()))
 
 
 @pytest.mark.parametrize(("length", "batch_size", "repeats"), [(10, 4, 1), (7, 16, 1), (5, 6, 3), (1, 3, 2)])
@@ -36,9 +36,9 @@ def test_any_step_can_be_asked_for_first() -> None:
     assert np.array_equal(after.step(10_000).index, late.index)
 
 
-def test_every_sample_is_seen_once_a_pass() -> None:
+def test_every_sample_is_seen_once_per_epoch() -> None:
     order = Order(50, 8, seed=0)
-    draws = [order.step(step) for step in range(25)]  # 200 positions: four passes
+    draws = [order.step(step) for step in range(25)]  # 200 positions: four epochs
     seen = np.stack([np.concatenate([draw.epoch for draw in draws]), np.concatenate([draw.index for draw in draws])])
     assert len(np.unique(seen, axis=1).T) == 200
 

@@ -41,7 +41,7 @@ def test_forms(text: str, unit: str, amount: Fraction) -> None:
         "[5 epochs]",
     ],
 )  # fmt: skip
-def test_anything_else_is_refused_with_the_forms(text: object) -> None:
+def test_other_texts_are_refused_with_the_allowed_forms(text: object) -> None:
     with pytest.raises(UserError, match=r"schedule\.warmup=") as error:
         Duration.parse(text, what="schedule.warmup")  # type: ignore[arg-type]
     assert FORMS in str(error.value)
@@ -74,17 +74,17 @@ def test_decimal_amounts_are_exact() -> None:
     # In floats 0.07 * 100 = 7.000000000000001, which would be rounded up to 8.
     assert Duration.parse("0.07 epochs").steps(1, 100) == 7
     assert Duration.parse("7%").steps(1, 1, total_steps=100) == 7
-    assert Duration.parse("1 epoch").distance(128, 50_000) == Fraction(3125, 8)
+    assert Duration.parse("1 epoch").exact_steps(128, 50_000) == Fraction(3125, 8)
 
 
 def test_percent_needs_a_total() -> None:
     assert Duration.parse("5%").steps(512, 7, total_steps=1001) == 51
     assert Duration.parse("100%").steps(512, 7, total_steps=1001) == 1001
-    with pytest.raises(UserError, match="5% of what"):
+    with pytest.raises(UserError, match="cannot be a percentage"):
         Duration.parse("5%").steps(512, 7)
 
 
 @pytest.mark.parametrize("text", ["300 epochs", "5%", "12.5%", "1e+06 examples", "500 steps"])
-def test_text_is_read_back(text: str) -> None:
+def test_text_can_be_parsed_again(text: str) -> None:
     duration = Duration.parse(text)
     assert Duration.parse(str(duration)) == duration

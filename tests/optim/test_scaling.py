@@ -1,11 +1,13 @@
+from typing import Any
+
 import pytest
 
-from moa_train.optim.scaling import explain_rate, scale_rate
-from moa_train.runtime.errors import UserError
+from moa_train.optim.scaling import explain_lr, scale_lr
+from moa_train.schema import OptimConfig
 
 
 @pytest.mark.parametrize(
-    ("rule", "batch_size", "rate"),
+    ("rule", "batch_size", "lr"),
     [
         ("linear", 512, 9e-4),
         ("linear", 128, 2.25e-4),
@@ -14,19 +16,15 @@ from moa_train.runtime.errors import UserError
         ("none", 128, 9e-4),
     ],
 )
-def test_rules(rule: str, batch_size: int, rate: float) -> None:
-    assert scale_rate(9e-4, batch_size, rule=rule) == pytest.approx(rate, rel=1e-12)
+def test_rules(rule: str, batch_size: int, lr: float) -> None:
+    assert scale_lr(9e-4, batch_size, OptimConfig(lr_scaling=rule)) == pytest.approx(lr, rel=1e-12)
 
 
-def test_explanation_shows_how_the_rate_came_about() -> None:
-    assert explain_rate(9e-4, 128) == "0.0009 x 128/512 (linear) = 0.000225"
-    assert explain_rate(9e-4, 128, rule="sqrt") == "0.0009 x sqrt(128/512) (sqrt) = 0.00045"
-    assert explain_rate(9e-4, 128, rule="none") == "0.0009 (not scaled with the batch of 128)"
-    assert explain_rate(0.1, 64, reference=256) == "0.1 x 64/256 (linear) = 0.025"
+def test_the_explanation_shows_how_the_lr_was_computed() -> None:
+    def explained(batch_size: int = 128, **changes: Any) -> str:
+        return explain_lr(batch_size, OptimConfig(**{"lr": 9e-4, "lr_batch": 512, **changes}))
 
-
-def test_mistakes() -> None:
-    with pytest.raises(UserError, match=r"optim\.lr_scaling=liner is not known. Did you mean 'linear'"):
-        scale_rate(9e-4, 128, rule="liner")
-    with pytest.raises(UserError, match="at least 1"):
-        scale_rate(9e-4, 0)
+    assert explained(lr_scaling="linear") == "0.0009 x 128/512 (linear) = 0.000225"
+    assert explained(lr_scaling="sqrt") == "0.0009 x sqrt(128/512) (sqrt) = 0.00045"
+    assert explained(lr_scaling="none") == "0.0009 (not scaled to the batch size of 128)"
+    assert explained(64, lr=0.1, lr_batch=256, lr_scaling="linear") == "0.1 x 64/256 (linear) = 0.025"

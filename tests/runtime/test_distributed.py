@@ -108,10 +108,19 @@ def test_a_peer_that_fails_or_hangs_ends_the_others(folder):
     assert "barrier" in (folder / "hanging-0.txt").read_text()
 
 
+def test_a_rank_that_is_stuck_behind_a_dead_peer_is_ended_once_its_save_is_done(folder):
+    """Long before the timeout of 60 seconds, within which the process itself would not end either."""
+    codes = json.loads((folder / "codes.json").read_text())
+    assert (codes["stuck-0"], codes["stuck-1"]) == (1, -9)
+    assert (folder / "saved").exists()
+    reason = "Rank 1 ended without a word: it was killed, crashed, or ran out of memory."
+    assert reason in (folder / "stuck-0-error.json").read_text()
+
+
 def test_alone_there_is_no_group_and_no_waiting(monkeypatch):
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
-    with Distributed.start("cpu") as alone:
+    with Distributed.start("cpu", 60.0) as alone:
         assert not torch.distributed.is_initialized()
         assert (alone.rank, alone.world_size, alone.is_main) == (0, 1, True)
         assert alone.agree_any(True)
@@ -142,11 +151,11 @@ def test_an_environment_that_is_not_torchruns_is_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
         pytest.raises(UserError, match=r"no MASTER_ADDR\. Start the processes with torchrun"),
-        Distributed.start("cpu"),
+        Distributed.start("cpu", 60.0),
     ):
         pass
     monkeypatch.setenv("WORLD_SIZE", "two")
-    with pytest.raises(UserError, match="WORLD_SIZE='two'"), Distributed.start("cpu"):
+    with pytest.raises(UserError, match="WORLD_SIZE='two'"), Distributed.start("cpu", 60.0):
         pass
 
 
@@ -158,6 +167,6 @@ def test_others_that_never_come_are_missed_in_bounded_time(monkeypatch, rank):
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     for name, value in {**place, "MASTER_ADDR": "127.0.0.1", "USE_LIBUV": 0}.items():
         monkeypatch.setenv(name, str(value))
-    start = f"Rank {rank} of 2 has not met the others at 127.0.0.1:{port}"
+    start = f"Rank {rank} of 2 could not connect to the other ranks through 127.0.0.1:{port}"
     with pytest.raises(LostRankError, match=start), Distributed.start("cpu", timeout=1.0):
         pass

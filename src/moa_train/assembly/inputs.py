@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from moa_train.data.augment import BatchAugment, Normalize, plan_crop
-from moa_train.data.batch import Batch
 from moa_train.data.dataset import available_splits, open_split
 from moa_train.data.loader import EvalLoader, TrainLoader
 from moa_train.data.mix import Mixer
 from moa_train.data.order import Order
 from moa_train.data.source import Source
 from moa_train.data.tree import compare_classes
+from moa_train.interfaces import Batch
 from moa_train.runtime.device import available_cores
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError

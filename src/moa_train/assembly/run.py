@@ -83,14 +83,16 @@ def build_run(
     # Rank 0 chooses it for all ranks.
     newest = distributed.on_main(lambda: getattr(store.newest(until=config.replay), "step", None))
     # With a checkpoint, the initial weights are no longer needed, and their file may be gone.
-    state = build_state(config, len(train.classes), schedule.peak, precision, config.init if newest is None else None)
+    state = build_state(config, len(train.classes), schedule.peak, precision, fresh=newest is None)
     record: dict[str, Any] = {"config": to_dict(config), **training_record(train)}
     starts = [] if newest is None else _restore(state, store.at(newest), record, distributed)
     if rolled_back is not None:
         state.nonfinite, state.lr_factor = rolled_back.nonfinite, rolled_back.lr_factor
     record["origin"] = [*starts, {**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}]
 
-    train_step = build_train_step(config, train, state, weak_from, distributed)
+    train_step = build_train_step(
+        config, train, state, weak_from=weak_from, total_steps=plan.total_steps, distributed=distributed
+    )
     tracker = Tracker() if config.replay is not None else _build_tracker(config, run_dir, plan, state.step, distributed)
     if state.step == 0 and config.tracking.images and distributed.is_main:
         _show_inputs(train_step, tracker, config)
@@ -98,7 +100,7 @@ def build_run(
     if choice != "none":
         validation = build_validation(config, sources[choice], state, distributed, lambda: stop.requested)
 
-    engine = config.engine
+    engine, best_by = config.engine, short_name(config.engine.best_by)
     trainer = Trainer(
         state=state,
         plan=plan,
@@ -107,8 +109,8 @@ def build_run(
         train_batches=loader.batches,
         evaluate=validation,
         eval_split=choice,
-        metrics=create_metrics(engine),
-        best_by=short_name(engine.best_by),
+        best_by=best_by,
+        higher_is_better=create_metrics(engine)[best_by].higher_is_better,
         batch_size=engine.batch_size,
         store=store,
         tracker=tracker,

@@ -1,12 +1,10 @@
 """The frame of the commands that Hydra composes: typed configuration, help, and errors for users."""
 
-import argparse
 import contextlib
 import difflib
 import json
 import logging
 import os
-import re
 import signal
 import sys
 import time
@@ -25,18 +23,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import moa_train.conf
 from moa_train import __version__
+from moa_train.cli import sweep
+from moa_train.cli.compose import ARGS_KEY, GROUPS, addable, compose, config_roots, is_override, typed
 from moa_train.knobs import in_words, knobs
 from moa_train.plugins import args_type
 from moa_train.runtime.cpu import wait_briefly
 from moa_train.runtime.errors import LostRankError, UserError, choose
+from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
-from moa_train.schema import parts, validate
-
-CONF = Path(moa_train.conf.__file__).parent
-GROUPS = {folder.name: folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "__pycache__"}
-"""The groups of the configuration: a folder each, a YAML file per option."""
+from moa_train.schema import parts
 
 
 def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name: str, examples: str) -> None:
@@ -58,9 +54,13 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
         if HydraConfig.get().mode is RunMode.MULTIRUN and os.environ.get("RANK", "0") == "0":
             print(f"{'' if job.num == 0 else chr(10)}run {job.num + 1} of the sweep: {' '.join(overrides)}", flush=True)
         code = _guarded(lambda: task(typed(config), overrides))
-        if code:
+        if HydraConfig.get().mode is RunMode.MULTIRUN and code not in (Exit.STOPPED, Exit.INTERRUPTED):
+            outcomes.append((code, overrides))  # the other jobs run all the same
+        elif code:
             sys.exit(code)
 
+    outcomes: list[tuple[int, list[str]]] = []
+    protect_output()
     wait_briefly()
     arguments = sys.argv[1:]
     # A user's own modules lie next to the recipe or in the current folder; last, so that they never hide a library.
@@ -74,35 +74,33 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
     logging.getLogger("moa_train").setLevel(logging.INFO)  # not the root logger: libraries have much to say
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions arrive as they are: whose they are is told apart here
 
-    def compose() -> None:
+    def execute() -> None:
         if {"--help", "-h"} & set(arguments):
             text = _help(schema, examples, _own_settings(arguments, config_name))
             store.store(group="hydra/help", name=f"{config_name}_help", node=text)
         elif not {"--hydra-help", "--shell-completion", "-sc"} & set(arguments):
             check_overrides(arguments, schema)
         # Options first: argparse takes arguments on one side of them only.
-        sys.argv[1:] = sorted(map(_addable, arguments), key=lambda text: "=" in text and not text.startswith("-"))
+        sys.argv[1:] = sorted(map(addable, arguments), key=lambda text: "=" in text and not text.startswith("-"))
+        if sweep.requested(arguments):
+            sweep.check_jobs(arguments, config_name)
         hydra.main(version_base="1.3", config_path="pkg://moa_train.conf", config_name=config_name)(checked)()
+        if failed := [code for code, _ in outcomes if code]:
+            lines = [f"  {'failed' if code else 'done':8}{' '.join(overrides)}" for code, overrides in outcomes]
+            print(
+                f"error: {len(failed)} of {len(outcomes)} runs of the sweep failed:", *lines, sep="\n", file=sys.stderr
+            )
+            sys.exit(max(failed))
 
-    sys.exit(_guarded(compose))
-
-
-def _addable(argument: str) -> str:
-    """Return an argument in the form that Hydra takes: keys of ``args`` are new to it, as the part defines them."""
-    return f"++{argument}" if _ARGS_KEY.match(argument) else argument
-
-
-_ARGS_KEY = re.compile(r"\w+\.args\.[\w.]+=")
+    sys.exit(_guarded(execute))
 
 
 def _own_settings(arguments: Sequence[str], config_name: str) -> list[tuple[str, Any, str]]:
     """Return key, default and help of the settings that the parts named on the command line have."""
-    overrides = [_addable(text) for text in arguments if "=" in text and not text.startswith("-")]
-    folders = [f"file://{root.resolve()}" for root in config_roots(arguments)[1:]]
+    overrides = [text for text in arguments if is_override(text)]
     if not overrides:
         return []
-    with hydra.initialize_config_module("moa_train.conf", version_base="1.3"):
-        composed = hydra.compose(config_name, [*overrides, *([f"hydra.searchpath={folders}"] if folders else [])])
+    composed = compose(config_name, overrides, config_roots(arguments))
     described = []
     for kind, name, _, key in parts(OmegaConf.to_object(composed)):
         settings = args_type(kind.load(name)) if kind.may_have_args(name) else None
@@ -111,22 +109,6 @@ def _own_settings(arguments: Sequence[str], config_name: str) -> list[tuple[str,
             shown = "REQUIRED" if default is MISSING else default
             described.append((f"{key}.{item.name}", shown, item.metadata.get("help", "")))
     return described
-
-
-def arguments_of_one_run(overrides: Sequence[str]) -> list[str] | None:
-    """Return what repeats the run of these ``overrides`` alone, if the command line is that of a sweep; else None."""
-    multirun = {"-m", "--multirun"}
-    if not multirun & set(sys.argv[1:]):
-        return None
-    options = [text for text in sys.argv[1:] if text not in multirun and (text.startswith("-") or "=" not in text)]
-    return [*options, *overrides]
-
-
-def typed(config: DictConfig) -> Any:
-    """Return the composed configuration as its dataclass, validated."""
-    result = OmegaConf.to_object(config)
-    validate(result)
-    return result
 
 
 def check_overrides(arguments: list[str], schema: type) -> None:
@@ -139,7 +121,6 @@ def check_overrides(arguments: list[str], schema: type) -> None:
     if stray and not any(text.startswith("-") for text in arguments):
         raise UserError(f"{stray[0]!r} is not an argument of the form key=value. See --help.")
     items = {key: item for key, item, _ in knobs(schema())}
-    multirun = bool({"-m", "--multirun"} & set(arguments))
     roots = config_roots(arguments)
     parser = OverridesParser.create()
     for text in arguments:
@@ -152,26 +133,18 @@ def check_overrides(arguments: list[str], schema: type) -> None:
                 f"Cannot read {text}. The form is key=value, without spaces; brackets and quotes must close; a value "
                 "with other signs, such as = or a space, needs quotes in quotes: \"run_dir='a=b'\"."
             ) from None
-        _check_override(override, schema, items, multirun, roots)
-
-
-def config_roots(arguments: Sequence[str]) -> list[Path]:
-    """Return the folders that options are files of: conf/, and one of the user's own behind ``--config-dir``."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-dir", "-cd", type=Path)
-    known, _ = parser.parse_known_args(arguments)
-    return [CONF, known.config_dir] if known.config_dir else [CONF]
+        _check_override(override, schema, items, sweep.requested(arguments), roots)
 
 
 def _check_override(
-    override: Override, schema: type, items: Mapping[str, Any], multirun: bool, roots: Sequence[Path]
+    override: Override, schema: type, items: Mapping[str, Any], in_sweep: bool, roots: Sequence[Path]
 ) -> None:
     key, text = override.key_or_group, override.input_line or ""
     if key.startswith("hydra"):
         return
     if override.is_delete():
         raise UserError(f"{text}: nothing can be removed. What is left out has its default.")
-    if _ARGS_KEY.match(f"{key}=") and key.split(".args.")[0] + ".args" in items:
+    if ARGS_KEY.match(f"{key}=") and key.split(".args.")[0] + ".args" in items:
         return  # checked by the part that has this setting
     known = key in GROUPS or key in items
     if not known and key in {head for name in items for head in _sections(name)}:
@@ -182,7 +155,7 @@ def _check_override(
         raise UserError(f"{text}: {key} is there already. Write {text.lstrip('+')}.")
     values = [override.value()]
     if override.is_sweep_override():
-        if not multirun:
+        if not in_sweep:
             raise UserError(
                 f"{text} means several runs: add -m for them. A list is written [1,2], a text with commas in quotes: "
                 f"\"{key}='a,b'\"."

@@ -1,7 +1,6 @@
 """moa-data: pack and check data sets, and compute their statistics."""
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
 from moa_train.schema import DataConfig
 
@@ -28,9 +28,8 @@ EXAMPLES = """examples:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; exit with 0, with 1 if a check has findings, with 2 after an error that the user can fix."""
+    protect_output()
     options = parser().parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names may not be UTF-8, and terminals not Unicode
     try:
         sys.exit(options.command(options))
     except UserError as error:

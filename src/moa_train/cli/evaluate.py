@@ -47,7 +47,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
         return
     run = overlay(described(metadata, found.path), config)
     check_trusted(own_code(run), config.code, str(found.path))
-    with Distributed.start(config.device) as distributed:
+    with Distributed.start(config.device, run.runtime.timeout) as distributed:
         set_up_process(run.runtime, distributed)
         source = open_split(run.data, config.split)
         check_held_out(run.data, config.split, metadata, found)
@@ -67,7 +67,8 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
         result = evaluation(model.to(distributed.device))
     if distributed.is_main and result is not None:
         outcome = {"split": config.split, **result.as_dict(), "weights": str(found.path), "data": source.describe()}
-        write(outcome, Path(config.output) if config.output else default_output(found, config.split))
+        output = Path(config.output) if config.output else default_output(found, config.split)
+        write(outcome, output, required=bool(config.output))
         print(f"{describe(result, config.split)}; {found.description}", file=sys.stderr)
 
 
@@ -143,14 +144,23 @@ def default_output(found: "FoundWeights", split: str) -> Path:
     return (folder.parent if folder.name == "checkpoints" else folder) / f"eval-{split}.json"
 
 
-def write(outcome: dict[str, Any], path: Path) -> None:
-    """Print the result as JSON, and write it where that is possible."""
+def write(outcome: dict[str, Any], path: Path, required: bool) -> None:
+    """Write the result as JSON and print it.
+
+    Raises:
+        UserError: the file cannot be written, and the user asked for it.
+    """
     text = json.dumps(outcome, indent=2)
-    print(text)
     try:
         path.write_text(text + "\n")
     except OSError as error:
-        print(f"Not written to {path}: {error.strerror}. Choose a file with output=.", file=sys.stderr)
+        message = f"The result cannot be written to {path}: {error.strerror}. Choose another file with output=."
+        print(text)
+        if required:
+            raise UserError(message) from error
+        print(message, file=sys.stderr)
+        return
+    print(text)
 
 
 def main() -> None:

@@ -25,7 +25,8 @@ It receives uint8 images (B, 3, H, W) on the training device, a key for each ima
 
 - Random numbers come from the keys; `counter` explains how. `send` copies them to the device without waiting for it.
 - The result for an image depends only on this image and its key, because a batch is augmented in parts.
-- The images that it receives stay unchanged: it returns new ones.
+- It must not modify the images that it receives, but return new ones.
+- ``augment.weak_for`` disables it, like all strong augmentation.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,13 +37,14 @@ from torch import Tensor
 
 from moa_train.data import photometric
 from moa_train.data.affine import pad_crop, warp
-from moa_train.data.batch import Batch, images_at_once, send
+from moa_train.data.batch import images_at_once, send
 from moa_train.data.box import box_numbers, random_box
 from moa_train.data.counter import Hashes, Purpose, own_keys, sample_keys, uniform
 from moa_train.data.erasing import RandomErasing
 from moa_train.data.randaugment import RandAugment
 from moa_train.data.source import Source
 from moa_train.data.view import CentreCrop, RandomResizedCrop, View
+from moa_train.interfaces import Batch
 from moa_train.plugins import AUGMENTATIONS, DATASETS, short_name
 from moa_train.runtime.errors import UserError
 from moa_train.schema import AugmentConfig, DataConfig

@@ -48,9 +48,10 @@ class DataSet(ABC):
         num_classes: number of classes if it is known without opening the data.
         holds_out_by_name: whether ``data.hold_out=name`` applies, if the images have names.
         needs_root: whether ``data.root`` must be given.
-        downloads: whether `read` obeys ``data.download=true`` (``self.config.download``).
+        downloads: whether `read` obeys ``data.download=true`` (``self.config.download``). Rank 0 then reads train
+            before the other ranks start to read.
         config: the section ``data`` of the configuration.
-        name: name of the data set, without the path of an own class.
+        name: name of the data set, or of your class without its import path.
         root: folder of the data set, ``data.root`` or by default data/NAME.
         image_size: (height, width) of the images that a model receives. Loaders resize images to it.
     """
@@ -76,9 +77,7 @@ class DataSet(ABC):
             UserError: a setting is missing or does not apply to this data set.
         """
         if cls.needs_root and not config.root:
-            raise UserError(
-                f"data={config.name} needs data.root=FOLDER, the folder that holds train/ and val/ (or test/)."
-            )
+            raise UserError(f"data={config.name} needs data.root=FOLDER, the folder of the data set.")
         if config.download and not cls.downloads:
             raise UserError(
                 f"data.download=true: {config.name} cannot be downloaded. "

@@ -1,10 +1,11 @@
-"""Evaluation by exact sums: the same counts for any number of ranks, workers and threads."""
+"""Evaluation by sums over all samples, which are the same for any number of ranks, workers and threads."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ class Evaluation:
 
     Attributes:
         values: every metric by name.
-        counts: the number of hits behind metrics that count, by name.
+        counts: the number of hits behind each metric whose sum is one whole number, by name.
         total: number of samples.
     """
 
@@ -36,7 +37,7 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     batches: Batches,
-    transform: Callable[[Any], Tensor],
+    transform: Callable[[Batch], Tensor],
     *,
     metrics: Mapping[str, Metric],
     autocast: Callable[[], AbstractContextManager[object]],
@@ -44,7 +45,7 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     advance: Callable[[int, int], None] = lambda done, rounds: None,
 ) -> Evaluation | None:
-    """Compute metrics of ``model`` over this rank's ``batches``, summed over all ranks.
+    """Compute metrics of ``model`` over the batches of all ranks.
 
     Args:
         model: any module from images (B, C, H, W) to logits (B, K). It runs in eval mode and gets its mode back.
@@ -53,12 +54,11 @@ def evaluate(
         metrics: by name.
         autocast: context of the forward pass.
         distributed: the ranks, and the device.
-        stop: whether this rank was asked to stop; all ranks then give up together and the result is None.
+        stop: whether this rank was asked to stop; all ranks then stop together and the result is None.
         advance: called after each batch with the number of batches done and their total number.
     """
-    device = distributed.device
     sums: dict[str, Tensor] = {}
-    samples = torch.zeros(1, dtype=torch.int64, device=device)
+    samples = 0
     rounds = max(distributed.gather_objects(len(batches)))
     iterator = iter(batches)
     was_training = model.training
@@ -67,20 +67,19 @@ def evaluate(
         for done in range(1, rounds + 1):
             if distributed.agree_any(stop()):
                 return None
-            batch = next(iterator, None)
+            batch = next(iterator, None)  # a rank may have one batch less than another
             if batch is not None:
                 faults.point("evaluate.batch")
-                _count(model, batch.to(device, non_blocking=True), transform, metrics, autocast, sums)
-                samples += len(batch.labels)
+                batch = batch.to(distributed.device, non_blocking=True)
+                for name, counted in _count(model, batch, transform, metrics, autocast).items():
+                    sums[name] = sums.get(name, 0) + counted
+                samples += len(batch)
             advance(done, rounds)
     finally:
         model.train(was_training)
-    total = int(distributed.all_reduce_sum(samples))
-    known = {name: (list(value.shape), value.is_floating_point()) for name, value in sums.items()}
-    for name, (shape, real) in next((found for found in distributed.gather_objects(known) if found), {}).items():
-        if name not in sums:  # a rank without a batch of its own contributes zeros
-            sums[name] = torch.zeros(shape, dtype=torch.float64 if real else torch.int64, device=device)
-    totals = {name: distributed.all_reduce_sum(sums[name]).cpu() for name in metrics if name in sums}
+    shares = distributed.gather_objects([samples, {name: value.tolist() for name, value in sums.items()}])
+    total = sum(share[0] for share in shares)
+    totals = _add_up([share[1] for share in shares if share[0]])
     counts = {name: int(value) for name, value in totals.items() if value.dtype == torch.int64 and value.dim() == 0}
     values = {name: metrics[name].value(value, total) for name, value in totals.items()}
     return Evaluation(values, counts, total)
@@ -90,14 +89,20 @@ def evaluate(
 def _count(
     model: nn.Module,
     batch: Batch,
-    transform: Callable[[Any], Tensor],
+    transform: Callable[[Batch], Tensor],
     metrics: Mapping[str, Metric],
     autocast: Callable[[], AbstractContextManager[object]],
-    sums: dict[str, Tensor],
-) -> None:
+) -> dict[str, Tensor]:
     with autocast():
         logits_BK = model(transform(batch))
     logits_BK = logits_BK.float()
-    for name, metric in metrics.items():
-        counted = metric.count(logits_BK, batch.labels)
-        sums[name] = sums[name] + counted if name in sums else counted
+    return {name: metric.count(logits_BK, batch.labels) for name, metric in metrics.items()}
+
+
+def _add_up(shares: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Add the sums of all ranks that had batches, in the order of the ranks. JSON kept every int64 and float64 exact.
+
+    The sums travel as JSON rather than in an all-reduce, because a rank without batches doesn't know their shapes.
+    """
+    names = shares[0] if shares else ()
+    return {name: torch.as_tensor(np.sum([share[name] for share in shares], axis=0)) for name in names}

@@ -1,7 +1,5 @@
 """Metrics of an evaluation, as exact sums over all samples; see `interfaces.Metric`."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -64,8 +62,3 @@ def rank_of_label(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
     classes_K = torch.arange(logits_BK.shape[1], device=logits_BK.device)
     ahead_BK = ~(logits_BK <= logit_B1) | ((logits_BK == logit_B1) & (classes_K < label_B1))
     return ahead_BK.sum(dim=1)
-
-
-def better(metric: Metric) -> Callable[[float, float], bool]:
-    """Return the function that tells whether its first argument is a better value of the metric than its second."""
-    return (lambda new, old: new > old) if metric.higher_is_better else (lambda new, old: new < old)

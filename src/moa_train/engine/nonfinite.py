@@ -1,11 +1,11 @@
-"""Numbers that are not finite: noticed before they are applied, on every rank alike, and traced to where they arise."""
+"""NaN and infinity: detected before they reach the weights, on every rank alike, and traced to their origin."""
 
 import json
 import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from moa_train.tracking.files import write_whole
 
 
 class RollBack(Exception):  # noqa: N818 a request, not an error
-    """Asks to rebuild the run from its last checkpoint.
+    """Request to rebuild the run from its last checkpoint.
 
     Attributes:
-        nonfinite: number of non-finite gradients so far, which the checkpoint does not know of.
-        lr_factor: factor on the learning rate from there on.
+        nonfinite: number of non-finite gradients so far; the number in the checkpoint is lower.
+        lr_factor: factor on the learning rate from the checkpoint on.
     """
 
     def __init__(self, message: str, nonfinite: int, lr_factor: float) -> None:
@@ -33,12 +33,15 @@ class RollBack(Exception):  # noqa: N818 a request, not an error
 
 
 class GradientGuard:
-    """Keeps updates from being made with a gradient that is not finite, and tells of them afterwards.
+    """Skips updates whose gradient is not finite, and reports them afterwards.
 
-    The norm of the reduced gradient is the same on every rank, and so is all that follows from it. Where reading it
-    costs nothing (on a CPU, or with fp16, whose scaler waits for the device anyway) or an optimizer cannot skip an
-    update by itself, it is read at once. Otherwise the fused kernels skip (``found_inf``), and the host, which
-    must not wait for the device, hears of it ``delay`` steps later: on every rank after the same step.
+    The norm of the reduced gradient is the same on every rank, and so are all decisions that depend on it. The host
+    reads the norm right away if that costs nothing (on a CPU, or with fp16, whose scaler waits for the device anyway)
+    or if an optimizer cannot skip an update by itself. Otherwise the fused kernels skip (``found_inf``), and the host,
+    which must not wait for the device, learns of it ``delay`` steps later, on every rank after the same step.
+
+    Attributes:
+        found: 1 on the device if the optimizers are to skip the current update, else 0; None if the host decides.
     """
 
     def __init__(self, optimizer: Optimizers, precision: Precision, delay: int | None = None) -> None:
@@ -47,61 +50,67 @@ class GradientGuard:
         if delay is None:
             delay = 2 if precision.device.type == "cuda" and skips and not self.scaler.is_enabled() else 0
         self.delay = delay
-        self.found: Tensor | None = None  # 1 on the device if the update under way is to be skipped; None: not needed
+        self.found: Tensor | None = None
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def admits(self, step: int, grad_norm: Tensor) -> bool:
-        """Whether update ``step`` is to be made, as far as the host knows: with `found`, kernels may skip it still."""
-        # The first one is always read: fused SGD that skips it would leave its momentum uninitialised (torch 2.15).
+        """Return whether to run the optimizers in update ``step``; with `found`, they may still skip it themselves."""
+        # The host always reads the first one: fused SGD that skips it leaves its momentum uninitialized (torch 2.15).
         if self.delay and all(part.state for part in self.optimizer.parts):
             self.found = (~grad_norm.isfinite()).float()
             for part in self.optimizer.parts:
                 part.found_inf = self.found  # type: ignore[attr-defined]
             host, copied = self.found.to("cpu", non_blocking=True), None
             if self.found.is_cuda:
-                copied = torch.cuda.Event()
+                copied = torch.cuda.Event(blocking=True)  # waiting for it leaves the core to others
                 copied.record()
             self._pending.append((step, host, copied))
             return True
         self.found = None
         if math.isfinite(grad_norm):
             return True
-        # An overflow with a scale above 1 is the scale's fault, and the scaler's business: it halves it.
+        # If the scale is above 1, it may have caused the overflow. The scaler then halves it, and nothing is reported.
         if not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):
             self._pending.append((step, torch.ones(()), None))
         return False
 
     def caught(self, wait: bool = False) -> Iterator[int]:
-        """Yield the steps that were skipped and not yet told of; ``wait``: up to the last one."""
+        """Yield the skipped steps that were not reported yet; ``wait`` includes those still on the device."""
         while len(self._pending) > (0 if wait or not self.delay else self.delay):
             step, found, copied = self._pending.popleft()
             if copied is not None:
-                copied.synchronize()  # of work that is ``delay`` steps old
+                copied.synchronize()  # usually done, because the copy was started ``delay`` steps ago
             if found:
                 yield step
 
 
 @dataclass
 class NonFinitePolicy:
-    """What follows a skipped step: ``abort``, ``skip`` (go on) or ``rollback``, at most ``budget`` times in a run."""
+    """What happens after a skipped step: see ``engine.nonfinite``.
+
+    Attributes:
+        name: ``abort``, ``skip`` or ``rollback``.
+        budget: number of skipped steps after which the run aborts in any case.
+        lr_factor: factor on the learning rate for each rollback.
+    """
 
     name: str
     budget: int
-    lr_factor: float  # rollback: factor on the learning rate
+    lr_factor: float
     run_dir: Path
     distributed: Distributed
 
     def answer(self, step: int, origins: list[dict[str, Any]], count: int, lr_factor: float) -> str:
-        """Write the report of ``step`` and return a message for the user if the run may go on.
+        """Write the report on ``step``, and return a message for the user if the run may continue.
 
         Args:
-            step: the update, counted from 0, that was not made.
-            origins: of this rank, from `TrainStep.trace`.
-            count: how many such steps the run has had, with this one.
-            lr_factor: the factor on the learning rate so far.
+            step: number of the skipped update, from 0.
+            origins: what `TrainStep.trace` returned on this rank.
+            count: number of such steps in this run, including this one.
+            lr_factor: current factor on the learning rate.
 
         Raises:
-            UserError: the policy is abort, or the budget is used up.
+            UserError: the policy is abort, or the budget is exceeded.
             RollBack: the policy is rollback.
         """
         ranks = self.distributed.gather_objects(origins)
@@ -110,39 +119,40 @@ class NonFinitePolicy:
         path = self.run_dir / f"nonfinite-step-{step:08d}.json"
         self.distributed.on_main(lambda: write_whole(path, json.dumps(report, indent=1) + "\n"))
         culprits = [(rank, micro) for rank, micros in enumerate(ranks) for micro in micros if micro["origin"]]
-        first = "not seen again when the step was repeated; suspect the hardware"
+        first = "it was finite when the step was repeated, which suggests a hardware fault"
         if culprits:
             rank, micro = culprits[0]
-            first = f"first in {micro['origin']}, micro-batch {micro['micro']} (rank {rank})"
-        message = f"The gradient of step {step} is not finite: {first}. The update was not made. Samples: {path}."
+            first = f"the first such value is in {micro['origin']}, micro-batch {micro['micro']} (rank {rank})"
+        message = f"The gradient of step {step} is not finite: {first}. The update was not applied. Samples: {path}."
         if self.name == "abort" or count > self.budget:
-            used = f" It was number {count}; engine.nonfinite_budget={self.budget}." if self.name != "abort" else ""
+            used = ""
+            if self.name != "abort":
+                used = f" This is number {count}, which exceeds engine.nonfinite_budget={self.budget}."
             raise UserError(
-                f"{message}{used}\nTo look into it: {replay}\nTo go on from the last checkpoint: moa-train resume="
+                f"{message}{used}\nTo investigate: {replay}\nTo continue from the last checkpoint: moa-train resume="
                 f"{self.run_dir} with a lower optim.lr, runtime.precision=fp32 or engine.nonfinite=skip or rollback."
             )
         if self.name == "rollback":
             factor = lr_factor * self.lr_factor
             raise RollBack(f"{message} Rolling back; learning rate x {factor:g}.", count, factor)
-        return f"{message} Skipped, {count} of at most {self.budget}."
+        return f"{message} Skipped: number {count} of at most {self.budget}."
 
 
 @dataclass
 class Origin:
-    """Where the first number that is not finite arose in a forward and backward pass."""
+    """Name of the first tensor with NaN or infinity in a forward and backward pass, or None."""
 
     name: str | None = None
-    rows: list[int] = field(default_factory=list)  # of the logits, that are not finite
 
     def note(self, name: str, value: object) -> None:
-        """Take ``name`` if nothing came before it and ``value`` is a tensor that is not finite."""
+        """Take ``name`` if ``value`` is the first tensor that is not finite."""
         if self.name is None and isinstance(value, Tensor) and not value.isfinite().all():
             self.name = name
 
 
 @contextmanager
 def tracing(model: nn.Module) -> Iterator[Origin]:
-    """Watch the parameters of ``model``, its input and the outputs of its modules, in the order of computation."""
+    """Check the parameters of ``model``, its input and the outputs of its modules, in the order of computation."""
     origin = Origin()
     for name, parameter in model.named_parameters():
         origin.note(f"parameter {name}", parameter)
@@ -161,7 +171,7 @@ def tracing(model: nn.Module) -> Iterator[Origin]:
 
 
 def trace_gradient(origin: Origin, model: nn.Module, loss: Tensor) -> None:
-    """Go on backward: the last parameter, in the model's order, whose gradient is not finite comes first."""
+    """Check the loss and then the gradients, from the last parameter to the first, as the backward pass does."""
     origin.note("the loss", loss)
     if origin.name is not None:
         return

@@ -1,4 +1,4 @@
-"""An optimizer's state as named tensors and JSON: stored without pickles, independent of the parameters' order."""
+"""The state of optimizers as named tensors and JSON: without pickle, independent of the order of parameters."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,10 +14,10 @@ Named = Iterable[tuple[str, nn.Parameter]]
 
 
 def pack_optimizers(optimizers: Sequence[Optimizer], named: Named) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Return the live state of a model's optimizers: tensors keyed ``exp_avg|layers.0.weight``, and JSON.
+    """Return the live state of a model's optimizers: tensors with keys like ``exp_avg|layers.0.weight``, and JSON.
 
-    The JSON has an entry per optimizer: its class, its groups (hyperparameters and names of parameters) and which
-    tensors each parameter has, so that a missing one is noticed.
+    The JSON has one entry per optimizer: its class, its groups (hyperparameters and parameter names), and the names of
+    the state tensors of each parameter, so that `unpack_optimizers` notices a missing one.
     """
     names = {id(parameter): name for name, parameter in named}
     tensors: dict[str, Tensor] = {}
@@ -31,8 +31,8 @@ def pack_optimizers(optimizers: Sequence[Optimizer], named: Named) -> tuple[dict
         for parameter, values in optimizer.state.items():
             name = names[id(parameter)]
             present = {key: value for key, value in values.items() if value is not None}
-            odd = [key for key, value in present.items() if not isinstance(value, Tensor)]
-            assert not odd, f"{type(optimizer).__name__} keeps {odd} as Python objects, which are not stored"
+            objects = [key for key, value in present.items() if not isinstance(value, Tensor)]
+            assert not objects, f"{type(optimizer).__name__} cannot be saved: not tensors are {objects}"
             state[name] = sorted(present)
             tensors |= {f"{key}|{name}": value for key, value in present.items()}
         packed.append({"class": type(optimizer).__name__, "groups": groups, "state": state})
@@ -47,13 +47,16 @@ def unpack_optimizers(
     packed: Sequence[Mapping[str, Any]],
     keep: Collection[str] = (),
 ) -> dict[str, tuple[Any, Any]]:
-    """Put what `pack_optimizers` returned into freshly made optimizers, in place.
+    """Restore what `pack_optimizers` returned into newly created optimizers, in place.
 
-    Hyperparameters become those of the checkpoint, except those named in ``keep``, which stay as they are now.
-    Returns all that differ: {"AdamW.groups[0].weight_decay": (in the checkpoint, now)}.
+    Hyperparameters are restored as well, except for those named in ``keep``.
 
-    Raises CheckpointError, before anything is changed, if the classes, groups or parameters are others, or if state is
-    missing or left over; it lists them.
+    Returns:
+        All hyperparameters that differ: ``{"AdamW.groups[0].weight_decay": (in the checkpoint, now)}``.
+
+    Raises:
+        CheckpointError: classes, groups or parameters differ, or state is missing or unexpected. The message lists the
+            differences, and nothing was changed.
     """
     names = {id(parameter): name for name, parameter in named}
     problems: list[str] = []
@@ -69,7 +72,7 @@ def unpack_optimizers(
     if problems:
         more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
         listed = "\n  ".join(problems[:8] + more)
-        raise CheckpointError(f"The optimizer's state in the checkpoint does not fit this run:\n  {listed}")
+        raise CheckpointError(f"The optimizer state in the checkpoint does not fit this run:\n  {listed}")
     changes: dict[str, tuple[Any, Any]] = {}
     for optimizer, entry in zip(optimizers, packed, strict=True):
         changes |= _load(optimizer, entry, names, tensors, keep)
@@ -84,10 +87,12 @@ def _group_problems(optimizer: Optimizer, entry: Mapping[str, Any], names: Mappi
         gone = sorted({name for group in before for name in group} - {name for group in now for name in group})
         new = sorted({name for group in now for name in group} - {name for group in before for name in group})
         if not gone and not new:
-            return [f"{kind}: the parameters are in other groups, or in another order"]
-        return [f"{kind}: {name} only in the checkpoint" for name in gone] + [f"{kind}: {name} is new" for name in new]
+            return [f"{kind}: the parameters are in different groups or in a different order"]
+        return [f"{kind}: {name} is only in the checkpoint" for name in gone] + [
+            f"{kind}: {name} is only in this run" for name in new
+        ]
     return [
-        f"{kind}: hyperparameter {key} of group {index} only {'now' if key in group else 'in the checkpoint'}"
+        f"{kind}: hyperparameter {key} of group {index} is only in {'this run' if key in group else 'the checkpoint'}"
         for index, (group, old) in enumerate(zip(optimizer.param_groups, entry["groups"], strict=True))
         for key in sorted(group.keys() ^ old.keys())
     ]
@@ -100,7 +105,7 @@ def _load(
     tensors: Mapping[str, Tensor],
     keep: Collection[str],
 ) -> dict[str, tuple[Any, Any]]:
-    """Load one optimizer, for which everything is known to fit; return the changes of hyperparameters."""
+    """Restore one optimizer, after all checks, and return the hyperparameters that differ."""
     state_dict = optimizer.state_dict()
     changes = {}
     for index, (group, old) in enumerate(zip(state_dict["param_groups"], entry["groups"], strict=True)):
@@ -125,9 +130,9 @@ def _load(
 
 
 def _restored(tensor: Tensor, loaded: Tensor, parameter: Tensor) -> Tensor:
-    """Copy ``tensor`` to where torch put it, in its own dtype (torch casts to the parameter's).
+    """Copy ``tensor`` to the device of ``loaded``, in its own dtype, because torch casts to that of the parameter.
 
-    A state of the parameter's shape gets its strides too, as it had when it was made: fused kernels want them alike.
+    A state tensor of the parameter's shape also gets its strides, because fused kernels need them to be equal.
     """
     like = parameter if tensor.shape == parameter.shape else tensor
     return torch.empty_like(like, dtype=tensor.dtype, device=loaded.device).copy_(tensor)

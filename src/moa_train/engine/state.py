@@ -1,4 +1,4 @@
-"""Everything that a resume needs, in one object."""
+"""Everything that a resume restores, in one object."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +14,7 @@ from moa_train.runtime.precision import Precision
 from moa_train.tracking.meters import RunningMeans
 
 HYPERPARAMETERS = ("lr", "weight_decay", "betas", "eps", "momentum")
-"""Follow the configuration, also on a resume: there the user was told of every change."""
-
+"""Hyperparameters of optimizers that a resume takes from the configuration, not from the checkpoint."""
 
 FORM = {"config": dict, "classes": list, "fingerprint": str, "origin": list, "train": dict}
 SCALARS = {
@@ -27,14 +26,14 @@ SCALARS = {
     "optimizer": list,
     "meters": list,
 }
-"""What state.json holds, with the scalars in ``train``."""
+"""Required entries of state.json and of its section ``train``, with their types."""
 
 
 def check_form(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return a checkpoint's state, in which all is there and of its type.
+    """Return the content of a checkpoint's state.json, after checking that every entry exists and has its type.
 
     Raises:
-        UserError: it is not; what is missing is no default.
+        UserError: entries are missing or of another type.
     """
     state = _updated(checkpoint.state)
     wrong = [key for key, kind in FORM.items() if not isinstance(state.get(key), kind)]
@@ -44,8 +43,8 @@ def check_form(checkpoint: Checkpoint) -> dict[str, Any]:
         wrong = ["train.step"]
     if wrong:
         raise UserError(
-            f"{checkpoint.path}/state.json is not of this version: {', '.join(wrong)} missing, or of another form. "
-            "It was written by another version, or changed by hand; to start anew from its weights: init=."
+            f"{checkpoint.path}/state.json cannot be resumed: {', '.join(wrong)} missing or of the wrong type. It was "
+            "written by another version of moa-train or edited. To start a new run from its weights, use init=."
         )
     return state
 
@@ -72,7 +71,16 @@ def _updated(state: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class TrainState:
-    """What changes while training. Order, augmentation and schedule are functions of ``step`` and need no state."""
+    """Everything that changes during training. Data order, augmentation and schedule are functions of ``step``.
+
+    Attributes:
+        step: number of updates so far.
+        evaluated_step: ``step`` at the last evaluation.
+        best: result of the best evaluation so far, with its step; empty before the first one.
+        nonfinite: number of skipped updates so far.
+        lr_factor: factor on the schedule's learning rate, which rollbacks lower.
+        meters: running means for the next log row.
+    """
 
     model: nn.Module
     optimizer: Optimizers
@@ -80,19 +88,19 @@ class TrainState:
     ema: AveragedWeights | None = None
     step: int = 0
     evaluated_step: int = 0
-    best: dict[str, Any] = field(default_factory=dict)  # the best evaluation so far, with its step
-    nonfinite: int = 0  # steps so far whose gradient was not finite
-    lr_factor: float = 1.0  # on the schedule's learning rate, lowered by rollbacks
-    meters: RunningMeans = field(default_factory=RunningMeans)  # of the log row that is not written yet
+    best: dict[str, Any] = field(default_factory=dict)
+    nonfinite: int = 0
+    lr_factor: float = 1.0
+    meters: RunningMeans = field(default_factory=RunningMeans)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors of every file of a checkpoint, by file and name. They are the live ones."""
+        """Return the tensors of every file of a checkpoint, by file and name: the live ones, not copies."""
         tensors, _ = pack_optimizers(self.optimizer.parts, self.model.named_parameters())
         files = {"model": dict(self.model.state_dict()), "optimizer": tensors}
         return files if self.ema is None else {**files, "ema": self.ema.state_dict()}
 
     def scalars(self) -> dict[str, Any]:
-        """Return the rest of the state, as JSON, but for the meters, of which every rank has its own."""
+        """Return the rest of the state as JSON, except for the meters, which differ between ranks."""
         _, optimizer = pack_optimizers(self.optimizer.parts, self.model.named_parameters())
         return {
             "step": self.step,
@@ -106,10 +114,10 @@ class TrainState:
         }
 
     def restore(self, checkpoint: Checkpoint, rank: int = 0) -> None:
-        """Take over a checkpoint's state, as the rank of that number.
+        """Restore the state from a checkpoint; ``rank`` selects the meters.
 
         Raises:
-            UserError: where something that this run needs is missing from it, or does not fit.
+            UserError: something that this run needs is missing or does not fit.
         """
         try:
             self._restore(checkpoint, _updated(checkpoint.state)["train"], rank)
@@ -117,24 +125,25 @@ class TrainState:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise UserError(
-                f"{checkpoint.path}/state.json lacks something that this run needs, or has it in another form "
-                f"({type(error).__name__}: {error}). It was written by another version, or changed by hand."
+                f"{checkpoint.path}/state.json cannot be restored ({type(error).__name__}: {error}). It was written by "
+                "another version of moa-train or edited. To start a new run from its weights, use init=."
             ) from error
 
     def _restore(self, checkpoint: Checkpoint, scalars: dict[str, Any], rank: int) -> None:
         if (self.ema is None) != (scalars["ema_updates"] is None):
-            have, want = ("with", "without") if self.ema is None else ("without", "with")
+            saved, now = ("with", "without") if self.ema is None else ("without", "with")
             raise UserError(
-                f"{checkpoint.path} was saved {have} averaged weights and this run goes on {want} them. "
-                "Keep engine.ema_decay as it was, or start a new run with init=."
+                f"{checkpoint.path} was saved {saved} EMA weights, but this run is configured {now} them. Keep "
+                "engine.ema_decay as it was, or start a new run from its weights with init=."
             )
         try:
             self.model.load_state_dict(checkpoint.tensors("model"), strict=True)
         except RuntimeError as error:
             differences = "\n".join(str(error).splitlines()[1:6])
             raise UserError(
-                f"The weights in {checkpoint.path} are not of this run's model:\n{differences}\n"
-                "They were written by another version of the code. Go on with that, or start a new run with init=."
+                f"The weights in {checkpoint.path} do not fit the model of this run:\n{differences}\n"
+                "They were written by another version of the code. Resume with that version, or start a new run with "
+                "init=."
             ) from error
         unpack_optimizers(
             self.optimizer.parts,
@@ -148,7 +157,7 @@ class TrainState:
         if self.precision.scaler.is_enabled() and scalars["scaler"]:
             self.precision.scaler.load_state_dict(scalars["scaler"])
         meters = scalars["meters"]
-        self.meters.load_state_dict(meters[rank % len(meters)])  # of more ranks than before some share one's sums
+        self.meters.load_state_dict(meters[rank % len(meters)])  # with more ranks than before, some get the same
         self.step, self.evaluated_step = scalars["step"], scalars["evaluated_step"]
         self.best = scalars["best"]
         self.nonfinite, self.lr_factor = scalars["nonfinite"], scalars["lr_factor"]

@@ -1,18 +1,17 @@
-"""The loop. It trains any module on any batches; everything it needs is built elsewhere and handed in."""
+"""The training loop. It trains any module on any batches; `assembly` builds its parts."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.evaluate import Evaluation
-from moa_train.engine.metrics import better
 from moa_train.engine.nonfinite import NonFinitePolicy
 from moa_train.engine.plan import Plan
 from moa_train.engine.state import TrainState
 from moa_train.engine.step import TrainStep
-from moa_train.interfaces import Batch, Metric
+from moa_train.interfaces import Batch
 from moa_train.optim.schedule import Schedule
 from moa_train.runtime.device import peak_memory
 from moa_train.runtime.distributed import Distributed
@@ -23,15 +22,19 @@ from moa_train.tracking.tracker import Tracker
 
 @dataclass
 class Trainer:
-    """Drives a run from ``state.step`` to the end of its plan.
+    """Trains from ``state.step`` to the end of the plan.
 
     Attributes:
-        train_batches: returns this rank's micro-batches from a step on.
+        train_batches: returns this rank's micro-batches, beginning with those of the given step.
         evaluate: evaluates the current weights on ``eval_split``, or is None if no split chooses the best checkpoint.
             It returns None if a stop was requested meanwhile.
-        metrics: the metrics that ``evaluate`` computes; ``best_by`` names the one that chooses the best checkpoint.
-        record: what every checkpoint holds in addition to the state: configuration, classes, fingerprint (JSON).
-        metadata: what every weights file holds in its header.
+        best_by: name of the metric that chooses the best checkpoint.
+        higher_is_better: whether the best checkpoint is the one with the highest value of that metric.
+        batch_size: number of samples per update, over all ranks and micro-batches.
+        record: JSON that every checkpoint holds in addition to the state: configuration, classes, fingerprint, origin.
+        metadata: header of every weights file.
+        stopping: whether a stop was requested.
+        saved_step: step of the newest checkpoint.
     """
 
     state: TrainState
@@ -41,8 +44,8 @@ class Trainer:
     train_batches: Callable[[int], Iterator[Batch]]
     evaluate: Callable[[], Evaluation | None] | None
     eval_split: str
-    metrics: Mapping[str, Metric]
     best_by: str
+    higher_is_better: bool
     batch_size: int
     store: CheckpointStore
     tracker: Tracker
@@ -56,39 +59,40 @@ class Trainer:
     saved_step: int = 0
 
     def fit(self) -> bool:
-        """Train to the end of the plan, or until a stop is asked for; tell which: True is the end.
+        """Train until the plan ends or a stop is requested, and return whether the plan has ended.
 
         Raises:
-            RollBack: the run is to be built anew from its last checkpoint.
+            RollBack: the caller must rebuild the run from its last checkpoint and call `fit` again.
         """
         state, plan = self.state, self.plan
         self.stop.watched, self.saved_step = True, state.step
+        self.distributed.before_leaving = self.store.close
         with self.store:
-            self._make_up_for_evaluation()
+            self._catch_up_on_evaluation()
             batches = self.train_batches(state.step)
             while state.step < plan.stop_step and not self.stopping:
                 lr = self._set_lr(state.step)
-                values = self.train_step(batches, state.step, self._asked_to_stop)
+                values = self.train_step(batches, state.step, self._stop_requested)
                 if values is None:
-                    self._stop_in_front_of_step()
+                    self._stop_before_step()
                     break
                 state.meters.add(values)
                 state.step += 1
-                self._answer_nonfinite()
+                self._handle_nonfinite()
                 self.tracker.advance(state.step)
                 self.speed.tick(self.batch_size)
                 if plan.log.due(state.step) or state.step == plan.total_steps:
-                    self._log(lr)  # the only place where the host waits for the device
-                self.store.poll()  # a background save that failed ends the run here
-                self.stopping = self._asked_to_stop()
+                    self._log(lr)  # the host waits for the device only here
+                self.store.poll()  # raises if a background save has failed
+                self.stopping = self._stop_requested()
                 is_best = self._evaluate_if_due()
                 if self.stopping or is_best or plan.saves(state.step):
                     self._save(is_best)
-        self.distributed.barrier()  # rank 0 has written its last checkpoint: all may read it
+        self.distributed.barrier()  # from here on, every rank may read the last checkpoint
         return not self.stopping
 
     def replay(self, step: int) -> list[dict[str, Any]]:
-        """Repeat the updates up to ``step``, trace that one instead of making it, and return what every rank found.
+        """Repeat the updates before ``step``, trace update ``step`` without applying it, and return all ranks' traces.
 
         Nothing is evaluated, logged or saved.
         """
@@ -99,11 +103,11 @@ class Trainer:
             self.state.step += 1
         return self.distributed.gather_objects(self.train_step.trace(batches, step))
 
-    def _asked_to_stop(self) -> bool:
+    def _stop_requested(self) -> bool:
         return self.distributed.agree_any(self.stop.requested)
 
-    def _stop_in_front_of_step(self) -> None:
-        """Save the state before a step that was given up half-way, unless the last step has done so."""
+    def _stop_before_step(self) -> None:
+        """Save the state before a step that was abandoned halfway, unless it is saved already."""
         self.stopping = True
         self._set_lr(self.state.step - 1)
         if self.saved_step != self.state.step or self.state.step == 0:
@@ -114,8 +118,8 @@ class Trainer:
         self.state.optimizer.set_lr(lr)
         return lr
 
-    def _answer_nonfinite(self, wait: bool = False) -> None:
-        """Deal with steps whose gradient was not finite: the same ones on every rank."""
+    def _handle_nonfinite(self, wait: bool = False) -> None:
+        """Report steps that were skipped because of a non-finite gradient; they are the same on every rank."""
         for step in self.train_step.guard.caught(wait):
             self.state.nonfinite += 1
             origins = self.train_step.trace(self.train_batches(step), step)
@@ -129,7 +133,7 @@ class Trainer:
         self.tracker.log_step(step, {**row, "memory": peak_memory(self.distributed.device)})
 
     def _evaluate_if_due(self) -> bool:
-        """Evaluate where it is time to; tell whether the result is the best so far."""
+        """Evaluate if an evaluation is due, and return whether its result is the best so far."""
         state, plan = self.state, self.plan
         due = state.step > 0 and (plan.evaluate.due(state.step) or state.step == plan.total_steps)
         if self.evaluate is None or self.stopping or not due or state.evaluated_step == state.step:
@@ -139,8 +143,8 @@ class Trainer:
         if result is None:
             self.stopping = True
             return False
-        value, before = result.values[self.best_by], state.best.get(self.best_by)
-        is_best = math.isfinite(value) and (before is None or better(self.metrics[self.best_by])(value, before))
+        value, best = result.values[self.best_by], state.best.get(self.best_by)
+        is_best = math.isfinite(value) and (best is None or self._score(value) > self._score(best))
         if is_best:
             state.best = {"step": state.step, **result.as_dict()}
         state.evaluated_step = state.step
@@ -148,26 +152,25 @@ class Trainer:
         self.tracker.log_eval(state.step, {"epoch": epoch, **result.as_dict(), "best": is_best}, self.eval_split)
         return is_best
 
-    def _make_up_for_evaluation(self) -> None:
-        """Do what a stop had interrupted, and save that it is done."""
+    def _catch_up_on_evaluation(self) -> None:
+        """Run an evaluation that a stop had interrupted, and save the result."""
         before = self.state.evaluated_step
-        self._set_lr(self.state.step - 1)  # it is saved, too: that of the last update
+        self._set_lr(self.state.step - 1)  # checkpoints hold the learning rate of the last update
         is_best = self._evaluate_if_due()
         if self.state.evaluated_step != before:
             self._save(is_best)
 
-    def _score(self) -> float:
-        """Return what checkpoints are compared by: the metric of the best one, where higher is better."""
-        value: float = self.state.best[self.best_by]
-        return value if self.metrics[self.best_by].higher_is_better else -value
+    def _score(self, value: float) -> float:
+        """Return a value of the ``best_by`` metric in the form that checkpoints are ranked by: higher is better."""
+        return value if self.higher_is_better else -value
 
     def _save(self, is_best: bool) -> None:
-        self._answer_nonfinite(wait=True)  # what is saved says how many there were
+        self._handle_nonfinite(wait=True)  # before their number is saved
         self.saved_step = self.state.step
         meters = self.distributed.gather_objects(self.state.meters.state_dict())
         if self.distributed.is_main:
             state = {**self.record, "train": {**self.state.scalars(), "meters": meters}}
-            score = self._score() if is_best else None
+            score = self._score(self.state.best[self.best_by]) if is_best else None
             self.store.save(
                 self.state.step, self.state.tensors(), state, metadata=self.metadata, score=score, background=True
             )

@@ -1,4 +1,4 @@
-"""Durations in a configuration, in one unit each: steps, epochs, examples or percent of the run."""
+"""Durations in the configuration: a number of steps, epochs or examples, or a percentage of the run."""
 
 import math
 import re
@@ -22,9 +22,9 @@ _PATTERN = re.compile(r"(\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})(e[+-]?\d{1,2})?\s*(
 
 @dataclass(frozen=True)
 class Duration:
-    """An amount of one unit (``steps``, ``epochs``, ``examples`` or ``percent`` of the whole training).
+    """An amount of ``steps``, ``epochs``, ``examples`` or ``percent`` of the run.
 
-    The amount is a fraction, not a float, so that ``'0.1 epochs'`` of 1,000 samples is 100 samples exactly.
+    The amount is a fraction, not a float, so that ``'0.1 epochs'`` of 1,000 samples is exactly 100 samples.
     """
 
     amount: Fraction
@@ -32,9 +32,15 @@ class Duration:
 
     @classmethod
     def parse(cls, text: str | float, *, what: str = "duration", allow_zero: bool = True) -> "Duration":
-        """Read ``text``, one of the forms in :data:`FORMS`; a bare zero needs no unit.
+        """Parse ``text``, which has one of the forms in `FORMS`; zero needs no unit.
 
-        ``what`` names the field in the message of the :class:`UserError` that anything else raises.
+        Args:
+            text: the duration.
+            what: the setting, for error messages.
+            allow_zero: whether zero is allowed.
+
+        Raises:
+            UserError: the text has another form, or a value that makes no sense.
         """
         match = _PATTERN.fullmatch(str(text).strip().lower().replace("_", ""))
         number, exponent, spelling = match.groups() if match else ("0", None, "?")
@@ -56,12 +62,12 @@ class Duration:
         return math.ceil(self.exact_steps(batch_size, dataset_length, total_steps))
 
     def exact_steps(self, batch_size: int, dataset_length: int, total_steps: int | None = None) -> Fraction:
-        """Convert to optimizer steps, exactly: an epoch need not be a whole number of them.
+        """Convert to optimizer steps, exactly: an epoch is not necessarily a whole number of steps.
 
         Args:
-            batch_size: samples of one optimizer step, over all ranks and accumulated micro-batches.
-            dataset_length: samples of one epoch (with repeats, where augmentation is repeated).
-            total_steps: steps of the whole training; needed for percent only.
+            batch_size: number of samples per optimizer step, over all ranks and accumulated micro-batches.
+            dataset_length: number of samples per epoch, including repeats.
+            total_steps: number of steps of the run; needed only for a percentage.
         """
         match self.unit:
             case "steps":

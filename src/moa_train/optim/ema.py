@@ -1,4 +1,4 @@
-"""Averaged weights: an exponential moving average of the parameters over the updates."""
+"""EMA weights: the exponential moving average of the parameters over the updates."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,15 +12,13 @@ from moa_train.runtime.errors import UserError
 class AveragedWeights:
     """Exponential moving average of the parameters of the bare ``model`` (not wrapped by DDP or compile).
 
-    After update ``t``, counted from 0: average += (1 - d) (parameter - average), where d = ``decay``, or
-    with ``warmup`` min(decay, (1 + t) / (10 + t)), so that the first, untrained weights are soon forgotten.
-    The average starts at the parameters' values and is kept in fp32 at least, one copy. Buffers are the
-    model's own current ones. Each rank averages for itself: replicas with equal parameters have equal averages.
+    After update ``t``, counted from 0: average += (1 - d) (parameter - average), where d = ``decay`` or, with
+    ``warmup``, min(decay, (1 + t) / (10 + t)), so that the untrained weights soon lose their influence. The averages
+    start at the parameters' values and are stored once, in at least fp32. Buffers are the model's current ones. Every
+    rank computes its own averages, which are equal because the parameters are.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, warmup: bool = True) -> None:
-        if not 0 <= decay < 1:
-            raise UserError(f"engine.ema_decay={decay} must be at least 0 and below 1, such as 0.9999.")
         self.model = model
         self.decay = decay
         self.warmup = warmup
@@ -30,9 +28,9 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, skipped: Tensor | None = None) -> None:
-        """Move the averages towards the parameters; called once after each optimizer step.
+        """Move the averages towards the parameters; to be called once after each optimizer step.
 
-        ``skipped`` is 1 on the device where that step was not made: then the averages stay as they are.
+        ``skipped`` is 1 on the device if the optimizers skipped that step. The averages then stay the same.
         """
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         current = [p.detach().to(_at_least_fp32(p)) for p in self._parameters]
@@ -46,10 +44,10 @@ class AveragedWeights:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the model compute with the averages inside the ``with`` block, then give it its weights back.
+        """Run the ``with`` block with the averages in place of the model's parameters.
 
-        Values are copied in place, so wrappers (DDP, compile) of the model see them; the parameters'
-        own values wait in a second copy and return to the bit, also after an exception.
+        Values are copied in place, so wrappers of the model (DDP, compile) see them. The parameters' own values are
+        kept in a second copy and restored exactly, also after an exception.
         """
         own = [p.detach().clone() for p in self._parameters]
         try:
@@ -59,9 +57,9 @@ class AveragedWeights:
             self._copy_to_model(own)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the model's state with averages in the place of parameters: names and shapes are the model's.
+        """Return the model's state dict with the averages in place of the parameters: live tensors, not copies.
 
-        The tensors are the live ones. ``updates`` is to be kept beside them.
+        The caller saves ``updates`` along with it.
         """
         average_of = dict(zip(self._parameters, self._averages, strict=True))
         state = self.model.state_dict(keep_vars=True)
@@ -69,14 +67,15 @@ class AveragedWeights:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
-        """Continue from what :meth:`state_dict` returned; buffers, which are the model's, are left alone."""
+        """Restore what `state_dict` returned, except for the buffers, which belong to the model."""
         named = dict(zip((name for name, _ in self.model.named_parameters()), self._averages, strict=True))
         missing = [name for name in named if name not in state]
         unknown = sorted(set(state) - set(self.model.state_dict()))
         other = [name for name in named if name in state and state[name].shape != named[name].shape]
         if missing or unknown or other:
             raise UserError(
-                f"Averaged weights do not fit the model: missing {missing}, unknown {unknown}, other shape {other}."
+                f"The EMA weights do not fit the model: missing {missing}, unknown {unknown}, other shape {other}. "
+                "Start a new run from the weights with init=."
             )
         for name, average in named.items():
             average.copy_(state[name])

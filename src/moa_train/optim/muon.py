@@ -1,4 +1,4 @@
-"""Muon: orthogonalised momentum (Jordan 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982)."""
+"""Muon: orthogonalized momentum (Jordan 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982)."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -11,19 +11,19 @@ Coefficients = tuple[float, float, float]
 
 
 class BatchedMuon(torch.optim.Muon):
-    """torch's Muon with the same state and the same numbers, but all matrices of one shape orthogonalised at once.
+    """torch's Muon with the same state and results, but it orthogonalizes all matrices of one shape at once.
 
-    A Transformer has many matrices of few shapes; torch takes them one by one, in several times as many kernels.
-    Nesterov momentum, and steps as large as AdamW's (``match_rms_adamw``): 0.2 sqrt(max(rows, columns)) U V^T.
-    Like torch's fused optimizers it leaves out a step on the device where somebody has set ``found_inf`` to 1.
+    A Transformer has many matrices of few shapes; torch processes them one by one, in several times as many kernels.
+    The momentum is Nesterov's, and steps are as large as AdamW's (``match_rms_adamw``): 0.2 sqrt(max(rows, columns))
+    U V^T. Like torch's fused optimizers, it skips the step on the device if the caller has set ``found_inf`` to 1.
     """
 
-    _step_supports_amp_scaling = True  # where torch looks for that
+    _step_supports_amp_scaling = True  # torch's GradScaler checks this
     found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the parameters that have a gradient."""
+        """Update all parameters that have a gradient."""
         assert closure is None, "the training step calls backward itself"
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -37,7 +37,7 @@ class BatchedMuon(torch.optim.Muon):
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        made: Tensor | float = 1.0  # 0 if the step is to be left out; then momentum moves towards itself
+        made: Tensor | float = 1.0  # 0 if the step is skipped; the momentum then moves towards itself
         if self.found_inf is not None:
             made, skipped = 1 - self.found_inf, self.found_inf.bool()
             gradients = [torch.where(skipped, m, g) for m, g in zip(momenta, gradients, strict=True)]
@@ -57,9 +57,9 @@ class BatchedMuon(torch.optim.Muon):
 
 
 def orthogonalize(x_NAB: Tensor, coefficients: Coefficients, iterations: int, eps: float) -> Tensor:
-    """Return roughly U V^T for each matrix U S V^T of a stack, in bf16, by quintic Newton-Schulz iterations.
+    """Return approximately U V^T for each matrix U S V^T of a stack, in bf16, by quintic Newton-Schulz iterations.
 
-    Each maps every singular value s (of the matrix over its Frobenius norm) to a s + b s^3 + c s^5.
+    Each iteration maps every singular value s of the normalized matrix to a s + b s^3 + c s^5.
     """
     a, b, c = coefficients
     is_tall = x_NAB.shape[1] > x_NAB.shape[2]

@@ -1,4 +1,4 @@
-"""Optimizers, behind one small interface whether they consist of one torch optimizer or several."""
+"""Optimizers with one interface, whether they consist of one torch optimizer or several."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ from moa_train.schema import OptimConfig
 class Optimizers:
     """One or several torch optimizers (``parts``) over disjoint parameters, used as one.
 
-    ``names`` maps each parameter to its name in the model. Checkpoints work on ``parts``; a ``GradScaler`` takes the
-    whole (``scaler.unscale_(optimizers)``, ``scaler.step(optimizers)``), so that an infinite gradient skips all parts.
+    ``names`` maps each parameter to its name in the model. Checkpoints hold the state of the ``parts``. A
+    ``GradScaler`` gets this object (``scaler.step(optimizers)``), so that an infinite gradient skips all parts.
     """
 
     def __init__(self, parts: list[Optimizer]) -> None:
@@ -63,7 +63,7 @@ def create_optimizer(config: OptimConfig, model: nn.Module, lr: float) -> Optimi
         lr: peak learning rate, scaled to the batch size.
 
     Raises:
-        UserError: the model has no trainable parameters, or none that the optimizer is made for.
+        UserError: the model has no trainable parameters, or none that the optimizer can train.
     """
     groups = parameter_groups(model, config)
     if not groups:
@@ -98,13 +98,13 @@ def sgd(config: OptimConfig, model: nn.Module, groups: list[ParameterGroup], lr:
 
 
 def muon(config: OptimConfig, model: nn.Module, groups: list[ParameterGroup], lr: float) -> list[Optimizer]:
-    """Return Muon (Jordan 2024) for the matrices of the body, and AdamW for all other parameters.
+    """Return Muon (Jordan 2024) for the hidden matrices, and AdamW for all other parameters.
 
     Muon's steps have the size of AdamW's (Liu et al. 2025), so learning rates and weight decay carry over.
     """
     matrices, rest = split_matrices(model, groups)
     if not matrices:
-        raise UserError("optim.name=muon needs matrices, and the body of this model has none. Try optim.name=adamw.")
+        raise UserError("optim.name=muon needs hidden matrices, and this model has none. Use optim.name=adamw.")
     return [
         BatchedMuon(matrices, lr=lr, momentum=config.momentum),
         *([adamw(config, model, rest, lr)] if rest else []),

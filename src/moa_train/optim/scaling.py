@@ -1,4 +1,4 @@
-"""Learning rates for a batch size other than the one they were found with."""
+"""Learning rates for a batch size other than the one that they were tuned for."""
 
 import math
 
@@ -6,11 +6,11 @@ from moa_train.schema import OptimConfig
 
 
 def scale_lr(lr: float, batch_size: int, config: OptimConfig) -> float:
-    """Scale a learning rate that was found with batches of ``config.lr_batch`` to batches of ``batch_size`` samples.
+    """Scale a learning rate for batches of ``config.lr_batch`` samples to batches of ``batch_size`` samples.
 
     ``lr_scaling=linear`` multiplies by batch_size / lr_batch (Goyal et al. 2017, the published recipe), ``sqrt`` by
-    its root (usual for Adam; Malladi et al. 2022), ``none`` by 1. ``batch_size`` counts all ranks and accumulated
-    micro-batches. Apply it to the peak, the start of the warmup and the final learning rate alike.
+    its square root (usual for Adam; Malladi et al. 2022), ``none`` by 1. ``batch_size`` counts all ranks and
+    accumulated micro-batches. The peak, the start of the warmup and the final learning rate are all scaled.
     """
     ratio = batch_size / config.lr_batch
     return lr * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[config.lr_scaling]

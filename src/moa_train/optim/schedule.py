@@ -9,7 +9,7 @@ from itertools import pairwise
 from moa_train.runtime.errors import UserError
 
 Curve = Callable[["Schedule", int], float]
-"""Returns the learning rate of a schedule at a step after the warmup. Your own is a function of this form."""
+"""Returns the learning rate of a schedule at a step after the warmup. Your own schedule is such a function."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Schedule:
           step        max(floor, peak gamma^(milestones at or before t))
           constant    peak
 
-    The floor is reached at ``t = T``, one past the last update, so that no update is wasted on a floor of 0.
-    Learning rates are final (scaled to the batch size already); milestones are steps.
+    The floor is reached at ``t = T``, one step after the last update, so that no update has a learning rate of 0.
+    Learning rates are already scaled to the batch size; milestones are steps.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Schedule:
     warmup_start: float = 0.0
     warmup_steps: int = 0
     milestones: tuple[int, ...] = ()
-    gamma: float = 0.1
+    gamma: float = 1.0
 
     def __post_init__(self) -> None:
         self._check_lrs()
@@ -51,7 +51,7 @@ class Schedule:
         return self.curve(self, step)
 
     def progress(self, step: int) -> float:
-        """Return the part of the time after the warmup that has passed at ``step``, 0 to 1."""
+        """Return the fraction of the time after the warmup that has passed at ``step``, 0 to 1."""
         return (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
 
     def describe(self) -> str:
@@ -62,28 +62,31 @@ class Schedule:
 
     def _check_lrs(self) -> None:
         if not (math.isfinite(self.peak) and self.peak > 0):
-            raise UserError(f"The learning rate (optim.lr, scaled) is {self.peak}; it must be above 0.")
-        for name, value in (("at the end", self.floor), ("at the start of the warmup", self.warmup_start)):
+            raise UserError(f"The peak learning rate is {self.peak}; it must be above 0. Change optim.lr.")
+        for key, value in (("min_lr", self.floor), ("warmup_lr", self.warmup_start)):
             if not 0 <= value <= self.peak:
                 raise UserError(
-                    f"The learning rate {name} is {value:.4g}; it must lie between 0 and the peak, {self.peak:.4g}."
+                    f"schedule.{key} is {value:.4g} (scaled); it must be between 0 and the "
+                    f"peak, {self.peak:.4g}. Lower schedule.{key}, or raise optim.lr."
                 )
 
     def _check_lengths(self) -> None:
         if self.total_steps < 1:
-            raise UserError(f"The training has {self.total_steps} steps; it must have at least 1.")
+            raise UserError(
+                f"The run has {self.total_steps} steps; it must have at least 1. Increase schedule.duration."
+            )
         if self.warmup_steps > self.total_steps:
             raise UserError(
-                f"The warmup ({self.warmup_steps} steps) is longer than the training ({self.total_steps} steps). "
-                "Shorten schedule.warmup, for example to '5%', or train longer."
+                f"The warmup ({self.warmup_steps} steps) is longer than the run ({self.total_steps} steps). "
+                "Shorten schedule.warmup, for example to '5%', or increase schedule.duration."
             )
         marks = self.milestones
         if any(late < early for early, late in pairwise(marks)):
-            raise UserError(f"Milestones {list(marks)} (in steps) must be in order.")
+            raise UserError(f"schedule.milestones are at steps {list(marks)}; they must be in ascending order.")
         if marks and (marks[0] <= self.warmup_steps or marks[-1] > self.total_steps):
             raise UserError(
-                f"Milestones {list(marks)} (in steps) must lie after the warmup "
-                f"({self.warmup_steps}) and before the end of the training ({self.total_steps})."
+                f"schedule.milestones are at steps {list(marks)}; they must be after the warmup "
+                f"({self.warmup_steps}) and before the end of the run ({self.total_steps})."
             )
 
 

@@ -213,7 +213,7 @@ class _MeanLoss:
 
 
 class _Bar(tqdm):
-    """A tqdm bar without the monitoring thread and the lock between processes, which fork and kills do not mix with."""
+    """A tqdm bar without a monitoring thread and a lock between processes, since a training forks and may be killed."""
 
     monitor_interval = 0
     parts: Sequence[str] = ()  # the text after the bar, most important first

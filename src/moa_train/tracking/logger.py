@@ -1,8 +1,10 @@
 """What receives the logs of a training: the base class of all loggers, including your own."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Metrics = Mapping[str, float | int | str | bool | None]
 
@@ -27,7 +29,7 @@ class Logger:
     def log_eval(self, step: int, metrics: Metrics, split: str = "val") -> None:
         """Record the result of an evaluation: loss, top1, top5, ..."""
 
-    def log_images(self, step: int, images: Tensor) -> None:
+    def log_images(self, step: int, images: "Tensor") -> None:
         """Record a sample of the model's input: uint8, B C H W with 1 or 3 channels."""
 
     def say(self, text: str) -> None:

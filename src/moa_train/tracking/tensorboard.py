@@ -1,5 +1,9 @@
 """TensorBoard: scalars, a sample of the input, and hyperparameters with the final metrics."""
 
+import contextlib
+import os
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moa_train.tracking.events import EventFile
+from moa_train.tracking.files import writing
 from moa_train.tracking.logger import Logger, Metrics, numbers
+
+_PREFIX = "events.out.tfevents."
 
 
 class TensorBoard(Logger):
@@ -23,7 +29,7 @@ class TensorBoard(Logger):
         self._folder = run_dir / "tensorboard"
         self._first_step = first_step
         self._config = config
-        self._opened: EventFile | None = None
+        self._opened: _EventFile | None = None
 
     def log_step(self, step: int, metrics: Metrics) -> None:
         """Write ``train/NAME`` for each number."""
@@ -52,8 +58,8 @@ class TensorBoard(Logger):
             self._opened.close()
 
     @property
-    def _events(self) -> EventFile:
-        self._opened = self._opened or EventFile(self._folder, self._first_step)
+    def _events(self) -> "_EventFile":
+        self._opened = self._opened or _EventFile(self._folder, self._first_step)
         return self._opened
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -61,6 +67,50 @@ class TensorBoard(Logger):
 
         for name, value in values.items():
             self._events.add(scalar(name, value), step)
+
+
+class _EventFile:
+    """Create an event file in ``folder`` for a session that starts at ``first_step``.
+
+    The writers of torch and tensorboard queue events for a thread: a kill loses the queue, and a full disk ends the
+    thread, which then blocks the training. This class passes each event to the operating system immediately (20 us).
+
+    TensorBoard hides the events of ``first_step`` and later in earlier files of the folder. It orders files by the
+    time in their names, so that time must increase even if the clock is set back.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event = Event
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._path = folder / f"{_PREFIX}{_time_after_all(folder):010d}.{socket.gethostname()}.{os.getpid()}"
+            self._file = self._path.open("xb")
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, summary: Any, step: int = 0) -> None:
+        """Write a ``Summary`` message."""
+        self._write(step=step, summary=summary)
+
+    def close(self) -> None:
+        """Close the file."""
+        with contextlib.suppress(OSError):  # only data whose write has failed already can be pending
+            self._file.close()
+
+    def _write(self, **fields: Any) -> None:
+        with writing(self._path):
+            self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+            self._file.flush()
+
+
+def _time_after_all(folder: Path) -> int:
+    """Return the time in whole seconds, or one second after the latest time in a file name if that is later."""
+    stamps = (path.name.removeprefix(_PREFIX).split(".")[0] for path in folder.glob(f"{_PREFIX}*"))
+    return max([int(time.time()), *(int(stamp) + 1 for stamp in stamps if stamp.isdecimal())])
 
 
 def image_grid(images: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+from moa_train.knobs import knob
 from moa_train.runtime.errors import UserError
-from moa_train.schema import knob
 from moa_train.tracking.files import write_whole
 from moa_train.tracking.jsonl import read_rows
 from moa_train.tracking.logger import Logger, Metrics, numbers
@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "WANDB_ERROR_REPORTING": "false",  # without a network, sending error reports delays the exit by 12 seconds
     "WANDB_INIT_TIMEOUT": "20",
     "WANDB_FINISH_TIMEOUT": "20",
+    "WANDB_FINISH_TIMEOUT_RAISES": "true",
 }
 """Defaults of wandb's own environment variables. A variable that the user has set keeps its value."""
 
@@ -46,16 +47,17 @@ class WandBArgs:
         options=("online", "offline"),
     )
     group: str | None = knob(None, "group that the run is shown in, such as the seeds of one experiment")
-    tags: list[str] = knob([], "tags of the run")  # noqa: RUF009 knob() returns a field
+    tags: list[str] = knob([], "tags of the run")
 
 
 class WandB(Logger):
     """Log to Weights & Biases from a thread of its own, under a run ID that the run folder keeps in ``wandb-id``.
 
-    Every start of a run logs the rows of metrics.jsonl again, so that one run holds the whole curve, even where a kill
-    or a lost network cost W&B some rows. No step appears twice: offline, the new files replace those of the previous
-    start; online, W&B resumes the run and ignores every step up to its last one. If the connection fails at the start,
-    the run is logged offline. Failures are warnings.
+    Every start of a run logs the rows of metrics.jsonl again, so that W&B has the whole curve even if a kill or a lost
+    network cost it some rows. No step appears twice. Online, W&B resumes the run and ignores every step up to its last
+    one. Offline, the new files replace those of the previous start; if these may have been uploaded already, the new
+    files get a new run ID, because 'wandb sync' would append their rows to the uploaded ones. If W&B can't be reached
+    at the start, the run is logged offline. Failures are warnings.
     """
 
     def __init__(self, run_dir: Path, first_step: int, config: Mapping[str, Any], args: WandBArgs) -> None:
@@ -71,11 +73,10 @@ class WandB(Logger):
                 "The logger wandb has no API key. Run 'wandb login', set WANDB_API_KEY, or log offline with "
                 "tracking.args.wandb.mode=offline."
             )
-        self._folder = run_dir / "wandb"
-        path = run_dir / "wandb-id"
-        if not path.exists():
+        self._folder, path = run_dir / "wandb", run_dir / "wandb-id"
+        uploaded = [*self._folder.glob("run-*"), *self._folder.glob("offline-run-*/*.synced")]
+        if not path.exists() or (mode == "offline" and uploaded):
             write_whole(path, secrets.token_hex(4))
-        self._id = path.read_text()
         self._settings: dict[str, Any] = {
             "mode": mode,
             "project": args.project,
@@ -83,8 +84,8 @@ class WandB(Logger):
             "name": args.name or run_dir.resolve().name,
             "group": args.group,
             "tags": args.tags,
-            "id": self._id,
-            "resume": "allow",
+            "id": path.read_text(),
+            "resume": "allow" if mode == "online" else None,
             "dir": str(run_dir),
             "config": dict(config),
             "allow_val_change": True,  # a resumed run may have other settings
@@ -126,7 +127,7 @@ class WandB(Logger):
             run.finish()
         except Exception as error:
             log.warning(
-                "Weights & Biases failed: %s\nThe training continues without it. metrics.jsonl has all rows, and "
+                "Weights & Biases failed: %s\nThe training is not affected. metrics.jsonl has all rows, and "
                 "resuming the run logs them again.",
                 error,
             )
@@ -134,7 +135,7 @@ class WandB(Logger):
     def _open(self) -> Any:
         import wandb
 
-        for previous in self._folder.glob(f"offline-run-*-{self._id}*"):
+        for previous in self._folder.glob("offline-run-*"):
             shutil.rmtree(previous)
         try:
             return wandb.init(**self._settings)
@@ -147,4 +148,4 @@ class WandB(Logger):
                 error,
                 self._folder,
             )
-            return wandb.init(**{**self._settings, "mode": "offline"})
+            return wandb.init(**{**self._settings, "mode": "offline", "id": None, "resume": None})

@@ -1,0 +1,60 @@
+"""Composing a configuration from command-line arguments, with Hydra."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+import moa_train.conf
+from moa_train.schema import validate
+
+CONF = Path(moa_train.conf.__file__).parent
+GROUPS = {folder.name: folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "__pycache__"}
+"""The groups of the configuration: a folder each, a YAML file per option."""
+
+
+def is_override(argument: str) -> bool:
+    """Return whether an argument is of the form key=value."""
+    return "=" in argument and not argument.startswith("-")
+
+
+def addable(argument: str) -> str:
+    """Return an argument as Hydra takes it: keys of ``args`` are new to Hydra, because the part defines them."""
+    return f"++{argument}" if ARGS_KEY.match(argument) else argument
+
+
+ARGS_KEY = re.compile(r"\w+\.args\.[\w.]+=")
+"""Matches the keys of settings that a part defines itself."""
+
+
+def compose(config_name: str, overrides: Sequence[str], roots: Sequence[Path]) -> DictConfig:
+    """Compose the configuration that such overrides lead to, for a command that does not run it.
+
+    Args:
+        config_name: primary YAML file below ``conf/``; its schema must be in Hydra's store.
+        overrides: ``key=value`` arguments.
+        roots: as `config_roots` returns them.
+    """
+    folders = [f"file://{root.resolve()}" for root in roots[1:]]
+    search = [f"hydra.searchpath={folders}"] if folders else []
+    with hydra.initialize_config_module("moa_train.conf", version_base="1.3"):
+        return hydra.compose(config_name, [*map(addable, overrides), *search])
+
+
+def config_roots(arguments: Sequence[str]) -> list[Path]:
+    """Return the folders that options are files of: conf/, and one of the user's own behind ``--config-dir``."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    known, _ = parser.parse_known_args(arguments)
+    return [CONF, known.config_dir] if known.config_dir else [CONF]
+
+
+def typed(config: DictConfig) -> Any:
+    """Return the composed configuration as its dataclass, validated."""
+    result = OmegaConf.to_object(config)
+    validate(result)
+    return result
