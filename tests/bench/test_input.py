@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from moa_train.assembly.inputs import build_source, statistics
 from moa_train.bench import input as input_part
 from moa_train.bench import input_peers
-from moa_train.data import Normalize
+from moa_train.data.augment import Normalize
+from moa_train.data.dataset import open_split
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.seed import seed_everything
 
@@ -72,12 +72,12 @@ def test_one_thread_is_measured_and_the_others_come_back(job, monkeypatch):
 def test_in_evaluation_a_peer_has_our_pixels(job, photographs, name):
     for changes, bound in (({}, 0.51), (photographs, 2.51)):  # of 255: where images are resized, as in test_view
         work = job(changes)
-        config, source = work.config, build_source(work.config.data, "train")
+        config, source = work.config, open_split(work.config.data, "train")
         source = source.subset(np.arange(8), source.title)
         config.engine.eval_batch_size, config.data.workers = 4, 0
         ours = islice(input_part._ours(work, config, source, "infer"), 2)
         theirs = islice(PEERS[name](config, source, "infer", 4, CPU), 2)
-        undo = Normalize(*statistics(config.data)).undo
+        undo = Normalize.of(config.data).undo
         for (mine, labels), (its, others) in zip(ours, theirs, strict=True):
             assert torch.equal(labels, others)
             assert (undo(mine).int() - undo(its).int()).abs().max() <= bound
@@ -88,7 +88,7 @@ def test_in_evaluation_a_peer_has_our_pixels(job, photographs, name):
 @pytest.mark.parametrize("files", [False, True])
 def test_in_training_a_peer_makes_batches_like_ours(job, photographs, name, crop, files):
     work = job({**FULL, **(photographs if files else {}), "augment.crop": crop})
-    config, source = work.config, build_source(work.config.data, "train")
+    config, source = work.config, open_split(work.config.data, "train")
     size, count = (4, 6) if files else (64, 4)
     config.engine.batch_size = config.engine.micro_batch_size = size
     config.data.workers = 0
@@ -111,7 +111,7 @@ def test_in_training_a_peer_makes_batches_like_ours(job, photographs, name, crop
 
 def test_without_mixing_a_peer_keeps_the_labels(job):
     work = job({"augment.mixup": 0, "augment.cutmix": 0})
-    source = build_source(work.config.data, "train")
+    source = open_split(work.config.data, "train")
     for peer in PEERS.values():
         _, labels = next(peer(work.config, source, "train", 4, CPU))
         assert labels.dtype == torch.int64

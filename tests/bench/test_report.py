@@ -1,4 +1,4 @@
-"""Timing by turns and what is made of it, against NumPy."""
+"""Interleaved timing, and statistics compared with NumPy."""
 
 import json
 import time
@@ -28,7 +28,7 @@ def test_contenders_take_turns():
 
 
 @pytest.mark.parametrize(("least", "fewest", "most"), [(0.0, 1, 1), (0.05, 5, 60)])
-def test_a_short_function_is_called_until_its_time_can_be_told(least, fewest, most):
+def test_a_short_function_is_repeated_until_its_time_can_be_measured(least, fewest, most):
     calls = []
 
     def work() -> None:
@@ -52,9 +52,9 @@ def test_on_a_gpu_the_time_is_that_of_the_device():
 
 def test_statistics_are_those_of_numpy():
     row = Row("x", "ms", VALUES[0].tolist())
-    told = row.as_dict()
-    assert told["n"] == 7
-    assert [told[name] for name in ("median", "min", "max")] == pytest.approx(
+    result = row.as_dict()
+    assert result["n"] == 7
+    assert [result[name] for name in ("median", "min", "max")] == pytest.approx(
         [np.median(VALUES[0]), VALUES[0].min(), VALUES[0].max()], rel=1e-15
     )
 
@@ -87,11 +87,11 @@ def test_the_table_has_every_number_in_its_column():
 def test_the_json_says_what_was_measured_where_and_with_what(tmp_path: Path):
     head = report.header(CPU, ["moa-bench", "step"])
     report.write(tmp_path / "new" / "x.json", head, [Table("step", "t", [Row("x", "ms", [2.0, 1.0])])])
-    told = json.loads((tmp_path / "new" / "x.json").read_text())
-    assert torch.__version__.startswith(told["versions"]["torch"])
-    assert told["threads"] == torch.get_num_threads()
-    assert told["command"] == ["moa-bench", "step"]
-    assert told["tables"][0]["rows"][0] == {
+    result = json.loads((tmp_path / "new" / "x.json").read_text())
+    assert torch.__version__.startswith(result["versions"]["torch"])
+    assert result["threads"] == torch.get_num_threads()
+    assert result["command"] == ["moa-bench", "step"]
+    assert result["tables"][0]["rows"][0] == {
         "what": "x", "unit": "ms", "median": 1.5, "min": 1.0, "max": 2.0, "n": 2, "values": [2.0, 1.0],
     }  # fmt: skip
-    assert told["versions"]["torch"] in report.describe(head)
+    assert result["versions"]["torch"] in report.describe(head)

@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moa_train.assembly.model import model_fields
 from torch import nn
 
 from moa_train.bench import memory, plain, step
 from moa_train.bench.peers import build_peer, check_peer, read_arguments
 from moa_train.model.summary import summarize
-from moa_train.optim import create_optimizer
+from moa_train.optim.optimizers import create_optimizer
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.precision import Precision
+from moa_train.schema import OptimConfig, image_shape
 
 CPU = torch.device("cpu")
 SWIN = "swin_tiny_patch4_window7_224:img_size=32,patch_size=4,window_size=4,embed_dim=16,depths=(1,1),num_heads=(1,2)"
@@ -46,7 +46,8 @@ def test_the_share_of_the_peak_is_that_of_the_counted_products(job):
         reached = ours.values[0] * factor * ours.facts["GMACs"]
         assert ours.facts["MFU %"] == pytest.approx(100 * reached / product.values[0])
     config = work.config
-    counted = summarize(config.model.name, **model_fields(config.model, config.data, 10)).total_macs
+    size = image_shape(config.data.image_size)
+    counted = summarize(config.model, image_size=size, num_classes=10).total_macs
     assert ours.facts["GMACs"] == counted / 1e9
 
 
@@ -107,7 +108,7 @@ def test_the_plain_update_is_that_of_the_textbook():
     twin.load_state_dict(model.state_dict())
     batches = [(torch.randn(5, 4), torch.rand(5, 3).softmax(1)) for _ in range(2)]
     plain.update(
-        model, create_optimizer("sgd", model, lr=0.1, weight_decay=0.0, momentum=0.0), batches, passes=2,
+        model, create_optimizer(OptimConfig(name="sgd", weight_decay=0.0, momentum=0.0), model, 0.1), batches, passes=2,
         precision=Precision.resolve("fp32", CPU), clip=lambda parameters: None,
     )  # fmt: skip
     images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
