@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,27 @@ TINY = {
 
 def overrides(changes: dict[str, Any]) -> list[str]:
     return [f"{key}={value}" for key, value in {**TINY, **changes}.items()]
+
+
+@pytest.fixture(scope="session")
+def no_waits() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which whatever makes the host wait for the GPU raises."""
+    import torch
+
+    def set_mode(name: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it calls itself a prototype
+            torch.cuda.set_sync_debug_mode(name)
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        set_mode("error")
+        try:
+            yield
+        finally:
+            set_mode("default")
+
+    return context
 
 
 @pytest.fixture(scope="session")

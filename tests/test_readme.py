@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch.distributed.run import get_args_parser
 
 from moa_train.cli import app, bench
+from moa_train.cli.compose import addable, typed
 from moa_train.runtime.signals import Exit
 from moa_train.schema import EvalConfig, RunConfig
 
@@ -122,7 +123,7 @@ def accept(program: str, arguments: list[str]) -> None:
         for override in overrides
     ]
     for job in itertools.product(*values):
-        app.typed(compose(program, [app.addable(text) for text in job]))
+        typed(compose(program, [addable(text) for text in job]))
     return None
 
 

@@ -24,6 +24,9 @@ class Classifier:
         """Return the feature map (B, C, H, W) of every stage, for use as a backbone."""
         raise NotImplementedError(f"{type(self).__name__} has no feature maps")
 
+    def load_pretrained(self) -> None:
+        """Load the weights that the model's own settings name, if any. Only a new run without ``init`` calls this."""
+
     def no_weight_decay(self) -> set[str]:
         """Return the parameters of two or more dimensions that are exempt from weight decay. 1-D ones always are."""
         return {
@@ -44,8 +47,8 @@ class Classifier:
     def layer_names(self) -> list[str]:
         """Return prefixes of parameter names, one per layer, from the input to the head.
 
-        Layer-wise lr decay (``optim.layer_decay``) counts these layers. A parameter belongs to the layer with the longest
-        matching prefix; parameters that match none belong to the first layer, and the head comes last.
+        Layer-wise lr decay (``optim.layer_decay``) counts these layers. A parameter belongs to the layer with the
+        longest matching prefix. Parameters without a match belong to the first layer, and the head comes last.
         """
         return []
 
@@ -140,7 +143,7 @@ class Metric(Protocol):
     higher_is_better: bool
 
     def count(self, logits_BK: Tensor, labels_B: Tensor) -> Tensor:
-        """Return the contribution of a batch to the sums: a tensor on the same device, with the same shape for all batches.
+        """Return the contribution of a batch to the sums: a tensor on the same device, of one shape for all batches.
 
         Args:
             logits_BK: float32, (B, K).

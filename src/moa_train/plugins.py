@@ -17,12 +17,12 @@ from moa_train.runtime.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Plugins:
-    """The parts of one kind: those in a table from names to import paths, and those that a user names by import path."""
+    """The parts of one kind: those in a table from names to import paths, and those given by import path."""
 
     kind: str
     table: Mapping[str, str]
     configurable: tuple[str, ...] = ()
-    """Names in the table whose parts have their own settings, so that the other parts need not be imported to find out."""
+    """Names in the table whose parts have their own settings. The other parts need not be imported to find out."""
 
     def check(self, key: str, name: str) -> None:
         """Raise `UserError` unless ``name`` is in the table or has the form of an import path. This imports nothing."""
@@ -163,6 +163,6 @@ def check_trusted(used: Iterable[str], named: Iterable[str], where: str) -> None
     if refused:
         modules = ",".join(dict.fromkeys(name.partition(":")[0] for name in refused))
         raise UserError(
-            f"{where} uses code that is not part of moa-train: {', '.join(refused)}. To protect you, moa-train does not "
-            f"run code just because a file names it. If you trust this code, allow it by adding code=[{modules}]."
+            f"{where} uses code that is not part of moa-train: {', '.join(refused)}. A file alone cannot make moa-train "
+            f"run code. If you trust this code, allow it by adding code=[{modules}]."
         )

@@ -22,9 +22,10 @@ from moa_train.plugins import (
     is_own_code,
     short_name,
 )
-from moa_train.runtime.errors import UserError, nearest
+from moa_train.runtime.errors import UserError, choose, nearest
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+COMPILE_MODES = ("auto", "blocks", "model", "false")
 SPLITS = ("train", "val", "test")
 
 
@@ -116,6 +117,13 @@ class DataConfig:
     std: list[float] | None = knob(
         None, "channel standard deviations for normalization (default: those of the data set)", above=0, most=1
     )
+    hold_out: str = knob(
+        "position",
+        "how val_fraction chooses images in class folders. name: by a hash of the file name, so that adding or removing "
+        "a file does not affect other files; position: by the position in the sorted list, as in older versions",
+        options=("name", "position"),
+        fixed=True,
+    )
     unreadable: str = knob(
         "fail",
         "response to unreadable training images: fail; quarantine: use the next readable image instead; "
@@ -124,6 +132,13 @@ class DataConfig:
     )
     unreadable_budget: int = knob(
         100, "unreadable=quarantine: number of unreadable files per rank before the run fails", least=0
+    )
+    max_pixels: int = knob(100_000_000, "images with more pixels count as unreadable", least=1)
+    range: list[float] | None = knob(
+        None,
+        "[LOW,HIGH]: gray levels of black and white in images with more than 8 bits per channel (default: the full "
+        "range of 16-bit images; floating-point and 32-bit images are then errors)",
+        fixed=True,
     )
     eval_crop: float = knob(
         0.875, "in evaluation, side of the center crop relative to the resized image", above=0, most=1
@@ -303,7 +318,11 @@ class RuntimeConfig:
         "tf32", "precision of fp32 matrix products on CUDA: ieee, or tf32 (10-bit mantissa)", options=("ieee", "tf32")
     )
     channels_last: bool = knob(False, "use the channels_last memory format for images and convolutions")
-    compile: bool = knob(False, "torch.compile the model: takes minutes at the start, then speeds up steps on CUDA")
+    compile: Any = knob(
+        "auto",
+        "use torch.compile. blocks: one graph per kind of block; model: one graph; false: off; "
+        "auto: blocks for MOA models on CUDA in runs of 2,000 steps or more, unless runtime.deterministic=true",
+    )
     deterministic: bool = knob(
         False, "use only deterministic kernels: runs are reproducible bit for bit, but slower on CUDA"
     )
@@ -374,6 +393,14 @@ class EvalConfig:
     output: str | None = knob(None, "JSON file for the result (default: eval-SPLIT.json next to the weights)")
 
 
+def compile_mode(choice: Any) -> str:
+    """Return ``runtime.compile`` as auto, blocks, model or false; true means model."""
+    mode = {"true": "model"}.get(str(choice).lower(), str(choice).lower())
+    if mode not in COMPILE_MODES:
+        raise UserError(choose("runtime.compile", mode, COMPILE_MODES))
+    return mode
+
+
 def image_shape(image_size: Any) -> tuple[int, int]:
     """Return ``data.image_size`` as (height, width), in pixels."""
     height, width = image_size if isinstance(image_size, list | tuple) else (image_size, image_size)
@@ -421,6 +448,7 @@ def validate(config: Any) -> None:
 
 def _check_rules(config: RunConfig) -> None:
     data, augment, optim, engine = config.data, config.augment, config.optim, config.engine
+    compile_mode(config.runtime.compile)
     try:
         height, width = image_shape(data.image_size)
     except (TypeError, ValueError):
@@ -433,12 +461,13 @@ def _check_rules(config: RunConfig) -> None:
         ("augment.scale", augment.scale, 2),
         ("augment.ratio", augment.ratio, 2),
         ("optim.betas", optim.betas, 2),
+        ("data.range", data.range, 2),
         ("data.mean", data.mean, 3),
         ("data.std", data.std, 3),
     ):
         if entries is not None and len(entries) != length:
             raise UserError(f"{key}={entries} must have {length} entries.")
-        if entries and key.startswith("augment") and entries[0] > entries[1]:
+        if entries and key.startswith(("augment", "data.range")) and entries[0] > entries[1]:
             raise UserError(f"{key}={entries}: the lower bound exceeds the upper bound.")
     micro = engine.micro_batch_size
     if micro and engine.batch_size % micro:
@@ -446,9 +475,14 @@ def _check_rules(config: RunConfig) -> None:
             f"engine.batch_size={engine.batch_size} is not a multiple of engine.micro_batch_size={micro}. "
             f"The nearest multiples are: {_multiples_near(engine.batch_size, micro)}."
         )
+    for key, names in (
+        ("engine.metrics", engine.metrics),
+        ("augment.extra", augment.extra),
+        ("tracking.loggers", config.tracking.loggers),
+    ):
+        if len({short_name(name) for name in names}) < len(names):
+            raise UserError(f"{key}={names}: two entries have the same name.")
     metrics = [short_name(name) for name in engine.metrics]
-    if len(set(metrics)) < len(metrics):
-        raise UserError(f"engine.metrics={engine.metrics}: two metrics have the same name.")
     if short_name(engine.best_by) not in metrics:
         raise UserError(f"engine.best_by={engine.best_by} must be one of engine.metrics: {', '.join(metrics)}.")
     if config.schedule.name == "step" and not config.schedule.milestones:

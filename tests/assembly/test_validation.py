@@ -1,4 +1,4 @@
-"""What is checked early, before data is opened."""
+"""Checks that happen before the data is opened."""
 
 import contextlib
 import re
@@ -20,10 +20,10 @@ from moa_train.runtime.signals import StopSignals
         ("schedule.duration", "10 epoks", ["'epochs'"]),
         ("schedule.duration", "0 steps", ["more than zero"]),
         ("schedule.duration", "ten epochs", ["not a duration"]),
-        ("schedule.warmup", "200%", ["more than the whole training"]),
-        ("schedule.warmup", "1.5 steps", ["steps are whole", "'2 steps'"]),
+        ("schedule.warmup", "200%", ["more than the whole run"]),
+        ("schedule.warmup", "1.5 steps", ["must be a whole number", "'2 steps'"]),
         ("schedule.milestones", "[50]", ["unit is missing"]),
-        ("augment.off", "banana", ["not a duration"]),
+        ("augment.weak_for", "banana", ["not a duration"]),
         ("engine.eval_every", "-1 step", ["not a duration"]),
         ("engine.save_every", "often", ["not a duration"]),
         ("engine.keep_every", "1 week", ["not a duration"]),
@@ -33,7 +33,7 @@ from moa_train.runtime.signals import StopSignals
         ("model.heads", "[3,2]", ["heads"]),
     ],
 )
-def test_what_needs_no_data_is_checked_before_it_is_opened(tiny, tmp_path, key, value, fragments):
+def test_errors_that_need_no_data_are_found_before_it_is_opened(tiny, tmp_path, key, value, fragments):
     config = tiny({"data.name": "folder", "data.root": tmp_path / "nowhere", key: value, "data.val_fraction": 0.1})
     with pytest.raises(UserError) as error, Distributed.start("cpu") as alone:
         build_run(config, run_dir=tmp_path, distributed=alone, stop=StopSignals())
@@ -48,9 +48,9 @@ def test_the_defaults_pass(tiny):
     check_config(tiny())
 
 
-def test_a_batch_that_ranks_cannot_share_names_the_nearest(tiny):
+def test_the_error_for_an_indivisible_batch_names_the_nearest_size(tiny):
     three = Distributed(0, 0, 3, 3, torch.device("cpu"))
-    with pytest.raises(UserError, match=r"engine\.batch_size=32 cannot be shared by 3 ranks\. Nearest: 33"):
+    with pytest.raises(UserError, match=r"engine\.batch_size=32 cannot be divided among 3 ranks\. Nearest: 33"):
         resolve(tiny(), three)
     assert resolve(tiny({"engine.batch_size": 33}), three).engine.micro_batch_size == 11
 
@@ -59,7 +59,7 @@ def test_a_batch_that_ranks_cannot_share_names_the_nearest(tiny):
     ("images", "batch_size", "repeats", "fits"),
     [(100, 100, 1, True), (100, 101, 1, False), (34, 102, 3, True), (33, 100, 3, False), (1, 2, 1, False)],
 )
-def test_an_update_is_no_longer_than_an_epoch(tiny, tmp_path, images, batch_size, repeats, fits):
+def test_a_batch_is_not_larger_than_an_epoch(tiny, tmp_path, images, batch_size, repeats, fits):
     changes = {"data.limit": images, "engine.batch_size": batch_size, "augment.repeats": repeats}
     config = tiny(changes)
     error = contextlib.nullcontext() if fits else pytest.raises(UserError)
@@ -67,6 +67,6 @@ def test_an_update_is_no_longer_than_an_epoch(tiny, tmp_path, images, batch_size
         build_run(config, run_dir=tmp_path, distributed=alone, stop=StopSignals()).trainer.tracker.close()
     if not fits:
         said = str(raised.value)
-        most, good = map(int, re.findall(r"engine\.batch_size=(\d+); .* epoch: (\d+)\.", said)[0])
+        most, good = map(int, re.findall(r"largest size is engine\.batch_size=(\d+); .* use (\d+)\.", said)[0])
         assert 1 <= good <= most == images * repeats < batch_size
         assert f"engine.batch_size={batch_size}, but there are only {images} training images" in said

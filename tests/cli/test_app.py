@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from moa_train.cli import app
+from moa_train.cli import app, sweep
 from moa_train.runtime.errors import UserError
 from moa_train.schema import EvalConfig, RunConfig, knobs
 
@@ -171,9 +171,9 @@ def test_the_arguments_of_one_run_of_a_sweep(monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["moa-train", "--multirun", "--config-dir", "own", "optim.lr=1e-3,2e-3", "hydra.x=1"]
     )
-    assert app.arguments_of_one_run(["optim.lr=1e-3"]) == ["--config-dir", "own", "optim.lr=1e-3"]
+    assert sweep.arguments_of_one_run(["optim.lr=1e-3"]) == ["--config-dir", "own", "optim.lr=1e-3"]
     monkeypatch.setattr(sys, "argv", ["moa-train", "--config-dir", "own", "optim.lr=1e-3"])
-    assert app.arguments_of_one_run(["optim.lr=1e-3"]) is None
+    assert sweep.arguments_of_one_run(["optim.lr=1e-3"]) is None
 
 
 def test_torchrun_is_told_and_keeps_the_time_of_what_it_was_told_before(monkeypatch, tmp_path, capsys):

@@ -1,9 +1,13 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage, stats
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import RandomErasing as Peer
 
+from moa_train.data.box import Box
 from moa_train.data.counter import sample_keys
 from moa_train.data.erasing import AREA, RATIO, RandomErasing
 
@@ -56,10 +60,33 @@ def test_probability_0_and_1() -> None:
     assert (areas(RandomErasing(1.0)(images.clone(), KEYS[:50])) > 0).all()
 
 
-def test_slices_of_tensors_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU arrays are sliced in place of tensors, elsewhere the tensors themselves."""
-    images = torch.zeros(200, 3, 20, 30)
-    expected = RandomErasing(0.5)(images.clone(), sample_keys(0, 0, np.arange(200), 0))
-    monkeypatch.setattr("moa_train.data.erasing._to_slice", lambda tensor: tensor)
-    assert torch.equal(RandomErasing(0.5)(images, sample_keys(0, 0, np.arange(200), 0)), expected)
+def test_all_images_at_once_as_on_a_gpu_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, keys = torch.zeros(200, 3, 20, 30), sample_keys(0, 0, np.arange(200), 0)
+    erase, calls = RandomErasing(0.5), []
+    expected = erase(images.clone(), keys)
+
+    def note(images: torch.Tensor, rows: np.ndarray, boxes: list[Box], starts: np.ndarray) -> torch.Tensor:
+        calls.append((rows, boxes, starts))
+        return images
+
+    monkeypatch.setattr(erase, "_erase_at_once", note)
+    erase(images.to("meta"), keys)
+    assert torch.equal(RandomErasing(0.5)._erase_at_once(images, *calls[0]), expected)
     assert expected.any()
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_the_number_of_operations_does_not_grow_with_the_batch(probability: float) -> None:
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += 1
+            return operation(*args, **(kwargs or {}))
+
+    calls = []
+    for count in (2, 200):
+        with Count() as counter:
+            RandomErasing(probability)(torch.zeros(count, 3, 20, 30, device="meta"), KEYS[:count])
+        calls.append(counter.calls)
+    assert calls[0] == calls[1] < 50

@@ -1,4 +1,4 @@
-"""Counts, against scikit-learn's; what one process and two gloo ranks counted is in two_ranks.py."""
+"""Metrics compared with scikit-learn's; two_ranks.py computes them in one process and on two gloo ranks."""
 
 import json
 import math
@@ -7,12 +7,14 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss, top_k_accuracy_score
 
-from moa_train.data import EvalLoader
 from moa_train.data.arrays import ArraySource
-from moa_train.engine.evaluate import Evaluation, evaluate, rank_of_label
+from moa_train.data.loader import EvalLoader
+from moa_train.engine.evaluate import Evaluation, evaluate
+from moa_train.engine.metrics import create_metrics, rank_of_label
 from moa_train.runtime.distributed import Distributed
+from moa_train.schema import EngineConfig
 
 NAN, INF = math.nan, math.inf
 
@@ -28,9 +30,9 @@ NAN, INF = math.nan, math.inf
         ([0.0, 2.0, 2.0], 2, 1),
         ([-INF, -INF, 0.0], 1, 2),
         ([INF, 0.0, INF], 0, 0),
-        ([NAN, 2.0, 1.0], 1, 1),  # a NaN comes before everything ...
+        ([NAN, 2.0, 1.0], 1, 1),  # a NaN ranks before all numbers ...
         ([2.0, 1.0, NAN], 0, 1),
-        ([NAN, 2.0, 1.0], 0, 3),  # ... and at the label it is never a hit, not even among three
+        ([NAN, 2.0, 1.0], 0, 3),  # ... and is never a hit at the label
         ([NAN, NAN, NAN], 1, 3),
     ],
 )
@@ -40,7 +42,7 @@ def test_rank_of_a_label(logits, label, rank):
 
 
 @pytest.mark.parametrize("levels", [3, 1000])
-def test_rank_is_the_place_in_a_stable_sort(levels):
+def test_the_rank_is_the_position_in_a_stable_sort(levels):
     rng = np.random.default_rng(0)
     logits, labels = rng.integers(0, levels, (200, 17)), rng.integers(0, 17, 200)
     order = np.argsort(-logits, axis=1, kind="stable")
@@ -55,7 +57,7 @@ def counted(two_ranks) -> dict[str, dict]:
     return {place: json.loads((two_ranks / f"engine-{place}.json").read_text())["evaluate"] for place in places}
 
 
-def test_counts_are_scikit_learns(counted):
+def test_metrics_are_those_of_scikit_learn(counted):
     alone = counted["1-0"]
     logits, labels = np.array(alone["logits"]), np.array(alone["labels"])
     probabilities = torch.from_numpy(logits).softmax(1).numpy()
@@ -65,6 +67,8 @@ def test_counts_are_scikit_learns(counted):
     assert result["top5_count"] == top_k_accuracy_score(labels, logits, k=5, normalize=False, labels=range(10))
     assert result["loss"] == pytest.approx(log_loss(labels, probabilities, labels=range(10)), rel=1e-6)
     assert result["top1"] == 100 * result["top1_count"] / 61
+    assert result["Recall"] == pytest.approx(100 * balanced_accuracy_score(labels, logits.argmax(1)), rel=1e-6)
+    assert result["Recall"] != pytest.approx(result["top1"], rel=1e-3)
     assert 0 < result["top1_count"] < result["top5_count"] < 61  # the test can fail
 
 
@@ -75,8 +79,10 @@ def test_counts_are_the_same_for_any_ranks_batches_and_workers(counted):
         for batch, result in found.items()
         if batch not in ("logits", "labels")
     }
-    assert len(results) == 12
-    counts = {tuple(result[key] for key in ("top1_count", "top5_count", "total")) for result in results.values()}
+    assert len(results) == 18
+    counts = {
+        tuple(result[key] for key in ("top1_count", "top5_count", "Recall", "total")) for result in results.values()
+    }
     assert len(counts) == 1
     losses = [result["loss"] for result in results.values()]
     assert max(losses) == pytest.approx(min(losses), rel=1e-6)
@@ -89,7 +95,7 @@ def source(images: int = 5) -> ArraySource:
 
 
 class Leaning(torch.nn.Module):
-    """Says class 0 for images below 3; drops nothing out in eval mode."""
+    """Predicts class 0 for images below 3."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         assert not self.training
@@ -104,6 +110,7 @@ def run(stop=lambda: False, model: torch.nn.Module | None = None, **more) -> Eva
             model,
             EvalLoader(source(), batch_size=2),
             lambda batch: batch.images.float(),
+            metrics=create_metrics(EngineConfig()),
             autocast=nullcontext,
             distributed=alone,
             stop=stop,
@@ -114,12 +121,12 @@ def run(stop=lambda: False, model: torch.nn.Module | None = None, **more) -> Eva
 def test_few_classes_and_an_incomplete_batch():
     result = run()
     assert result is not None
-    assert (result.top1_count, result.top5_count, result.total) == (4, 5, 5)  # 3 ties, and goes to class 0
-    assert (result.top1, result.top5) == (80.0, 100.0)
+    assert (result.counts, result.total) == ({"top1": 4, "top5": 5}, 5)  # image 3 is a tie, which goes to class 0
+    assert (result.values["top1"], result.values["top5"]) == (80.0, 100.0)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_returns_to_its_mode(training):
+def test_the_model_gets_its_mode_back(training):
     model = Leaning().train(training)
     run(model=model)
     assert model.training == training
@@ -129,17 +136,19 @@ def test_the_model_returns_to_its_mode(training):
     assert failing.training == training
 
 
-def test_a_stop_ends_it_without_a_result():
+def test_a_stop_ends_an_evaluation_without_a_result():
     calls = iter([False, True])
     assert run(stop=lambda: next(calls)) is None
     assert next(calls, "used up") == "used up"
 
 
-def test_it_tells_how_far_it_is():
-    told = []
-    run(advance=lambda *numbers: told.append(numbers))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+def test_it_reports_its_progress():
+    reported = []
+    run(advance=lambda *numbers: reported.append(numbers))
+    assert reported == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_nothing_to_evaluate_is_no_division_by_zero():
-    assert Evaluation(0, 0, 0, 0.0).as_dict()["top1"] == 0
+@pytest.mark.parametrize("name", ["top1", "top5", "loss"])
+def test_without_samples_a_metric_is_zero(name):
+    (metric,) = create_metrics(EngineConfig(metrics=[name])).values()
+    assert metric.value(torch.zeros((), dtype=torch.int64), 0) == 0

@@ -5,7 +5,7 @@ from moa_train.engine.loss import soft_cross_entropy
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e-6])
-def test_it_is_torchs_cross_entropy_of_distributions_summed(scale):
+def test_it_is_the_sum_of_torchs_cross_entropy_with_distributions(scale):
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(7, 11, generator=generator, dtype=torch.float64) * scale).requires_grad_()
     targets = torch.randn(7, 11, generator=generator, dtype=torch.float64).mul(3).softmax(dim=1)

@@ -7,13 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moa_train.engine.loss import soft_cross_entropy
 from moa_train.engine.nonfinite import GradientGuard, NonFinitePolicy, RollBack
 from moa_train.engine.state import TrainState
 from moa_train.engine.step import TrainStep
-from moa_train.optim import AveragedWeights, clip_gradients, create_optimizer
+from moa_train.optim.clip import clip_gradients
+from moa_train.optim.ema import AveragedWeights
+from moa_train.optim.optimizers import create_optimizer
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.precision import Precision
+from moa_train.schema import OptimConfig
 
 CPU = torch.device("cpu")
 
@@ -34,7 +38,7 @@ class Points:
 
 
 def batches(start: int, bad: dict[tuple[int, int], float] | None = None) -> Iterator[Points]:
-    """Two micro-batches of four a step; ``bad`` puts a value into the first number of one, by step and micro-batch."""
+    """Yield two micro-batches of four samples per step; ``bad`` has values to insert, by step and micro-batch."""
     for number in range(2 * start, 1000):
         step, micro = divmod(number, 2)
         x_BC = torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
@@ -55,13 +59,15 @@ class Network(nn.Module):
 
 def build(optimizer: str = "adamw", delay: int = 0, body: nn.Module | None = None) -> tuple[TrainStep, TrainState]:
     torch.manual_seed(0)
+    config = OptimConfig(name=optimizer, clip="norm", clip_value=1.0)
     model, precision = Network(body or nn.Linear(8, 8)), Precision.resolve("fp32", CPU)
-    optimizers, ema = create_optimizer(optimizer, model, lr=0.01), AveragedWeights(model, 0.9)
+    optimizers, ema = create_optimizer(config, model, 0.01), AveragedWeights(model, 0.9)
     step = TrainStep(
         model,
         optimizers,
         transform=lambda batch, step: (batch.points, nn.functional.one_hot(batch.index % 3, 3).float()),
-        clip=partial(clip_gradients, mode="norm", limit=1.0),
+        loss=soft_cross_entropy,
+        clip=partial(clip_gradients, config=config),
         precision=precision,
         ema=ema,
         micro_batches=2,
@@ -83,8 +89,8 @@ def copy(state: TrainState) -> dict[str, Tensor]:
     ("optimizer", "delay"),
     [("adamw", 0), ("sgd", 0), ("nadamw", 0), ("muon", 0), ("adamw", 2), ("sgd", 2), ("muon", 2)],
 )
-def test_parameters_optimizer_averages_and_statistics_stay_as_they_were(optimizer, delay, value, bad_step):
-    """With a delay nobody on the host knows of it when the update is due: the kernels themselves leave it out."""
+def test_a_skipped_update_changes_no_tensor_of_the_state(optimizer, delay, value, bad_step):
+    """With a delay the host doesn't know about it in time: the kernels themselves skip the update."""
     step, state = build(optimizer, delay)
     stream, seen = batches(0, {(bad_step, 1): value}), []
     for number in range(8):
@@ -102,8 +108,8 @@ def test_parameters_optimizer_averages_and_statistics_stay_as_they_were(optimize
 
 
 @pytest.mark.parametrize(("optimizer", "delay"), [("adamw", 2), ("sgd", 2), ("muon", 2)])
-def test_what_the_kernels_leave_out_changes_nothing_else(optimizer, delay):
-    """Finite steps have the same numbers whether or not kernels are ready to skip, and so has what follows."""
+def test_kernels_that_can_skip_compute_the_same_updates(optimizer, delay):
+    """Updates before and after a skipped one are the same whether the host or the kernels skip it."""
     ends = []
     for wait in (0, delay):
         step, state = build(optimizer, wait)
@@ -111,13 +117,13 @@ def test_what_the_kernels_leave_out_changes_nothing_else(optimizer, delay):
         for number in range(8):
             step(stream, number)
         ends.append(copy(state))
-    # The averages' own decay counts updates, which the host knows late with a delay.
+    # The decay of the averages depends on the number of updates, which the host learns late with a delay.
     for name in (name for name in ends[0] if not name.startswith("ema")):
         torch.testing.assert_close(ends[0][name], ends[1][name], rtol=0, atol=0, msg=name)
 
 
-def test_a_loss_that_is_infinite_with_a_finite_gradient_is_noticed(monkeypatch):
-    """The true class's logit is -inf: softmax's gradient is finite, the loss is not."""
+def test_an_infinite_loss_with_a_finite_gradient_is_noticed():
+    """With a logit of -inf at the label, the gradient of softmax is finite and the loss is not."""
     step, state = build()
     with torch.no_grad():
         state.model.head.bias[0] = -torch.inf
@@ -134,7 +140,7 @@ class Overflowing(nn.Module):
 
 
 class Rooted(nn.Module):
-    """Finite forwards; its gradient at 0 is not."""
+    """Has finite outputs, and an infinite gradient at 0."""
 
     def forward(self, x_BC: Tensor) -> Tensor:
         return (0 * x_BC).abs().sqrt()
@@ -150,7 +156,7 @@ class Rooted(nn.Module):
         ("None", None, None),
     ],
 )
-def test_the_first_that_is_not_finite_is_named(where, body, value):
+def test_the_first_non_finite_tensor_is_named(where, body, value):
     step, state = build(body=body if body != "damaged" else None)
     if body == "damaged":
         state.model.body.bias.data[3] = torch.nan
@@ -166,16 +172,18 @@ def test_the_first_that_is_not_finite_is_named(where, body, value):
     assert all(parameter.grad is None for parameter in state.model.parameters())
 
 
-def test_a_policy_reports_then_aborts_skips_or_rolls_back(tmp_path: Path):
+def test_a_policy_writes_a_report_and_aborts_skips_or_rolls_back(tmp_path: Path):
     alone = Distributed(0, 0, 1, 1, CPU)
     origins = [{"micro": 0, "origin": "module head", "epoch": [0], "index": [7], "bad": [7]}]
-    with pytest.raises(UserError, match=r"step 12 is not finite: first in module head, micro-batch 0 \(rank 0\)"):
+    with pytest.raises(
+        UserError, match=r"step 12 is not finite: the first such value is in module head, micro-batch 0 \(rank 0\)"
+    ):
         NonFinitePolicy("abort", 10, 0.5, tmp_path, alone).answer(12, origins, 1, 1.0)
     assert '"index": [' in (tmp_path / "nonfinite-step-00000012.json").read_text()
     skip = NonFinitePolicy("skip", 1, 0.5, tmp_path, alone)
-    assert "Skipped, 1 of at most 1" in skip.answer(12, origins, 1, 1.0)
-    with pytest.raises(UserError, match=r"number 2; engine\.nonfinite_budget=1"):
+    assert "Skipped: number 1 of at most 1" in skip.answer(12, origins, 1, 1.0)
+    with pytest.raises(UserError, match=r"number 2, which exceeds engine\.nonfinite_budget=1"):
         skip.answer(13, origins, 2, 1.0)
-    with pytest.raises(RollBack) as order:
+    with pytest.raises(RollBack) as request:
         NonFinitePolicy("rollback", 3, 0.5, tmp_path, alone).answer(12, origins, 2, 0.5)
-    assert order.value.state == {"nonfinite": 2, "rate_factor": 0.25}
+    assert (request.value.nonfinite, request.value.lr_factor) == (2, 0.25)

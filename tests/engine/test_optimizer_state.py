@@ -17,7 +17,7 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Module:
 def adamw(model, **more):
     decayed = [(name, p) for name, p in model.named_parameters() if p.ndim > 1]
     rest = [(name, p) for name, p in model.named_parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "rate_scale": 1.0}, {"params": rest, "weight_decay": 0.0, "rate_scale": 0.5}]
+    groups = [{"params": decayed, "lr_scale": 1.0}, {"params": rest, "weight_decay": 0.0, "lr_scale": 0.5}]
     return [torch.optim.AdamW(groups, lr=0.01, **more)]
 
 
@@ -52,7 +52,7 @@ def through_a_file(tensors, path: Path):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_resumed_optimizer_goes_on_to_the_bit(tmp_path, name):
+def test_a_resumed_optimizer_continues_bit_for_bit(tmp_path, name):
     whole = network()
     optimizers = MAKERS[name](whole)
     train(whole, optimizers, range(3))
@@ -87,7 +87,7 @@ def test_state_keeps_its_own_dtype(tmp_path):
     assert {state["momentum_buffer"].dtype for state in fresh[0].state.values()} == {torch.float32}
 
 
-def test_state_is_found_by_name_and_is_a_copy():
+def test_state_is_matched_by_name_and_copied():
     model = network()
     optimizers = adamw(model)
     train(model, optimizers, range(1))
@@ -102,7 +102,7 @@ def test_state_is_found_by_name_and_is_a_copy():
     assert torch.equal(tensors["exp_avg|0.weight"], before)
 
 
-def test_hyperparameters_are_the_checkpoints_but_for_those_to_keep():
+def test_hyperparameters_are_restored_except_for_those_to_keep():
     model = network()
     optimizers = adamw(model)
     train(model, optimizers, range(1))
@@ -127,31 +127,31 @@ def trained() -> tuple[nn.Module, dict, list]:
 
 
 def refused(model, optimizers, tensors, packed) -> str:
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as caught:
         unpack_optimizers(optimizers, model.named_parameters(), tensors, packed)
-    assert not any(optimizer.state for optimizer in optimizers)  # nothing has been changed
-    return str(told.value)
+    assert not any(optimizer.state for optimizer in optimizers)  # nothing was changed
+    return str(caught.value)
 
 
-def test_missing_and_left_over_state_is_listed():
+def test_missing_and_unexpected_state_is_listed():
     model, tensors, packed = trained()
     del tensors["exp_avg|1.bias"]
     tensors["exp_avg|9.weight"] = torch.zeros(1)
-    told = refused(model, adamw(model), tensors, packed)
-    assert "missing exp_avg|1.bias" in told
-    assert "unexpected exp_avg|9.weight" in told
+    message = refused(model, adamw(model), tensors, packed)
+    assert "missing exp_avg|1.bias" in message
+    assert "unexpected exp_avg|9.weight" in message
 
 
-def test_another_optimizer_or_other_parameters_are_named():
+def test_a_different_optimizer_or_different_parameters_are_named():
     model, tensors, packed = trained()
     assert "AdamW in the checkpoint, SGD now" in refused(model, MAKERS["sgd"](model), tensors, packed)
     assert "AdamW in the checkpoint, Muon and AdamW now" in refused(model, muon(model), tensors, packed)
     one_group = [torch.optim.AdamW(model.parameters())]
-    assert "in other groups" in refused(model, one_group, tensors, packed)
+    assert "in different groups" in refused(model, one_group, tensors, packed)
     model[3].bias.requires_grad_(False)
     groups = adamw(model)[0].param_groups
     frozen = [torch.optim.AdamW([{**groups[0]}, {**groups[1], "params": groups[1]["params"][:2]}])]
-    assert "AdamW: 3.bias only in the checkpoint" in refused(model, frozen, tensors, packed)
+    assert "AdamW: 3.bias is only in the checkpoint" in refused(model, frozen, tensors, packed)
 
 
 def test_parameters_that_never_had_a_gradient_have_no_state():
@@ -166,8 +166,8 @@ def test_parameters_that_never_had_a_gradient_have_no_state():
     assert len(fresh[0].state) == 2
 
 
-def test_many_problems_are_a_short_message():
+def test_the_list_of_problems_is_cut():
     model, _, packed = trained()
-    told = refused(model, adamw(model), {}, packed)
-    assert "and 7 more" in told
-    assert len(told.splitlines()) <= 10
+    message = refused(model, adamw(model), {}, packed)
+    assert "and 7 more" in message
+    assert len(message.splitlines()) <= 10

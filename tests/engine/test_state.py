@@ -1,4 +1,4 @@
-"""The state in one object: what it holds, and what it refuses to take over."""
+"""The state of a training: what it saves, restores and refuses."""
 
 import pytest
 import torch
@@ -6,9 +6,11 @@ from torch import nn
 
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.state import TrainState, check_form
-from moa_train.optim import AveragedWeights, create_optimizer
+from moa_train.optim.ema import AveragedWeights
+from moa_train.optim.optimizers import create_optimizer
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.precision import Precision
+from moa_train.schema import OptimConfig
 
 CPU = torch.device("cpu")
 
@@ -16,10 +18,9 @@ CPU = torch.device("cpu")
 def state(*, optimizer: str = "adamw", ema: bool = True, width: int = 3, seed: int = 0) -> TrainState:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
-    model.head_name = "2"
     return TrainState(
         model,
-        create_optimizer(optimizer, model, lr=0.1),
+        create_optimizer(OptimConfig(name=optimizer), model, 0.1),
         Precision.resolve("fp32", CPU),
         AveragedWeights(model, 0.9) if ema else None,
     )
@@ -45,7 +46,7 @@ def save(state: TrainState, folder, *, ranks: int = 1) -> CheckpointStore:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "nadamw", "sgd"])
-def test_restored_it_goes_on_as_if_it_had_never_been_saved(tmp_path, optimizer):
+def test_a_restored_state_continues_like_the_original(tmp_path, optimizer):
     one, other = state(optimizer=optimizer), state(optimizer=optimizer, seed=1)
     train(one, 3)
     one.best, one.evaluated_step = {"step": 2, "top1": 50.0}, 2
@@ -60,7 +61,7 @@ def test_restored_it_goes_on_as_if_it_had_never_been_saved(tmp_path, optimizer):
     assert one.scalars() == other.scalars()
 
 
-def test_a_rank_without_a_share_of_the_meters_takes_anothers(tmp_path):
+def test_an_additional_rank_gets_the_meters_of_another(tmp_path):
     one, third = state(), state()
     train(one, 2)
     third.restore(save(one, tmp_path, ranks=2).at(2), rank=3)
@@ -68,18 +69,18 @@ def test_a_rank_without_a_share_of_the_meters_takes_anothers(tmp_path):
 
 
 @pytest.mark.parametrize(("saved", "now"), [(True, False), (False, True)])
-def test_averaged_weights_neither_appear_nor_vanish(tmp_path, saved, now):
+def test_ema_cannot_be_switched_on_or_off(tmp_path, saved, now):
     one = state(ema=saved)
     train(one, 1)
-    with pytest.raises(UserError, match="averaged weights") as error:
+    with pytest.raises(UserError, match="EMA weights") as error:
         state(ema=now).restore(save(one, tmp_path).at(1))
     assert "engine.ema_decay" in str(error.value)
 
 
-def test_rates_and_decay_follow_the_configuration(tmp_path):
+def test_the_lr_follows_the_configuration(tmp_path):
     one, other = state(), state()
     train(one, 1)
-    other.optimizer.set_rate(0.025)
+    other.optimizer.set_lr(0.025)
     other.restore(save(one, tmp_path).at(1))
     assert {group["lr"] for group in other.optimizer.param_groups} == {0.025}
 
@@ -87,18 +88,18 @@ def test_rates_and_decay_follow_the_configuration(tmp_path):
 def test_weights_of_another_model_are_refused_with_the_differences(tmp_path):
     one = state()
     train(one, 1)
-    with pytest.raises(UserError, match=r"not of this run's model:\n.*size mismatch for 0\.weight"):
+    with pytest.raises(UserError, match=r"do not fit the model of this run:\n.*size mismatch for 0\.weight"):
         state(width=5).restore(save(one, tmp_path).at(1))
 
 
 @pytest.mark.parametrize("value", [None, "evil", {}])
 @pytest.mark.parametrize("key", ["optimizer", "meters"])
-def test_a_state_of_another_form_is_refused(tmp_path, key, value):
+def test_a_state_of_the_wrong_type_is_refused(tmp_path, key, value):
     one = state()
     train(one, 1)
     store = save(one, tmp_path)
     store.save(1, one.tensors(), {"train": {**store.at(1).state["train"], key: value}})
-    with pytest.raises(UserError, match=r"state\.json lacks|does not fit this run"):
+    with pytest.raises(UserError, match=r"state\.json cannot be restored|does not fit this run"):
         state().restore(store.at(1))
 
 
@@ -114,10 +115,10 @@ def test_a_state_of_another_form_is_refused(tmp_path, key, value):
         ("train.step", True),
         ("train.best", None),
         ("train.meters", {}),
-        ("train.rate_factor", "1"),
+        ("train.lr_factor", "1"),
     ],
 )
-def test_what_is_missing_or_of_another_form_is_named(tmp_path, key, value):
+def test_entries_that_are_missing_or_of_the_wrong_type_are_named(tmp_path, key, value):
     one = state()
     train(one, 1)
     store = save(one, tmp_path)
@@ -127,5 +128,5 @@ def test_what_is_missing_or_of_another_form_is_named(tmp_path, key, value):
     section, _, name = key.partition(".")
     whole[section] = {**whole[section], name: value} if name else value
     store.save(1, one.tensors(), whole)
-    with pytest.raises(UserError, match=rf"state\.json is not of this version: {key}"):
+    with pytest.raises(UserError, match=rf"state\.json cannot be resumed: {key}"):
         check_form(store.at(1))

@@ -1,4 +1,4 @@
-"""What changes a run, and what must not; tiny runs on digits, bit for bit."""
+"""Which settings change a training and which don't: tiny runs on digits, compared bit for bit."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from moa_train.tracking.jsonl import read_rows
 
 
 def differing(one: dict, other: dict) -> list[str]:
-    """Names of the parts and tensors of two outcomes that are not the same to the bit."""
+    """Return the names of the parts and tensors that differ between two outcomes."""
     tensors = set(one["tensors"].keys() | other["tensors"].keys())
     names = [name for name in sorted(tensors) if one["tensors"].get(name) != other["tensors"].get(name)]
     return names + [part for part in ("step", "state") if one[part] != other[part]]
 
 
 def rows_of(found: dict) -> list[dict]:
-    """The log without the final evaluation, of which a session that was ended early has one more."""
+    """Return the log without final evaluations, because sessions that stop early have additional ones."""
     return [row for row in found["rows"] if row.get("split") != "test"]
 
 
@@ -55,22 +55,22 @@ def test_a_run_writes_its_rows_and_checkpoints(straight, outcome):
     ],
     ids=lambda changes: " ".join(changes),
 )
-def test_looking_at_it_does_not_change_the_training(straight, train, outcome, tmp_path, changes):
+def test_evaluation_logging_and_saving_do_not_change_the_training(straight, train, outcome, tmp_path, changes):
     assert train(tmp_path / "run", **changes) == 0
     found, expected = outcome(tmp_path / "run"), outcome(straight)
     assert found["tensors"] == expected["tensors"]
     losses = {row["step"]: row["grad_norm"] for row in expected["rows"] if row["kind"] == "train"}
-    assert len(losses) == 4  # the comparison compares something
+    assert len(losses) == 4  # the runs were logged
 
 
-def test_what_does_change_it_is_seen(straight, train, outcome, tmp_path):
+def test_a_different_lr_changes_the_weights(straight, train, outcome, tmp_path):
     assert train(tmp_path / "run", optim__lr=9.1e-4) == 0
     assert outcome(tmp_path / "run")["tensors"] != outcome(straight)["tensors"]
 
 
 @pytest.mark.parametrize("stops", [[1], [4], [5, 8], [11]], ids=str)
-def test_stopped_and_resumed_ends_as_if_it_had_not_been(straight, train, outcome, tmp_path, stops):
-    """Epochs begin in steps 4, 7 and 10, log rows after 3, 6, ...: these stops lie in the middle of both."""
+def test_a_stopped_and_resumed_run_ends_like_an_uninterrupted_one(straight, train, outcome, tmp_path, stops):
+    """These stops are in the middle of epochs, which begin in steps 4, 7 and 10, and between log rows (3, 6, ...)."""
     run_dir = tmp_path / "run"
     assert train(run_dir, engine__stop_after=f"{stops[0]} steps") == 0
     assert outcome(run_dir)["step"] == stops[0]
@@ -86,7 +86,7 @@ def test_stopped_and_resumed_ends_as_if_it_had_not_been(straight, train, outcome
     assert results[0]["test"] == results[1]["test"]
 
 
-def test_a_finished_run_resumed_is_the_same_run(straight, train, outcome, tmp_path):
+def test_resuming_a_finished_run_changes_nothing(straight, train, outcome, tmp_path):
     run_dir = tmp_path / "run"
     assert train(run_dir, schedule__duration="4 steps") == 0
     before, log = outcome(run_dir), (run_dir / "metrics.jsonl").read_text()
@@ -95,7 +95,7 @@ def test_a_finished_run_resumed_is_the_same_run(straight, train, outcome, tmp_pa
     assert (run_dir / "metrics.jsonl").read_text() == log
 
 
-def test_two_ranks_resumed_by_torchrun_end_as_if_they_had_not_stopped(two_ranks, outcome):
+def test_two_ranks_resumed_by_torchrun_end_like_an_uninterrupted_run(two_ranks, outcome):
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "moa_train.cli.train"]
     done = subprocess.run(
@@ -106,15 +106,15 @@ def test_two_ranks_resumed_by_torchrun_end_as_if_they_had_not_stopped(two_ranks,
         env=environment | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("resumed") + done.stderr.count("resumed") == 1  # rank 0 alone talks
+    assert done.stdout.count("resumed") + done.stderr.count("resumed") == 1  # only rank 0 prints
     found, expected = outcome(two_ranks / "first"), outcome(two_ranks / "whole")
     assert expected["step"] == 12
     assert differing(found, expected) == []
     assert rows_of(found) == rows_of(expected)
 
 
-def test_two_ranks_train_what_one_does(two_ranks, train, outcome, tmp_path):
-    """Micro-batches are mixed and drop out as they do alone; sums are taken in another order, so not to the bit."""
+def test_two_ranks_train_like_one(two_ranks, train, outcome, tmp_path):
+    """Mixing and dropout are the same for each micro-batch; only the order of sums differs, and thus the rounding."""
     assert train(tmp_path / "run", engine__micro_batch_size=8) == 0
     alone, shared = (read_rows(folder / "metrics.jsonl") for folder in (tmp_path / "run", two_ranks / "whole"))
     for one, other in zip(alone, shared, strict=True):
@@ -123,7 +123,7 @@ def test_two_ranks_train_what_one_does(two_ranks, train, outcome, tmp_path):
     assert len(alone) == 8
 
 
-def test_a_run_folder_of_its_own_for_each(train, tmp_path, monkeypatch):
+def test_every_run_gets_its_own_folder(train, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         assert train(None, schedule__duration="1 step", schedule__warmup="0", engine__eval_split="none") == 0

@@ -1,7 +1,9 @@
-"""When the host waits for the device, in a whole run on a device that only notes it."""
+"""When the host waits for the device, in a whole run on a simulated device that counts the waits."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -14,23 +16,29 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moa_train.assembly.run import build_run
-from moa_train.data import Batch
+from moa_train.data.batch import Batch
+from moa_train.engine.loss import soft_cross_entropy
 from moa_train.engine.step import TrainStep
-from moa_train.model import create_model
-from moa_train.optim import clip_gradients, create_optimizer
+from moa_train.model.registry import create_model
+from moa_train.optim.clip import clip_gradients
+from moa_train.optim.optimizers import create_optimizer
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.signals import StopSignals
+from moa_train.schema import MoaConfig, ModelConfig, OptimConfig
 
 aten = torch.ops.aten
 
 
 class Waits(TorchDispatchMode):
-    """Takes ``meta`` for a GPU, which the host reads zeros from; ``at`` counts, by ``now``, how often it waits.
+    """Simulates a GPU with the device ``meta``, from which the host reads zeros, and counts the host's waits.
 
-    It waits where a number is read (``item``, ``bool``, ``float``), where its own numbers or indices go into a tensor
-    there, and in copies either way that are not asked to go on by themselves. What needs more of a tensor, such as
-    the length of what a mask leaves, is an error on ``meta``.
+    The host waits when it reads a number (``item``, ``bool``, ``float``), when it puts numbers or indices of its own
+    into a tensor of the device, and in copies in either direction without ``non_blocking``. Operations whose result
+    depends on the values, such as indexing with a mask, raise an error on ``meta``.
+
+    Attributes:
+        at: number of waits for each value that ``now`` returned.
     """
 
     def __init__(self, now: Callable[[], int]) -> None:
@@ -84,7 +92,7 @@ class Waits(TorchDispatchMode):
 
 
 class FromNumbers(TorchFunctionMode):
-    """Notes tensors on ``meta`` that are made of numbers of the host, which no dispatch mode is told of."""
+    """Notices tensors on ``meta`` that are made from numbers of the host, which no dispatch mode sees."""
 
     MAKERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 
@@ -112,7 +120,7 @@ EVERYTHING = {
 }  # fmt: skip
 
 
-def test_every_way_to_wait_is_noted():
+def test_every_kind_of_wait_is_counted():
     here, there, index = torch.ones(3), torch.ones(3, device="meta"), torch.tensor([0, 1])
     ways = [
         lambda: there[0].item(), lambda: bool(there[0] > 0), lambda: float(there[0]), there.tolist, there.cpu,
@@ -141,36 +149,39 @@ def test_the_host_waits_where_it_needs_numbers_and_nowhere_else(
     config = tiny({**EVERYTHING, "optim.name": optimizer, "optim.clip": clip})
     alone = Distributed(0, 0, 1, 1, torch.device("meta"))
     run = build_run(config, run_dir=tmp_path, distributed=alone, stop=StopSignals())
-    run.trainer.train_step.guard.delay = 2  # as on a GPU, whose fused kernels skip an update by themselves:
+    run.trainer.train_step.guard.delay = 2  # as on a GPU, where fused kernels skip an update
     for part in run.trainer.state.optimizer.parts:
-        if not getattr(part, "_step_supports_amp_scaling", False):  # ``meta`` has none of those
+        if not getattr(part, "_step_supports_amp_scaling", False):  # ``meta`` has no such kernels
             part.register_step_pre_hook(forget_found_inf)
     with Waits(lambda: run.trainer.state.step) as waits:
         run.trainer.fit()
     run.trainer.tracker.close()
     assert waits.copies > 100
     assert +waits.at == {
-        0: 2,  # the images that are shown, and the first gradient's norm: later ones are looked at two steps behind
-        3: 3,  # evaluation, its counts and its loss; a save in between log rows, the sums so far
+        0: 2,  # the logged images, and the norm of the first gradient; later norms are read two steps late
+        3: 4,  # the three sums of the evaluation, and the meters for the checkpoint
         4: 1,  # a log row
-        6: 3,  # evaluation and save
-        7: 3,  # the last row, and evaluation
+        6: 4,  # evaluation and checkpoint
+        7: 4,  # the last log row, and evaluation
     }
 
 
 def a_step(device: torch.device) -> tuple[TrainStep, Iterator[Batch]]:
-    """A step of a MOA-Transformer with all that is random in it, and its batches, which are there already."""
-    fields = {"patch_size": 4, "embed_dim": 32, "depths": (2, 2), "heads": (1, 2), "window": 4}
-    model = create_model("moa", image_size=(32, 32), num_classes=10, drop_path=0.5, dropout=0.1, **fields).to(device)
-    numbers = torch.arange(8)
-    batches = (
-        Batch(torch.zeros(8, 3, 32, 32), numbers, numbers, numbers, numbers, step, 0).to(device) for step in count()
+    """Return the step of a MOA-Transformer with every source of randomness, and its batches on the device."""
+    config = ModelConfig(
+        embed_dim=32, depths=[2, 2], heads=[1, 2], window=4, drop_path=0.5, dropout=0.1, moa=MoaConfig(reduction=8)
     )
+    model = create_model(config, image_size=(32, 32), num_classes=10).to(device)
+    optim = OptimConfig(name="adamw", clip="norm", clip_value=1.0)
+    numbers = torch.arange(8)
+    batch = Batch(torch.zeros(8, 3, 32, 32), numbers, numbers, numbers, numbers, 0, 0).to(device)
+    batches = (replace(batch, step=step) for step in count())
     step = TrainStep(
         model,
-        create_optimizer("adamw", model, lr=1e-3),
+        create_optimizer(optim, model, 1e-3),
         transform=lambda batch, step: (batch.images, batch.images.new_full((8, 10), 0.1)),
-        clip=partial(clip_gradients, mode="norm", limit=1.0),
+        loss=soft_cross_entropy,
+        clip=partial(clip_gradients, config=optim),
         precision=Precision("fp32", device, torch.amp.GradScaler(device.type, enabled=False)),
         ema=None,
         micro_batches=1,
@@ -183,12 +194,9 @@ def a_step(device: torch.device) -> tuple[TrainStep, Iterator[Batch]]:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_host_waits_for_nothing_in_a_step_on_a_gpu():
+def test_the_host_waits_for_nothing_in_a_step_on_a_gpu(no_waits):
     step, batches = a_step(torch.device("cuda", torch.cuda.current_device()))
     for number in range(10):
-        # The first update is read, and kernels are loaded; later ones are looked at two steps behind.
-        torch.cuda.set_sync_debug_mode("error" if number > 3 else "default")
-        try:
+        # The first gradient's norm is read, and kernels are loaded; later norms are read two steps behind.
+        with no_waits() if number > 3 else nullcontext():
             assert step(batches, number)["loss"].is_cuda
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

@@ -1,4 +1,4 @@
-"""What one process and what two gloo ranks do; each leaves its findings in a folder. Run by the fixture two_ranks."""
+"""Scenarios for one process and for two gloo ranks, which write results to a folder. Run by the fixture two_ranks."""
 
 import json
 import os
@@ -19,33 +19,28 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from moa_train.cli.evaluate import evaluate as eval_command
 from moa_train.cli.train import train as train_command
-from moa_train.data import Batch, EvalLoader, open_source
+from moa_train.data.batch import Batch
+from moa_train.data.dataset import open_split
+from moa_train.data.loader import EvalLoader
 from moa_train.engine.evaluate import evaluate
+from moa_train.engine.loss import soft_cross_entropy
+from moa_train.engine.metrics import create_metrics
 from moa_train.engine.step import TrainStep
-from moa_train.model import create_model
-from moa_train.optim import clip_gradients, create_optimizer
+from moa_train.model.registry import create_model
+from moa_train.optim.clip import clip_gradients
+from moa_train.optim.optimizers import create_optimizer
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
-from moa_train.schema import EvalConfig, from_dict
+from moa_train.schema import DataConfig, EngineConfig, EvalConfig, MoaConfig, ModelConfig, OptimConfig, from_dict
 
-BATCH, MICRO_BATCHES, CLASSES, RATE = 24, 4, 5, 0.1
+BATCH, MICRO_BATCHES, CLASSES, LR = 24, 4, 5, 0.1
 
 
 def model(num_classes: int = CLASSES) -> nn.Module:
     torch.manual_seed(0)
-    return create_model(
-        "moa",
-        image_size=(16, 16),
-        num_classes=num_classes,
-        patch_size=2,
-        embed_dim=16,
-        depths=(1, 1),
-        heads=(1, 2),
-        window=4,
-        moa_reduction=4,
-        drop_path=0.0,
-        moa_drop_path=0.0,
-    )
+    moa = MoaConfig(reduction=4, drop_path=0.0)
+    config = ModelConfig(patch_size=2, embed_dim=16, depths=[1, 1], heads=[1, 2], window=4, drop_path=0.0, moa=moa)
+    return create_model(config, image_size=(16, 16), num_classes=num_classes)
 
 
 def samples() -> tuple[Tensor, Tensor]:
@@ -62,7 +57,7 @@ def relative(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def accumulate(ranks: Distributed) -> dict:
-    """One update of TrainStep, against the one large batch by torch's own means."""
+    """Compare one update of TrainStep with torch's own on the whole batch at once."""
     images, targets = samples()
     large = model().double()
     loss = nn.functional.cross_entropy(large(images), targets)
@@ -72,7 +67,7 @@ def accumulate(ranks: Distributed) -> dict:
     for parameter, part in zip(large.parameters(), gradient, strict=True):
         parameter.grad = part.clone()
     nn.utils.clip_grad_norm_(large.parameters(), limit)
-    after = [parameter.detach() - RATE * parameter.grad for parameter in large.parameters()]
+    after = [parameter.detach() - LR * parameter.grad for parameter in large.parameters()]
 
     seen: dict = {"clips": 0, "micro": [], "reduced": [], "elements": 0}
     accumulated: list[Tensor] = []
@@ -84,13 +79,15 @@ def accumulate(ranks: Distributed) -> dict:
     def clip(parameters: list[nn.Parameter]) -> Tensor:
         seen["clips"] += 1
         accumulated.extend(parameter.grad.clone() for parameter in parameters)
-        return clip_gradients(parameters, "norm", limit)
+        return clip_gradients(parameters, config)
 
+    config = OptimConfig(name="sgd", momentum=0.0, weight_decay=0.0, clip="norm", clip_value=limit)
     trained = model().double()
     step = TrainStep(
         trained,
-        create_optimizer("sgd", trained, lr=RATE, momentum=0.0, weight_decay=0.0),
+        create_optimizer(config, trained, LR),
         transform=transform,
+        loss=soft_cross_entropy,
         clip=clip,
         precision=Precision.resolve("fp32", ranks.device),
         ema=None,
@@ -138,16 +135,19 @@ def write_images(root: Path, number: int = 61) -> None:
 
 
 def count_hits(ranks: Distributed, root: Path) -> dict:
-    """Evaluate 61 files in batches of 8 and 7, read by 0 and 2 workers."""
-    source = open_source("folder", split="test", root=root, image_size=(16, 16))
+    """Evaluate 61 files in batches of 8, 7 and 61, where rank 1 of 2 has none, read by 0 and 2 workers."""
+    source = open_split(DataConfig(name="folder", root=str(root), image_size=16), "test")
     network = model(len(source.classes))
+    engine = EngineConfig(metrics=["top1", "top5", "loss", "own_parts:Recall"], args={"Recall": {"classes": 10}})
     found = {}
-    for batch_size in (8, 7):
+    for batch_size in (8, 7, 61):
         for workers in (0, 2):
             loader = EvalLoader(
                 source, batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size, workers=workers
             )
-            result = evaluate(network, loader, pixels, autocast=nullcontext, distributed=ranks)
+            result = evaluate(
+                network, loader, pixels, metrics=create_metrics(engine), autocast=nullcontext, distributed=ranks
+            )
             found[f"{batch_size} {workers}"] = result.as_dict()
     if ranks.world_size == 1:
         with torch.no_grad():
@@ -176,7 +176,7 @@ def eval_(folder: Path) -> None:
 
 
 def start(folder: Path, scenario: Callable[[], None], ranks: int) -> None:
-    """Fork the ranks (torch, and what its optimizers import, is there once for all) and wait for them."""
+    """Fork the ranks, so that torch is imported only once, and wait for them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -195,7 +195,7 @@ def start(folder: Path, scenario: Callable[[], None], ranks: int) -> None:
         os._exit(0)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     if any(codes):
-        sys.exit(f"ranks left with {codes}")
+        sys.exit(f"the ranks exited with {codes}")
 
 
 def main(folder: Path) -> None:

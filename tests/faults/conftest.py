@@ -1,4 +1,4 @@
-"""The fault catalogue: `--fault-seed` chooses what is random in it; the table at the end counts what was injected."""
+"""The fault catalogue: `--fault-seed` seeds its random choices; a table at the end counts the injected faults."""
 
 import random
 import sys
@@ -14,25 +14,27 @@ import launch
 
 CATALOGUE = {
     1: "SIGKILL of all ranks at random steps",
-    2: "SIGKILL at the points of a save",
-    3: "three kills in one epoch",
-    4: "workers, restarts: same batches",
-    5: "resume on 2, 1, 2 ranks",
-    6: "SIGTERM, SIGINT, SIGUSR1: anywhere, to anyone",
-    7: "a rank killed, raising, stopped",
-    8: "NaN and Inf: loss, gradient, input",
-    9: "hostile files",
-    10: "truncated and flipped files",
-    11: "resume of another run",
-    12: "disk full, no permission",
-    13: "unreadable and odd images",
+    2: "SIGKILL at each point of a save",
+    3: "three kills within one epoch",
+    4: "batches across worker counts and restarts",
+    5: "resume on 2, then 1, then 2 ranks",
+    6: "SIGTERM, SIGINT, SIGUSR1 at any point, to any rank",
+    7: "a rank killed, raising an exception, suspended",
+    8: "NaN and Inf in loss, gradient and input",
+    9: "malicious files",
+    10: "truncated and corrupted files",
+    11: "resume with the settings or data of another run",
+    12: "disk full, missing permissions",
+    13: "unreadable and unusual images",
     14: "broken data sets",
-    15: "bad values and unknown keys",
-    16: "ranks with other configurations",
-    17: "two runs on one folder, stale lock",
-    18: "time stamps shuffled",
-    19: "evaluation on ranks and workers",
+    15: "invalid values and unknown keys",
+    16: "ranks with different configurations",
+    17: "two runs in one folder, stale lock",
+    18: "shuffled time stamps",
+    19: "evaluation across rank and worker counts",
     20: "SIGKILL while TensorBoard writes",
+    21: "failing system calls: listing, writing, closing",
+    22: "two nodes: a dead rank, a dead torchrun, a cut link",
 }
 
 
@@ -41,18 +43,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "fault(row, ...): rows of the catalogue; injections count in the first")
+    config.addinivalue_line("markers", "fault(row, ...): rows of the catalogue; injected faults count for the first")
 
 
 @pytest.fixture
 def draw(request: pytest.FixtureRequest) -> random.Random:
-    """Random choices, which the seed and the test's name decide."""
+    """Random choices that depend on the seed and on the name of the test."""
     return random.Random(f"{request.config.getoption('--fault-seed')} {request.node.nodeid}")
 
 
 @pytest.fixture
 def inject(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Count faults that the test injects; they have passed when it has."""
+    """A function that counts the faults that a test injects; they pass if the test passes."""
     first = request.node.get_closest_marker("fault").args[0]
 
     def add(faults: int = 1, row: int = first) -> None:
@@ -85,11 +87,11 @@ def _finished(folder: Path, ranks: int, more: str = "") -> Path:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing happened to, on one rank."""
+    """The folder of an uninterrupted run on one rank."""
     return _finished(tmp_path_factory.mktemp("whole"), 1)
 
 
 @pytest.fixture(scope="session")
 def whole_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same on two ranks."""
+    """The folder of the same run on two ranks."""
     return _finished(tmp_path_factory.mktemp("whole_pair"), 2)

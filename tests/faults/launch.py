@@ -1,4 +1,4 @@
-"""The commands as real processes, started quickly: a server that has imported everything forks each of them."""
+"""The commands as real processes, forked from a server that has imported everything, so that they start quickly."""
 
 import ctypes
 import hashlib
@@ -20,7 +20,7 @@ from moa_train.engine.manifest import PARTS
 from moa_train.tracking.jsonl import MACHINE_FIELDS, read_rows
 
 PATIENCE = 240.0
-"""Seconds to wait for what takes a few on a free machine."""
+"""Seconds to wait for something that takes a few seconds on an idle machine."""
 
 TRAIN, EVALUATE = "moa_train.cli.train", "moa_train.cli.evaluate"
 PRELOADED = (
@@ -35,14 +35,14 @@ TINY = (
     "tracking.loggers=[] tracking.log_every=1 tracking.progress=plain "
     "engine.save_every='3 steps' engine.eval_every='5 steps' schedule.duration='18 steps' schedule.warmup=0%"
 )
-"""18 updates, 6 an epoch, with averaged weights, Muon, augmentation and stochastic depth: all that has state."""
+"""A run of 18 updates, 6 per epoch, with EMA, Muon, augmentation and drop path, so that everything has state."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(list(PRELOADED))
 
 
 def arguments(text: str) -> list[str]:
-    """Split a command line's arguments; quotes hold what has blanks together, as in a shell, and stay for Hydra."""
+    """Split a command line as a shell does, but keep the quotes, which Hydra needs."""
     words, quoted = [""], False
     for character in text:
         quoted ^= character == "'"
@@ -54,7 +54,7 @@ def arguments(text: str) -> list[str]:
 
 
 class Job:
-    """A command under way, on one rank or several, which log to ``<folder>/log-<n>-<rank>.txt``."""
+    """A running command on one or several ranks, each of which writes to ``<folder>/log-<n>-<rank>.txt``."""
 
     def __init__(
         self,
@@ -70,24 +70,24 @@ class Job:
         obedient: bool = False,
         record: Path | None = None,
     ) -> None:
-        """Start it.
+        """Start the processes.
 
         Args:
-            command: arguments, as typed.
-            folder: where to log and to run.
-            ranks: processes, which find each other as torchrun's do.
-            faults: for MOA_TRAIN_FAULTS.
-            module: whose ``main`` to call.
-            own: further arguments of each rank.
-            places: folder to run in of each rank, as on machines of their own.
-            limit: largest size of a file that the processes may write, in bytes: a full disk.
-            obedient: permissions hold for the processes, though they may be root's.
-            record: file, in the folder, to which ranks append which samples they computed with.
+            command: the arguments.
+            folder: current folder of the processes, which also gets their output.
+            ranks: number of processes; they connect to each other like those of torchrun.
+            faults: value of MOA_TRAIN_FAULTS.
+            module: module whose ``main`` the processes call.
+            own: additional arguments of each rank.
+            places: current folder of each rank, if they differ as on several machines.
+            limit: maximum size in bytes of a file that the processes write, which simulates a full disk.
+            obedient: whether permissions of files apply even if the user is root.
+            record: file to which the ranks append the samples of each micro-batch.
         """
         number = len(list(folder.glob("log-*-0.txt")))
         self.logs = [folder / f"log-{number}-{rank}.txt" for rank in range(ranks)]
         for log in self.logs:
-            log.touch()  # the next one has another number
+            log.touch()  # so that the next job gets another number
         port = str(_free_port())
         self.processes = []
         for rank in range(ranks):
@@ -108,7 +108,7 @@ class Job:
 
     @property
     def output(self) -> str:
-        """What all ranks have printed so far."""
+        """The output of all ranks so far."""
         return "\n".join(log.read_text() for log in self.logs)
 
     def signal(self, number: signal.Signals, rank: int | None = None) -> None:
@@ -118,7 +118,7 @@ class Job:
                 os.kill(process.pid, number)
 
     def codes(self, patience: float = PATIENCE) -> list[int]:
-        """Wait for the end; return the exit codes, negative for signals. What is left then is killed, and a failure."""
+        """Wait for all processes, and return their exit codes, negative for signals. Fail if one is still running."""
         end = time.monotonic() + patience
         for process in self.processes:
             process.join(max(0.01, end - time.monotonic()))
@@ -130,7 +130,7 @@ class Job:
         return [process.exitcode or 0 for process in self.processes]
 
     def ended(self, code: int) -> str:
-        """Wait for the end, which must be with ``code`` on every rank; return the output."""
+        """Wait for all processes, check that each exits with ``code``, and return the output."""
         assert self.codes() == [code] * len(self.processes), self.output
         return self.output
 
@@ -145,8 +145,8 @@ def _run(
     obedient: bool,
     record: Path | None,
 ) -> None:
-    """In the new process: become what a shell would have started."""
-    multiprocessing.set_start_method("fork", force=True)  # of workers, as in a process that a shell has started
+    """Turn the new process into one that looks as if a shell had started it, and run the command."""
+    multiprocessing.set_start_method("fork", force=True)  # for data loading workers, as in a process started by a shell
     os.setsid()
     os.chdir(folder)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -169,7 +169,7 @@ def _run(
 
 
 def _obey_permissions() -> None:
-    """Give up root's right to write and read everywhere (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
+    """Drop the capabilities of root to ignore permissions (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     assert libc.capget(header, data) == 0
@@ -179,12 +179,12 @@ def _obey_permissions() -> None:
 
 
 def _record_samples(path: Path) -> None:
-    """Have every micro-batch that is trained on noted: step, number, samples and a hash of the augmented pixels."""
+    """Record every micro-batch of the training: step, number, samples, and a hash of the augmented pixels."""
     from moa_train.engine.step import TrainStep
 
     original = TrainStep._loss
 
-    def noted(self: TrainStep, model: Any, batch: Any, step: int) -> Any:
+    def recording(self: TrainStep, model: Any, batch: Any, step: int) -> Any:
         images, _ = self.transform(batch, step)
         pixels = hashlib.sha256(images.numpy().tobytes()).hexdigest()
         line = json.dumps([step, batch.micro, batch.epoch.tolist(), batch.index.tolist(), pixels]) + "\n"
@@ -192,7 +192,7 @@ def _record_samples(path: Path) -> None:
             file.write(line)
         return original(self, model, batch, step)
 
-    TrainStep._loss = noted  # type: ignore[method-assign]
+    TrainStep._loss = recording  # type: ignore[method-assign]
 
 
 def _free_port() -> int:
@@ -202,7 +202,7 @@ def _free_port() -> int:
 
 
 def samples(path: Path) -> dict[tuple[int, int], list[Any]]:
-    """Return what `Job` recorded, by step and micro-batch; of a step that was repeated all repetitions must agree."""
+    """Return the samples that a `Job` recorded, by step and micro-batch; repeated steps must have the same samples."""
     seen: dict[tuple[int, int], list[Any]] = {}
     for line in path.read_text().splitlines():
         step, micro, *what = json.loads(line)
@@ -211,7 +211,7 @@ def samples(path: Path) -> dict[tuple[int, int], list[Any]]:
 
 
 def state_hash(run: Path) -> str:
-    """H: the hash over all state in a run's newest checkpoint: sorted names, types, shapes, bytes; and the scalars."""
+    """Return a hash of the newest checkpoint: of the scalars, and of names, types, shapes and bytes of all tensors."""
     checkpoint = CheckpointStore(run).newest()
     assert checkpoint is not None
     digest = hashlib.sha256(json.dumps(checkpoint.state["train"], sort_keys=True).encode())
@@ -223,7 +223,7 @@ def state_hash(run: Path) -> str:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """Return the metric rows of a run, without what the machine has a say in."""
+    """Return the metric rows of a run without the fields that depend on the machine."""
     return [
         {key: value for key, value in row.items() if key not in MACHINE_FIELDS}
         for row in read_rows(run / "metrics.jsonl")
@@ -231,12 +231,12 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def train_rows(run: Path) -> list[dict[str, Any]]:
-    """Return the rows of updates alone: sessions of their own length end with evaluations of their own."""
+    """Return the rows of training steps only: sessions that stop early add evaluations."""
     return [row for row in rows(run) if row["kind"] == "train"]
 
 
 def result(run: Path) -> tuple[str, list[dict[str, Any]]]:
-    """Return what two runs must have in common to count as the same."""
+    """Return everything that must be equal for two runs to count as the same."""
     return state_hash(run), rows(run)
 
 
@@ -249,7 +249,7 @@ def wait_for_step(run: Path, step: int) -> None:
 
 
 def files(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield all files below a folder with their contents, to see whether anything was written."""
+    """Yield all files below a folder with their contents, to check whether anything was written."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.is_symlink() and path.name != ".lock":
             yield str(path), path.read_bytes()

@@ -1,4 +1,4 @@
-"""Rows 1, 2, 3, 6, 7, 20: processes that are killed, told to stop, or stopped."""
+"""Rows 1, 2, 3, 6, 7, 20: processes that are killed, asked to stop, or suspended."""
 
 import json
 import os
@@ -74,8 +74,8 @@ STOPS = [
 
 
 @pytest.mark.fault(6)
-def test_asked_to_stop_anywhere(tmp_path, whole_pair, draw, inject):
-    """All ranks stop at one step with everything saved, and the run goes on as if nothing had been."""
+def test_stopped_at_any_point(tmp_path, whole_pair, draw, inject):
+    """All ranks stop at the same step and save, and the resumed run ends like an uninterrupted one."""
     run = tmp_path / "run"
     for stop in draw.sample(STOPS, len(STOPS)):
         job = Job(f"{TINY} run_dir={run} resume=auto", tmp_path, ranks=2, faults=stop)
@@ -140,7 +140,7 @@ def test_a_second_interrupt_leaves_at_once(tmp_path, inject):
 
 @pytest.mark.fault(6)
 def test_two_interrupts_leave_a_save_that_hangs(tmp_path, inject):
-    """On storage that does not answer: the stop waits for the save, but not against somebody's will."""
+    """On hanging storage the stop waits for the save; two interrupts end the wait."""
     run = tmp_path / "run"
     job = Job(f"{TINY} run_dir={run}", tmp_path, faults="checkpoint.before_manifest=hang@2")
     wait_for_step(run, 6)
@@ -174,7 +174,7 @@ def test_torchrun_passes_the_signal_on(tmp_path, whole_pair, inject):
     process.terminate()
     inject()
     assert process.wait(PATIENCE) != 0
-    assert "saved. To go on" in (tmp_path / "torchrun.txt").read_text()
+    assert "saved. To resume" in (tmp_path / "torchrun.txt").read_text()
     Job(f"resume={run}", tmp_path, ranks=2).ended(0)
     assert result(run) == result(whole_pair)
 

@@ -1,4 +1,4 @@
-"""Row 8: numbers that are not finite, on one rank of two."""
+"""Row 8: NaN and infinity on one of two ranks."""
 
 import json
 
@@ -7,12 +7,12 @@ from launch import TINY, Job, result, samples, state_hash, train_rows
 
 from moa_train.engine.checkpoint import CheckpointStore
 
-LOWEST = ["step.loss", "step.gradient", "step.input"]
+POINTS = ["step.loss", "step.gradient", "step.input"]
 
 
 @pytest.mark.fault(8)
-@pytest.mark.parametrize("what", LOWEST)
-def test_abort_is_the_same_on_all_ranks_and_the_run_goes_on_from_before(tmp_path, whole_pair, what, draw, inject):
+@pytest.mark.parametrize("what", POINTS)
+def test_all_ranks_abort_and_the_run_resumes_from_before(tmp_path, whole_pair, what, draw, inject):
     run, step, rank = tmp_path / "run", draw.randint(1, 16), draw.randint(0, 1)
     job = Job(f"{TINY} run_dir={run}", tmp_path, ranks=2, faults=f"{what}=true@{step + 1}/{rank}")
     inject()
@@ -36,7 +36,7 @@ def test_abort_is_the_same_on_all_ranks_and_the_run_goes_on_from_before(tmp_path
 
 
 @pytest.mark.fault(8)
-def test_skip_goes_on_without_the_update(tmp_path, whole_pair, draw, inject):
+def test_skip_continues_without_the_update(tmp_path, whole_pair, draw, inject):
     run, step = tmp_path / "run", draw.randint(1, 16)
     command = f"{TINY} run_dir={run} engine.nonfinite=skip engine.nonfinite_budget=1"
     Job(command, tmp_path, ranks=2, faults=f"step.loss=true@{step + 1}/1").ended(0)
@@ -50,15 +50,15 @@ def test_skip_goes_on_without_the_update(tmp_path, whole_pair, draw, inject):
 
 
 @pytest.mark.fault(8)
-def test_rollback_repeats_from_the_checkpoint_at_half_the_rate(tmp_path, whole, draw, inject):
+def test_rollback_repeats_from_the_checkpoint_at_half_the_lr(tmp_path, whole, draw, inject):
     run, step = tmp_path / "run", draw.randint(4, 16)
     command = f"{TINY} run_dir={run} engine.nonfinite=rollback"
-    # Two micro-batches a step on one rank.
+    # One rank has two micro-batches per step.
     said = Job(command, tmp_path, faults=f"step.loss=true@{2 * step + 1}").ended(0)
     inject()
-    assert "Rolling back; rate x 0.5" in said
+    assert "Rolling back; learning rate x 0.5" in said
     state = CheckpointStore(run).newest().state["train"]
-    assert (state["nonfinite"], state["rate_factor"]) == (1, 0.5)
+    assert (state["nonfinite"], state["lr_factor"]) == (1, 0.5)
     steps = train_rows(run)
     before = train_rows(whole)
     assert [row["step"] for row in steps] == list(range(1, 19))
@@ -69,8 +69,8 @@ def test_rollback_repeats_from_the_checkpoint_at_half_the_rate(tmp_path, whole, 
 
 
 @pytest.mark.fault(8)
-def test_a_budget_that_is_used_up_aborts(tmp_path, inject):
+def test_an_exceeded_budget_aborts(tmp_path, inject):
     command = f"{TINY} run_dir={tmp_path / 'run'} engine.nonfinite=skip engine.nonfinite_budget=0"
     said = Job(command, tmp_path, faults="step.gradient=true@3").ended(2)
     inject()
-    assert "It was number 1; engine.nonfinite_budget=0" in said
+    assert "This is number 1, which exceeds engine.nonfinite_budget=0" in said

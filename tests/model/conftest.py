@@ -5,29 +5,41 @@ import pytest
 import torch
 from torch import nn
 
-from moa_train.model import create_model
+from moa_train.model.registry import create_model
+from moa_train.schema import MoaConfig, ModelConfig
 
-torch.set_num_threads(1)  # of small models, more threads only wait for each other
+torch.set_num_threads(1)  # small models only lose time by waiting for more threads
 
 SMALL = {
     "image_size": (16, 16),
     "num_classes": 5,
     "patch_size": 2,
     "embed_dim": 16,
-    "depths": (1, 1),
-    "heads": (2, 2),
+    "depths": [1, 1],
+    "heads": [2, 2],
     "window": 4,
     "moa_reduction": 4,
 }
 VARIANTS = {
-    "paper": ("moa", {}),
-    "paper, padded": ("moa", {"image_size": (18, 21)}),
-    "released": ("moa", {"moa_form": "released"}),
-    "window only": ("moa", {"moa_enabled": False}),
-    "swin": ("swin", {}),
-    "vit": ("vit", {"depths": (2,), "heads": (2,), "patch_size": 4}),
-    "resnet": ("resnet", {"depths": (1, 1, 1, 1), "embed_dim": 64}),
+    "paper": {},
+    "paper, padded": {"image_size": (18, 21)},
+    "published": {"moa_form": "published"},
+    "window only": {"moa_enabled": False},
+    "swin": {"name": "swin"},
+    "vit": {"name": "vit", "depths": [2], "heads": [2], "patch_size": 4},
+    "resnet": {"name": "resnet", "depths": [1, 1, 1, 1], "embed_dim": 64},
 }
+
+
+def configure(**fields: Any) -> ModelConfig:
+    moa = {key.removeprefix("moa_"): fields.pop(key) for key in list(fields) if key.startswith("moa_")}
+    return ModelConfig(**{"drop_path": 0.0, **fields}, moa=MoaConfig(**moa))
+
+
+def describe(variant: str = "paper", **changes: Any) -> tuple[ModelConfig, dict[str, Any]]:
+    fields = {**SMALL, **VARIANTS[variant], **changes}
+    geometry = {key: fields.pop(key) for key in ("image_size", "num_classes")}
+    return configure(**fields), geometry
 
 
 @pytest.fixture(autouse=True)
@@ -35,29 +47,30 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def settings_of() -> Callable[..., tuple[str, dict[str, Any]]]:
-    """Return the name and the fields of a small model: ``settings_of("released", moa_overlap=2)``."""
-
-    def choose(variant: str = "paper", **changes: Any) -> tuple[str, dict[str, Any]]:
-        name, fields = VARIANTS[variant]
-        return name, {**SMALL, **fields, **changes}
-
-    return choose
+@pytest.fixture(scope="session")
+def model_config() -> Callable[..., ModelConfig]:
+    """A function from fields to a configuration without drop path: ``model_config(window=7, moa_overlap=2)``."""
+    return configure
 
 
-@pytest.fixture
-def small(settings_of: Callable[..., tuple[str, dict[str, Any]]]) -> Callable[..., nn.Module]:
-    """Return a builder of small models: ``small("released", moa_overlap=2)``."""
+@pytest.fixture(scope="session")
+def small_config() -> Callable[..., tuple[ModelConfig, dict[str, Any]]]:
+    """A function that returns the arguments of `create_model` for a small model: ``small_config("vit", window=2)``."""
+    return describe
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[..., nn.Module]:
+    """A function that builds a small model: ``small("published", moa_overlap=2)``."""
 
     def build(variant: str = "paper", **changes: Any) -> nn.Module:
-        name, fields = settings_of(variant, **changes)
-        return create_model(name, **fields)
+        config, geometry = describe(variant, **changes)
+        return create_model(config, **geometry)
 
     return build
 
 
 @pytest.fixture(params=list(VARIANTS))
 def variant(request: pytest.FixtureRequest) -> str:
-    """Every variant of every model in turn."""
+    """Return each variant in turn."""
     return request.param

@@ -18,7 +18,7 @@ def changed(model, other) -> set[str]:
 
 
 def share(model, other) -> None:
-    """Give ``other`` all weights of ``model`` that have their place there."""
+    """Copy to ``other`` all weights of ``model`` that fit there."""
     fitting = {
         name: value for name, value in model.state_dict().items() if shapes(other).get(name) == tuple(value.shape)
     }
@@ -29,7 +29,7 @@ def test_window(small):
     model = small(window=4)
     names = {
         "layers.0.blocks.0.attn." + TABLE,
-        MOA + TABLE,  # fewer or more windows
+        MOA + TABLE,  # the number of windows differs
         MOA + "q.weight",
         MOA + "kv.weight",
     }
@@ -71,7 +71,7 @@ def test_moa_on_or_off(small):
     names = changed(model, other)
     assert names
     assert all(name.startswith(MOA) for name in names)
-    # With nothing to add, the block is not there.
+    # A block that adds nothing changes nothing.
     share(model, other)
     with torch.no_grad():
         model.layers[0].moa.expand.weight.zero_()
@@ -79,7 +79,7 @@ def test_moa_on_or_off(small):
     assert torch.equal(model(images), other(images))
 
 
-def test_rates_change_no_shape_and_nothing_in_evaluation(small):
+def test_dropout_rates_and_checkpointing_change_no_shape_and_nothing_in_evaluation(small):
     model = small().eval()
     other = small(drop_path=0.5, dropout=0.5, moa_drop_path=0.5, checkpointing=True).eval()
     assert changed(model, other) == set()
@@ -89,8 +89,8 @@ def test_rates_change_no_shape_and_nothing_in_evaluation(small):
 
 
 def test_form(small):
-    paper, released = small(), small("released")
-    for name in changed(paper, released):
+    paper, published = small(), small("published")
+    for name in changed(paper, published):
         assert (
             ".moa." in name
             or "glb_attn" in name

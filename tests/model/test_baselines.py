@@ -1,10 +1,10 @@
-"""Baselines are torchvision's models: same numbers, any geometry, and the calls that all models share."""
+"""The baselines return torchvision's numbers, accept any geometry, and share the interface of all models."""
 
 import pytest
 import torch
 from torchvision.models import ResNet, SwinTransformer, VisionTransformer
 
-from moa_train.model import create_model
+from moa_train.model.registry import create_model
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_feature_maps_of_every_stage(small, variant):
         "resnet": [(2, 256, 8, 8), (2, 512, 4, 4), (2, 1024, 2, 2), (2, 2048, 1, 1)],
     }.get(variant, [(2, 16, 8, 8), (2, 32, 4, 4)])
     assert [tuple(each.shape) for each in maps] == expected
-    if variant != "vit":  # whose head reads the class token
+    if variant != "vit":  # its head reads the class token
         logits = model.get_submodule(model.head_name)(maps[-1].mean((2, 3)))
         torch.testing.assert_close(logits, model(images))
 
@@ -38,26 +38,26 @@ def test_feature_maps_of_every_stage(small, variant):
     [
         ("swin", {"patch_size": 1, "embed_dim": 32, "depths": (1, 1, 1), "heads": (1, 2, 4)}),
         ("swin", {"patch_size": 2, "embed_dim": 32, "depths": (1, 1), "heads": (1, 2), "image_size": (20, 34)}),
-        ("swin", {"patch_size": 4, "embed_dim": 32, "depths": (2,), "heads": (1,), "in_channels": 1}),
-        ("vit", {"patch_size": 4, "embed_dim": 32, "depths": (1,), "heads": (2,), "in_channels": 1}),
+        ("swin", {"patch_size": 4, "embed_dim": 32, "depths": (2,), "heads": (1,)}),
         ("vit", {"patch_size": 4, "embed_dim": 32, "depths": (1,), "heads": (2,), "image_size": (16, 32)}),
-        ("resnet", {"patch_size": 1, "embed_dim": 64, "depths": (1, 1, 1, 1), "in_channels": 1}),
+        ("resnet", {"patch_size": 1, "embed_dim": 64, "depths": (1, 1, 1, 1)}),
         ("resnet", {"patch_size": 2, "embed_dim": 64, "depths": (1, 1, 1, 1), "image_size": (40, 48)}),
     ],
 )
-def test_small_images_rectangles_and_grey_ones(name, changes):
-    fields = {"image_size": (32, 32), "in_channels": 3, "num_classes": 10, "heads": (1,) * 4, "window": 4, **changes}
-    model = create_model(name, **fields)
-    logits = model(torch.randn(2, fields["in_channels"], *fields["image_size"]))
+def test_small_images_and_rectangles(model_config, name, changes):
+    fields = {"image_size": (32, 32), "heads": (1,) * 4, "window": 4, **changes}
+    size = fields.pop("image_size")
+    model = create_model(model_config(name=name, **fields), image_size=size, num_classes=10)
+    logits = model(torch.randn(2, 3, *size))
     assert logits.shape == (2, 10)
     logits.square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_stem_for_small_images_keeps_their_resolution():
+def test_stem_for_small_images_keeps_their_resolution(model_config):
     for stem, side in ((1, 32), (2, 16), (4, 8)):
-        fields = {"embed_dim": 64, "depths": (1,) * 4, "heads": (1,), "window": 1, "num_classes": 2}
-        model = create_model("resnet", image_size=(32, 32), patch_size=stem, **fields).eval()
+        config = model_config(name="resnet", patch_size=stem, embed_dim=64, depths=(1,) * 4)
+        model = create_model(config, image_size=(32, 32), num_classes=2).eval()
         assert model.forward_features(torch.randn(1, 3, 32, 32))[0].shape[2:] == (side, side)
 
 
@@ -69,7 +69,7 @@ def test_checkpointing_changes_no_number(small, variant):
     for checkpointing in (False, True):
         model = small(variant, checkpointing=checkpointing, **rates).train()
         model.load_state_dict(weights)
-        torch.manual_seed(5)  # the same samples lose their branches
+        torch.manual_seed(5)  # so that the same branches are dropped
         model(images).square().sum().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():

@@ -1,7 +1,7 @@
 """Both forms of the model against plain loops over windows, heads and pairs of positions, in float64.
 
-The loops below follow the text (shared by no code with the model): positions are visited one by one, padding is what is
-never visited, and memory that the released form reinterprets is addressed by its linear index.
+The loops below follow the text and share no code with the model: they visit positions one by one and never visit
+padding, and they address the memory that the published form reinterprets by its linear index.
 """
 
 import math
@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moa_train.model import create_model
+from moa_train.model.registry import create_model
+from moa_train.schema import MoaConfig, ModelConfig
 
 EPSILON = 1e-5  # of nn.LayerNorm
 
@@ -31,8 +32,8 @@ class Loops:
         return y + self[f"{name}.bias"] if f"{name}.bias" in self.weights else y
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        centred = x - x.mean()
-        return centred / (centred.square().mean() + EPSILON).sqrt() * self[f"{name}.weight"] + self[f"{name}.bias"]
+        centered = x - x.mean()
+        return centered / (centered.square().mean() + EPSILON).sqrt() * self[f"{name}.weight"] + self[f"{name}.bias"]
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
         hidden = self.linear(f"{name}.fc1", x)
@@ -68,7 +69,7 @@ class Loops:
                 x = self.local_block(f"layers.{stage}.blocks.{block}", x, window)
             last = stage == len(depths) - 1
             if not last and min(x.shape[:2]) >= self.window:
-                x = self.moa(f"layers.{stage}.moa", x) if self.form == "paper" else self.released(f"layers.{stage}", x)
+                x = self.moa(f"layers.{stage}.moa", x) if self.form == "paper" else self.published(f"layers.{stage}", x)
             maps.append(x)
             if not last:
                 x = self.merge(f"layers.{stage}.downsample", x)
@@ -140,7 +141,7 @@ class Loops:
             out[y, z] = x[y, z] + self.linear(f"{name}.expand", token)
         return stack(out, x.shape)
 
-    def released(self, name: str, x: Tensor) -> Tensor:
+    def published(self, name: str, x: Tensor) -> Tensor:
         """The published block: every reinterpretation is an index into linear memory."""
         H, W, C = x.shape
         P, K, o = self.window, self.window + 2 * self.overlap, self.overlap
@@ -197,18 +198,17 @@ def compare(form: str, image_size, patch, depths, heads, window, overlap, reduct
     torch.manual_seed(0)
     model = (
         create_model(
-            "moa",
+            ModelConfig(
+                patch_size=patch,
+                embed_dim=dim,
+                depths=depths,
+                heads=heads,
+                window=window,
+                mlp_ratio=2,
+                moa=MoaConfig(form=form, overlap=overlap, reduction=reduction),
+            ),
             image_size=image_size,
             num_classes=3,
-            patch_size=patch,
-            embed_dim=dim,
-            depths=depths,
-            heads=heads,
-            window=window,
-            mlp_ratio=2,
-            moa_form=form,
-            moa_overlap=overlap,
-            moa_reduction=reduction,
         )
         .double()
         .eval()
@@ -257,5 +257,5 @@ def test_paper_form_equals_the_loops(image_size, patch, depths, heads, window, o
         pytest.param((4, 8), 1, (1, 1), (1, 2), 2, 1, 3, id="rectangle, reduction that does not divide"),
     ],
 )
-def test_released_form_equals_the_loops(image_size, patch, depths, heads, window, overlap, reduction):
-    compare("released", image_size, patch, depths, heads, window, overlap, reduction)
+def test_published_form_equals_the_loops(image_size, patch, depths, heads, window, overlap, reduction):
+    compare("published", image_size, patch, depths, heads, window, overlap, reduction)

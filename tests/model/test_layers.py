@@ -11,10 +11,12 @@ from moa_train.model.layers import (
     padding_mask,
     project_patches,
 )
+from moa_train.model.stages import StagePlan
+from moa_train.schema import ModelConfig
 
 
 def test_patches_are_projected_as_by_a_strided_convolution_on_the_padded_image():
-    embedding = PatchEmbedding(4, 3, 8).double()
+    embedding = PatchEmbedding(4, 8).double()
     images = torch.randn(2, 3, 10, 15, dtype=torch.float64)
     padded = torch.zeros(2, 3, 12, 16, dtype=torch.float64)
     padded[:, :, :10, :15] = images
@@ -24,7 +26,7 @@ def test_patches_are_projected_as_by_a_strided_convolution_on_the_padded_image()
     torch.testing.assert_close(embedding(images.to(memory_format=torch.channels_last)), expected)
 
 
-def test_merging_concatenates_neighbours_column_by_column():
+def test_merging_concatenates_neighbors_column_by_column():
     merging = PatchMerging(1).double()
     merging.norm, merging.reduction = nn.Identity(), nn.Identity()
     x_BHWC = torch.arange(1.0, 7.0, dtype=torch.float64).view(1, 2, 3, 1)
@@ -42,9 +44,10 @@ def test_padding_mask_marks_positions_outside_of_the_map():
     assert mask_WL[mask_WL != 0].isneginf().all()
 
 
-def test_padded_windows_attend_as_windows_of_the_cut():
-    """Positions of padding are neither keys nor queries: a window at the border equals attention without them."""
-    attention = WindowAttention(8, 2, (5, 7), 4, 0.0).double()
+def test_padded_windows_attend_as_if_they_were_cut_at_the_border():
+    """Padded positions are neither keys nor queries: a window at the border equals attention without them."""
+    stage = StagePlan(0, (5, 7), 8, depth=1, heads=2, window=4, moa=False)
+    attention = WindowAttention(stage, ModelConfig()).double()
     x_BHWC = torch.randn(2, 5, 7, 8, dtype=torch.float64)
     out = attention(x_BHWC)
     assert out.shape == x_BHWC.shape
@@ -77,14 +80,14 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
     ratio = out / (2 * x)
     assert ((ratio == 0).all((1, 2)) | torch.isclose(ratio, torch.tensor(1 / 0.75)).all((1, 2))).all()
     assert ratio.mean().item() == pytest.approx(1.0, abs=0.05)
-    assert torch.equal(given[0], x[(out != 0).all((1, 2))])  # the others are not even computed
+    assert torch.equal(given[0], x[(out != 0).all((1, 2))])  # the other samples are not computed
     assert drop.eval()(lambda x: x, x) is x
     assert DropPath(0.0).train()(lambda x: x, x) is x
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.99])
-def test_what_is_not_computed_changes_no_value_and_no_gradient(rate):
-    """Against a mask over the whole branch, in float64; at 0.99 a batch of 3 often loses all of its samples."""
+def test_skipping_dropped_samples_changes_no_value_and_no_gradient(rate):
+    """Against a mask over the whole branch, in float64; at 0.99 the branch is often dropped for all 3 samples."""
     drop, branch = DropPath(rate).train(), nn.Linear(4, 4).double()
     for seed in range(20):
         x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
@@ -113,7 +116,8 @@ def test_stochastic_depth_follows_the_seed():
 
 
 def test_dropout_reaches_attention_and_mlp():
-    block = LocalBlock(8, 2, (4, 4), 4, mlp_ratio=2, dropout=0.9, drop_path=0.0)
+    stage = StagePlan(0, (4, 4), 8, depth=1, heads=2, window=4, moa=False)
+    block = LocalBlock(stage, ModelConfig(dropout=0.9), drop_path=0.0)
     rates = [module.p for module in block.modules() if isinstance(module, nn.Dropout)]
     assert rates == [0.9] * 3
     x_BHWC = torch.randn(1, 4, 4, 8)

@@ -1,7 +1,7 @@
-"""Memory of a training step, against the same network written as its formulas read."""
+"""Memory of a training step, compared with the same network written formula by formula."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,22 +10,20 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moa_train.model import create_model
+from moa_train.model.registry import create_model
 from moa_train.model.summary import PeakMemory, _without_memory, training_memory
+from moa_train.schema import MoaConfig, ModelConfig
 
-MOA_T = {
-    "num_classes": 1000, "patch_size": 4, "embed_dim": 96, "depths": (2, 2, 8),
-    "heads": (3, 6, 12), "window": 14, "drop_path": 0.0, "moa_drop_path": 0.0,
-}  # fmt: skip
-IMAGES = 32  # so many that what is kept of them outweighs weights, gradients and optimizer by far
+MOA_T = ModelConfig(drop_path=0.0, moa=MoaConfig(drop_path=0.0))
+IMAGES = 32  # enough for activations to outweigh weights, gradients and optimizer states by far
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 class Plain:
     """The paper form of the network from its state dict, formula by formula."""
 
-    def __init__(self, weights: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
-        self.weights, self.fields = weights, fields
+    def __init__(self, weights: Mapping[str, Tensor], config: ModelConfig) -> None:
+        self.weights, self.config = weights, config
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
@@ -93,13 +91,13 @@ class Plain:
         return x_BHWC + update_BHWC[:, : x_BHWC.shape[1], : x_BHWC.shape[2]]
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        x_BHWC = self.convolve("patch_embed.proj", images_BCHW.permute(0, 2, 3, 1), self.fields["patch_size"])
+        x_BHWC = self.convolve("patch_embed.proj", images_BCHW.permute(0, 2, 3, 1), self.config.patch_size)
         x_BHWC = self.norm("patch_embed.norm", x_BHWC)
-        for stage, depth in enumerate(self.fields["depths"]):
-            window = min(self.fields["window"], x_BHWC.shape[1])
+        for stage, depth in enumerate(self.config.depths):
+            window = min(self.config.window, x_BHWC.shape[1])
             for block in range(depth):
                 x_BHWC = self.local_block(f"layers.{stage}.blocks.{block}", x_BHWC, window)
-            if stage < len(self.fields["depths"]) - 1:
+            if stage < len(self.config.depths) - 1:
                 x_BHWC = self.moa(f"layers.{stage}.moa", x_BHWC, window)
                 x_BHWC = rearrange(self.pad(x_BHWC, 2), "b (h row) (w col) c -> b h w (col row c)", row=2, col=2)
                 x_BHWC = self.norm(f"layers.{stage}.downsample.norm", x_BHWC)
@@ -110,12 +108,12 @@ class Plain:
 Forward = Callable[[Tensor], Tensor]
 
 
-def plain(model: nn.Module, fields: Mapping[str, Any]) -> Forward:
-    return Plain(dict(model.named_parameters()), fields)
+def plain(model: nn.Module, config: ModelConfig) -> Forward:
+    return Plain(dict(model.named_parameters()), config)
 
 
 def loss_of_a_batch(forward: Forward, dtype: torch.dtype, size: int) -> Tensor:
-    """Return the loss alone, so that the images may go, as in a step of the product."""
+    """Return only the loss, so that the images can be freed, as in a training step."""
     images_BCHW, labels_B = torch.empty(IMAGES, 3, size, size), torch.empty(IMAGES, dtype=torch.int64)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         logits_BK = forward(images_BCHW)
@@ -125,20 +123,20 @@ def loss_of_a_batch(forward: Forward, dtype: torch.dtype, size: int) -> Tensor:
 def bytes_of_a_step(
     dtype: torch.dtype, size: int, *, checkpointing: bool = False, straightforward: bool = False
 ) -> int:
-    """Return the most bytes that live at a time in an update by AdamW, weights and all, kernel for kernel as on a CPU.
+    """Return the peak memory of an AdamW update in bytes, weights included, kernel for kernel as on a CPU.
 
-    The tensors have no memory, so that the model is one that people train. That real ones take as much is tested in
-    test_summary, for the whole process.
+    The tensors have no memory, so that a model of realistic size can be used. test_summary compares the estimate with
+    the memory of a real process.
     """
     with torch.device("meta"):
-        model = create_model("moa", **MOA_T, image_size=(size, size), checkpointing=checkpointing)
+        model = create_model(replace(MOA_T, checkpointing=checkpointing), image_size=(size, size), num_classes=1000)
     with FakeTensorMode(), PeakMemory() as memory:
         _without_memory(model, "cpu")
         forward = plain(model, MOA_T) if straightforward else model
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
-        optimizer.step()  # its state comes with the first
+        optimizer.step()  # the first step creates its state
         optimizer.zero_grad()
         loss_of_a_batch(forward, dtype, size).backward()
         optimizer.step()
@@ -147,16 +145,15 @@ def bytes_of_a_step(
 
 @pytest.mark.parametrize("size", [32, 36])  # maps that divide into windows, and maps that are padded
 def test_the_straightforward_version_is_the_same_network(size):
-    fields = {
-        "image_size": (size, size), "num_classes": 5, "patch_size": 2, "embed_dim": 16, "depths": (1, 2, 1),
-        "heads": (1, 2, 2), "window": 4, "moa_reduction": 4,
-    }  # fmt: skip
-    model = create_model("moa", **fields).double().eval()
+    config = ModelConfig(
+        patch_size=2, embed_dim=16, depths=[1, 2, 1], heads=[1, 2, 2], window=4, moa=MoaConfig(reduction=4)
+    )
+    model = create_model(config, image_size=(size, size), num_classes=5).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
     images_BCHW = torch.randn(2, 3, size, size, dtype=torch.float64)
-    ours, theirs = model(images_BCHW), plain(model, fields)(images_BCHW)
+    ours, theirs = model(images_BCHW), plain(model, config)(images_BCHW)
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
     for mine, its in zip(
         *(torch.autograd.grad(logits.square().sum(), model.parameters()) for logits in (ours, theirs)), strict=True
@@ -164,15 +161,18 @@ def test_the_straightforward_version_is_the_same_network(size):
         torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("size", [224, 256])  # windows of 14 divide the maps of 224 pixels, and pad those of 256
+@pytest.mark.parametrize("size", [224, 256])  # maps of 224 pixels divide into windows of 14, maps of 256 are padded
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_step_takes_no_more_than_the_straightforward_one_and_half_of_it_with_checkpointing(dtype, size):
     ours, recomputed = (bytes_of_a_step(dtype, size, checkpointing=checkpointing) for checkpointing in (False, True))
     theirs = bytes_of_a_step(dtype, size, straightforward=True)
     print(f"{ours / 2**20:.0f} MiB, {ours / theirs:.3f} of straightforward; checkpointing {recomputed / ours:.3f}")
-    assert ours < 1.01 * theirs  # what is in flight where the peak is differs by a map or two
+    assert ours < 1.01 * theirs  # temporaries at the peak differ by one or two maps
     assert recomputed <= 0.5 * ours
     for bytes_, checkpointing in ((ours, False), (recomputed, True)):
-        settings = {"batch_size": IMAGES, "dtype": dtype, "checkpointing": checkpointing, **MOA_T}
-        estimate = training_memory("moa", image_size=(size, size), **settings)
+        config, geometry = (
+            replace(MOA_T, checkpointing=checkpointing),
+            {"image_size": (size, size), "num_classes": 1000},
+        )
+        estimate = training_memory(config, **geometry, batch_size=IMAGES, dtype=dtype)
         assert estimate == pytest.approx(bytes_, rel=0.05)

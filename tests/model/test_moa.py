@@ -4,24 +4,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moa_train.model import create_model
 from moa_train.model.moa import MOABlock, add_to_windows
 
 
 def stage_output(model: nn.Module, images: Tensor) -> Tensor:
-    """The first stage's map (B, H, W, C)."""
+    """Return the first stage's map (B, H, W, C)."""
     return model.forward_features(images)[0].permute(0, 2, 3, 1)
 
 
 def watch_attention(block: MOABlock) -> list[tuple[Tensor, ...]]:
-    """The queries, keys and values (B, h, w, C) of every forward pass to come."""
+    """Return a list that collects the queries, keys and values (B, h, w, C) of every forward pass."""
     seen, attention = [], block.attention
     block.attention = lambda *tokens: seen.append(tokens) or attention(*tokens)
     return seen
 
 
 def windows(x_HW: Tensor, side: int) -> Tensor:
-    """Whether anything is true within each window."""
+    """Return whether anything is true within each window."""
     return x_HW.unflatten(1, (-1, side)).unflatten(0, (-1, side)).any(1).any(-1)
 
 
@@ -32,7 +31,7 @@ def test_a_change_in_one_window_reaches_all_others_through_moa_and_none_without(
     for enabled in (True, False):
         model = small(image_size=image_size, moa_enabled=enabled).double().eval()
         with torch.no_grad():
-            for parameter in model.parameters():  # far from the start, where tables are 0
+            for parameter in model.parameters():  # far from the initial values, where tables are 0
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         images = torch.randn(1, 3, *image_size, dtype=torch.float64)
         before = stage_output(model, images)
@@ -67,7 +66,7 @@ def test_a_query_is_made_of_its_own_window_and_lands_there(small):
     torch.testing.assert_close((outputs[1] - outputs[0])[0], expected_HWC)
 
 
-def test_keys_reach_into_the_neighbouring_windows_by_the_overlap(small):
+def test_keys_reach_into_the_neighboring_windows_by_the_overlap(small):
     for overlap in (0, 1, 3):
         block = small(image_size=(24, 24), moa_overlap=overlap).double().layers[0].moa
         x_BHWC = torch.randn(1, 12, 12, 16, dtype=torch.float64, requires_grad=True)
@@ -89,14 +88,14 @@ def test_tokens_are_added_to_all_positions_of_their_window(size):
             assert out[y, x] == tokens[0, y // 4, x // 4, 0]
 
 
-def test_moa_stands_after_every_stage_but_the_last_where_the_map_holds_a_window():
-    fields = {"num_classes": 2, "patch_size": 1, "embed_dim": 32, "window": 4}
-    model = create_model("moa", image_size=(16, 16), depths=(1,) * 4, heads=(1,) * 4, **fields)
-    assert [hasattr(layer, "moa") for layer in model.layers] == [True, True, True, False]
-    model = create_model("moa", image_size=(16, 8), depths=(1,) * 3, heads=(1,) * 3, **fields)
-    assert [hasattr(layer, "moa") for layer in model.layers] == [True, True, False]
-    model = create_model("moa", image_size=(16, 3), depths=(1,) * 2, heads=(1,) * 2, **fields)
-    assert [hasattr(layer, "moa") for layer in model.layers] == [False, False]
+@pytest.mark.parametrize(
+    ("image_size", "moa"),
+    [((16, 16), [True, True, True, False]), ((16, 8), [True, True, False]), ((16, 3), [False, False])],
+)
+def test_a_moa_block_ends_every_stage_but_the_last_if_the_map_holds_a_window(small, image_size, moa):
+    ones = [1] * len(moa)
+    model = small(image_size=image_size, patch_size=1, embed_dim=32, depths=ones, heads=ones)
+    assert [hasattr(layer, "moa") for layer in model.layers] == moa
 
 
 def test_stochastic_depth_grows_linearly_over_local_and_over_moa_blocks(small):
@@ -105,7 +104,7 @@ def test_stochastic_depth_grows_linearly_over_local_and_over_moa_blocks(small):
     moa = [layer.moa.drop_path.rate for layer in model.layers if hasattr(layer, "moa")]
     assert local == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     assert moa == pytest.approx([0.0, 0.2])
-    assert small(moa_drop_path=0.2).layers[0].moa.drop_path.rate == 0.0  # a single block is the ramp's start
+    assert small(moa_drop_path=0.2).layers[0].moa.drop_path.rate == 0.0  # a single block gets the ramp's first rate
 
 
 def test_initial_values(small):

@@ -1,4 +1,4 @@
-"""The released form returns what the published implementation returned (numbers in golden/, computed in float64)."""
+"""The published form reproduces the numbers of the published implementation (golden/, computed in float64)."""
 
 import json
 import zlib
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_train.model import create_model
+from moa_train.model.registry import create_model
+from moa_train.schema import MoaConfig, ModelConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -21,15 +22,16 @@ def random_numbers(seed: int, shape: tuple[int, ...]) -> Tensor:
 
 def build(config: dict) -> nn.Module:
     return create_model(
-        "moa",
+        ModelConfig(
+            patch_size=config["patch_size"],
+            embed_dim=config["embed_dim"],
+            depths=config["depths"],
+            heads=config["num_heads"],
+            window=config["window_size"],
+            moa=MoaConfig(form="published"),
+        ),
         image_size=(config["img_size"], config["img_size"]),
         num_classes=config["num_classes"],
-        patch_size=config["patch_size"],
-        embed_dim=config["embed_dim"],
-        depths=config["depths"],
-        heads=config["num_heads"],
-        window=config["window_size"],
-        moa_form="released",
     ).double()
 
 
@@ -58,8 +60,8 @@ def test_golden_numbers(name):
 
 
 def test_a_token_lands_on_a_strip_of_the_image_and_not_on_its_window(small):
-    """What the paper form does right (test_moa.py), the published form does not: see docs/MODEL.md."""
-    model = small("released").double().eval()
+    """Unlike the paper form (test_moa.py), the published form mixes positions: see docs/MODEL.md."""
+    model = small("published").double().eval()
     stage, P, (h, w) = model.layers[0], 4, (2, 2)
     token = torch.zeros(1, h * w, 16, dtype=torch.float64)
     token[0, 1] = 1.0  # the window at the top right
@@ -81,7 +83,7 @@ def test_a_token_lands_on_a_strip_of_the_image_and_not_on_its_window(small):
 
 
 def test_the_pixels_of_a_window_feed_every_query(small):
-    model = small("released").double().eval()
+    model = small("published").double().eval()
     queries = []
     model.layers[0].glb_attn.q.register_forward_hook(lambda _module, _inputs, output: queries.append(output))
     images = random_numbers(1, (1, 3, 16, 16))

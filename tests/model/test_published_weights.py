@@ -1,4 +1,4 @@
-"""Published checkpoints: read as data, described, loaded, written; nothing in the file is executed."""
+"""Published checkpoints are read as data, described, loaded and written; nothing in the file is executed."""
 
 import collections
 import io
@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moa_train.model import create_model, load_weights, published_fields, read_published, write_published
-from moa_train.model.pickled import Foreign, Name, read_checkpoint
+from moa_train.model.load import load_weights
+from moa_train.model.pickled import Foreign, Name, read_checkpoint, read_state_dict
+from moa_train.model.published_weights import published_model, write_published
+from moa_train.model.registry import create_model
 from moa_train.runtime.errors import UserError
 
 
@@ -28,11 +30,11 @@ class CfgNode(dict):
 
 @pytest.fixture
 def published(tmp_path, monkeypatch, small):
-    """A file as the authors hand it out, the model whose weights it holds, and whether its class was ever imported."""
+    """Files in the authors' layout, in both containers of PyTorch, and the model whose weights they hold."""
     module = types.ModuleType("yacs_config")
     module.CfgNode, CfgNode.__module__ = CfgNode, "yacs_config"
     monkeypatch.setitem(sys.modules, "yacs_config", module)
-    model = small("released").eval()
+    model = small("published").eval()
     config = CfgNode({"MODEL": CfgNode({"NAME": "moa_tiny", "DROP_PATH_RATE": 0.2}), "AMP": True})
     paths = {}
     for zipped in (True, False):
@@ -46,18 +48,18 @@ def published(tmp_path, monkeypatch, small):
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_published_file_loads_for_evaluation_and_fine_tuning(published, zipped):
     paths, model = published
-    with pytest.raises(ModuleNotFoundError):  # what PyTorch's own reader does with such a file: it imports
+    with pytest.raises(ModuleNotFoundError):  # PyTorch's own reader imports what the file names
         torch.load(paths[zipped], weights_only=False)
-    weights = read_published(paths[zipped])
+    weights = read_state_dict(paths[zipped])
     assert list(weights) == list(model.state_dict())
 
-    fields = published_fields(weights)
-    rebuilt = create_model("moa", **fields).eval()
+    found = published_model(weights)
+    rebuilt = create_model(found.config, image_size=found.image_size, num_classes=found.num_classes).eval()
     assert load_weights(rebuilt, weights).resized == []
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(rebuilt(images), model(images))
 
-    tuned = create_model("moa", **{**fields, "num_classes": 3})
+    tuned = create_model(found.config, image_size=found.image_size, num_classes=3)
     loaded = load_weights(tuned, weights, head="new")
     assert loaded.new == ["head.bias", "head.weight"]
     assert "yacs_config" not in sys.modules
@@ -78,13 +80,13 @@ def test_round_trip_is_exact(published, tmp_path):
     _, model = published
     path = tmp_path / "out.pth"
     write_published(path, model.state_dict(), {"note": "plain"})
-    again = read_published(path)
+    again = read_state_dict(path)
     assert list(again) == list(model.state_dict())
     assert all(
         torch.equal(value, again[name]) and value.dtype == again[name].dtype
         for name, value in model.state_dict().items()
     )
-    assert list(torch.load(path, weights_only=True)["model"]) == list(again)  # PyTorch's careful reader takes it too
+    assert list(torch.load(path, weights_only=True)["model"]) == list(again)  # PyTorch's safe reader accepts it too
 
     second = tmp_path / "again.pth"
     write_published(second, again, {"note": "plain"})
@@ -103,47 +105,47 @@ def zip_contents(path: Path) -> dict[str, bytes]:
     [
         {},
         {"image_size": (32, 32), "depths": (1, 2, 1), "heads": (1, 2, 4), "moa_overlap": 2},
-        {"image_size": (24, 24), "patch_size": 3, "window": 8, "mlp_ratio": 2, "num_classes": 7, "in_channels": 1},
+        {"image_size": (24, 24), "patch_size": 3, "window": 8, "mlp_ratio": 2, "num_classes": 7},
         {"embed_dim": 40, "moa_reduction": 32},
     ],
 )
-def test_fields_are_told_by_the_weights(small, changes):
-    model = small("released", **changes)
-    fields = published_fields(model.state_dict())
-    rebuilt = create_model("moa", **fields)
+def test_the_architecture_is_derived_from_the_weights(small, changes):
+    model = small("published", **changes)
+    found = published_model(model.state_dict())
+    rebuilt = create_model(found.config, image_size=found.image_size, num_classes=found.num_classes)
     assert {name: value.shape for name, value in rebuilt.state_dict().items()} == {
         name: value.shape for name, value in model.state_dict().items()
     }
-    assert fields["image_size"] == changes.get("image_size", (16, 16))
+    assert found.image_size == changes.get("image_size", (16, 16))
 
 
 def test_without_global_attention_the_image_size_must_be_given(small):
-    weights = small("released", moa_enabled=False).state_dict()
-    with pytest.raises(UserError, match="do not tell the image size"):
-        published_fields(weights)
-    fields = published_fields(weights, (16, 16))
-    load_weights(create_model("moa", **fields), weights)
+    weights = small("published", moa_enabled=False).state_dict()
+    with pytest.raises(UserError, match="do not determine the image size"):
+        published_model(weights)
+    found = published_model(weights, (16, 16))
+    load_weights(create_model(found.config, image_size=(16, 16), num_classes=found.num_classes), weights)
 
 
 def test_other_weights_are_refused(small, tmp_path):
     with pytest.raises(UserError, match="not the weights of a published MOA-Transformer"):
-        published_fields(small("vit").state_dict())
+        published_model(small("vit").state_dict())
     with pytest.raises(UserError, match=r"layers\.0\.moa\."):
         write_published(tmp_path / "x.pth", small().state_dict(), {})
     torch.save({"model": {"a": 1, "b": torch.ones(1)}}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match=r"no tensors: a\."):
-        read_published(tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"not tensors: a\."):
+        read_state_dict(tmp_path / "x.pth")
     torch.save([torch.ones(1)], tmp_path / "x.pth")
-    with pytest.raises(UserError, match="holds no state dict"):
-        read_published(tmp_path / "x.pth")
+    with pytest.raises(UserError, match="has no state dict"):
+        read_state_dict(tmp_path / "x.pth")
     with pytest.raises(UserError, match="There is no file"):
-        read_published(tmp_path / "none.pth")
+        read_state_dict(tmp_path / "none.pth")
 
 
 def test_a_bare_state_dict_is_read_too(small, tmp_path):
-    weights = small("released").state_dict()
+    weights = small("published").state_dict()
     torch.save(weights, tmp_path / "bare.pth")
-    assert list(read_published(tmp_path / "bare.pth")) == list(weights)
+    assert list(read_state_dict(tmp_path / "bare.pth")) == list(weights)
 
 
 # --- hostile and damaged files
@@ -180,8 +182,8 @@ def test_a_file_that_would_run_a_command_runs_nothing(tmp_path, protocol):
         assert protocol < 2
     else:
         assert (called.name.name, called.arguments) == ("mkdir", (str(mark),))
-        with pytest.raises(UserError, match="holds no state dict"):
-            read_published(path)
+        with pytest.raises(UserError, match="has no state dict"):
+            read_state_dict(path)
     assert not mark.exists()
     pickle.loads(program)  # Python's own unpickler does run it
     assert mark.exists()
@@ -194,23 +196,23 @@ def test_sizes_are_checked_before_memory_is_taken(tmp_path):
         names = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
     program, data = names["data.pkl"], names["data/0"]
     assert torch.equal(
-        read_published(as_checkpoint(program, tmp_path / "a", storages={"0": data}))["w"], torch.arange(4.0)
+        read_state_dict(as_checkpoint(program, tmp_path / "a", storages={"0": data}))["w"], torch.arange(4.0)
     )
 
     with pytest.raises(UserError, match="contradicts its description"):
-        read_published(as_checkpoint(program, tmp_path / "b", storages={"0": data[:8]}))
+        read_state_dict(as_checkpoint(program, tmp_path / "b", storages={"0": data[:8]}))
     with pytest.raises(UserError, match="contradicts its description"):  # could unpack to any size
-        read_published(as_checkpoint(program, tmp_path / "c", storages={"0": bytes(1 << 16)}, compress=True))
+        read_state_dict(as_checkpoint(program, tmp_path / "c", storages={"0": bytes(1 << 16)}, compress=True))
     with pytest.raises(UserError, match="is damaged"):
-        read_published(as_checkpoint(program, tmp_path / "d"))
+        read_state_dict(as_checkpoint(program, tmp_path / "d"))
     # The shape (4,) follows the storage as K\x04 \x85: claim a million elements, then a storage of a million.
     many = program.replace(b"K\x04\x85", b"J" + struct.pack("<i", 10**6) + b"\x85", 1)
     with pytest.raises(UserError, match="reaches beyond its storage"):
-        read_published(as_checkpoint(many, tmp_path / "e", storages={"0": data}))
+        read_state_dict(as_checkpoint(many, tmp_path / "e", storages={"0": data}))
     claimed = program.replace(b"K\x04t", b"J" + struct.pack("<i", 10**9) + b"t", 1)
     assert claimed != program
     with pytest.raises(UserError, match="contradicts its description"):
-        read_published(as_checkpoint(claimed, tmp_path / "f", storages={"0": data}))
+        read_state_dict(as_checkpoint(claimed, tmp_path / "f", storages={"0": data}))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def test_cut_files_and_flipped_bits_end_cleanly(published, tmp_path):
         for length in range(0, len(whole) - 1, len(whole) // 20):
             damaged.write_bytes(whole[:length])
             with pytest.raises(UserError):
-                read_published(damaged)
+                read_state_dict(damaged)
         generator = torch.Generator().manual_seed(0)
         head = min(len(whole), 20_000)  # the description; flips in the numbers go unnoticed but for zip's checksums
         for _ in range(120):
@@ -263,7 +265,7 @@ def test_cut_files_and_flipped_bits_end_cleanly(published, tmp_path):
             content[place] ^= 1 << int(torch.randint(8, (1,), generator=generator))
             damaged.write_bytes(content)
             try:
-                weights = read_published(damaged)
+                weights = read_state_dict(damaged)
             except UserError:
                 continue
             assert all(isinstance(value, torch.Tensor) for value in weights.values())
@@ -288,7 +290,7 @@ def test_tensors_of_all_kinds(tmp_path):
     tensors["one"], tensors["two"] = shared[:3], shared[3:]
     for zipped in (True, False):
         torch.save(collections.OrderedDict(tensors), tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
-        found = read_published(tmp_path / "x.pth")
+        found = read_state_dict(tmp_path / "x.pth")
         assert all(
             torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in tensors.items()
         )

@@ -19,7 +19,7 @@ def flat_gradients(parameters: list[nn.Parameter]) -> np.ndarray:
     return np.concatenate([p.grad.double().flatten().numpy() for p in parameters if p.grad is not None])
 
 
-def test_norm_shortens_all_gradients_together() -> None:
+def test_norm_scales_all_gradients_together() -> None:
     parameters = parameters_with_gradients()
     before = flat_gradients(parameters)
     norm = clip_gradients(parameters, OptimConfig(clip="norm", clip_value=0.5))
@@ -28,7 +28,7 @@ def test_norm_shortens_all_gradients_together() -> None:
     assert flat_gradients(parameters) == pytest.approx(before * 0.5 / np.linalg.norm(before), rel=1e-5, abs=1e-9)
 
 
-def test_small_gradients_stay_as_they_are() -> None:
+def test_small_gradients_are_unchanged() -> None:
     parameters = parameters_with_gradients(1e-3)
     before = flat_gradients(parameters)
     clip_gradients(parameters, OptimConfig(clip="norm", clip_value=0.5))
@@ -45,7 +45,7 @@ def test_value_and_none(mode: str, limit: float) -> None:
     assert np.array_equal(flat_gradients(parameters), expected)
 
 
-def test_a_norm_that_is_not_finite_is_returned() -> None:
+def test_a_non_finite_norm_is_returned() -> None:
     parameters = parameters_with_gradients()
     parameters[1].grad[3] = torch.inf
     assert torch.isinf(clip_gradients(parameters, OptimConfig(clip="norm", clip_value=1.0)))
@@ -53,7 +53,7 @@ def test_a_norm_that_is_not_finite_is_returned() -> None:
     assert torch.isnan(clip_gradients(parameters, OptimConfig(clip="norm", clip_value=1.0)))
 
 
-def test_nothing_to_clip() -> None:
+def test_without_gradients_the_norm_is_zero() -> None:
     assert float(clip_gradients([nn.Parameter(torch.zeros(3))], OptimConfig(clip="norm"))) == 0.0
 
 

@@ -41,7 +41,7 @@ def test_forms(text: str, unit: str, amount: Fraction) -> None:
         "[5 epochs]",
     ],
 )  # fmt: skip
-def test_anything_else_is_refused_with_the_forms(text: object) -> None:
+def test_other_texts_are_refused_with_the_allowed_forms(text: object) -> None:
     with pytest.raises(UserError, match=r"schedule\.warmup=") as error:
         Duration.parse(text, what="schedule.warmup")  # type: ignore[arg-type]
     assert FORMS in str(error.value)
@@ -85,6 +85,6 @@ def test_percent_needs_a_total() -> None:
 
 
 @pytest.mark.parametrize("text", ["300 epochs", "5%", "12.5%", "1e+06 examples", "500 steps"])
-def test_text_is_read_back(text: str) -> None:
+def test_text_can_be_parsed_again(text: str) -> None:
     duration = Duration.parse(text)
     assert Duration.parse(str(duration)) == duration

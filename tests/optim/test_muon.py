@@ -13,7 +13,7 @@ def matrices() -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize(("momentum", "weight_decay"), [(0.95, 0.1), (0.0, 0.0)])
-def test_the_numbers_are_torchs(momentum: float, weight_decay: float) -> None:
+def test_the_updates_are_those_of_torch(momentum: float, weight_decay: float) -> None:
     ours, theirs = matrices(), matrices()
     settings = {"lr": 1e-2, "momentum": momentum, "weight_decay": weight_decay}
     batched = BatchedMuon(ours, **settings)
@@ -28,13 +28,13 @@ def test_the_numbers_are_torchs(momentum: float, weight_decay: float) -> None:
         batched.step()
         reference.step()
     for a, b in zip(ours, theirs, strict=True):
-        # The products are bf16: their last bit may depend on how matrices are batched. A step is 0.2 rate in the mean.
+        # The last bit of bf16 products may depend on how matrices are batched. A step is 0.2 lr on average.
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
         buffers = batched.state[a]["momentum_buffer"], reference.state[b]["momentum_buffer"]
         assert torch.equal(*buffers)
 
 
-def test_singular_vectors_stay_and_values_become_one() -> None:
+def test_singular_vectors_are_kept_and_values_become_one() -> None:
     x_NAB = torch.randn(3, 16, 8, generator=torch.Generator().manual_seed(0))
     result = orthogonalize(x_NAB, (3.4445, -4.7750, 2.0315), 5, 1e-7)
     assert result.dtype == torch.bfloat16
@@ -47,7 +47,7 @@ def test_singular_vectors_stay_and_values_become_one() -> None:
     torch.testing.assert_close(transposed, result.mT, rtol=0, atol=0.02)
 
 
-def test_a_gradient_of_zero_is_no_step() -> None:
+def test_a_gradient_of_zero_changes_nothing() -> None:
     parameters = matrices()
     before = [p.detach().clone() for p in parameters]
     optimizer = BatchedMuon(parameters, lr=1.0, weight_decay=0.0)

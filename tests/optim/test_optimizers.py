@@ -69,7 +69,7 @@ def plain(model: Body, *, matrices: bool) -> list[dict[str, Any]]:
     ]
 
 
-def test_adamw_is_torchs() -> None:
+def test_adamw_is_that_of_torch() -> None:
     ours, theirs = body(), body()
     optimizer = create("adamw", ours, weight_decay=DECAY, betas=[0.9, 0.98])
     reference = torch.optim.AdamW(plain(theirs, matrices=False), lr=LR, betas=(0.9, 0.98), foreach=False)
@@ -78,7 +78,7 @@ def test_adamw_is_torchs() -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_sgd_is_torchs() -> None:
+def test_sgd_is_that_of_torch() -> None:
     ours, theirs = body(), body()
     optimizer = create("sgd", ours, weight_decay=DECAY, momentum=0.9)
     reference = torch.optim.SGD(plain(theirs, matrices=False), lr=LR, momentum=0.9, nesterov=True, foreach=False)
@@ -87,7 +87,7 @@ def test_sgd_is_torchs() -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_muon_is_torchs_on_the_matrices_and_adamw_on_the_rest() -> None:
+def test_muon_is_that_of_torch_for_matrices_with_adamw_for_the_rest() -> None:
     ours, theirs = body(), body()
     optimizer = create("muon", ours, weight_decay=DECAY, momentum=0.95)
     named = dict(theirs.named_parameters())
@@ -144,7 +144,7 @@ def test_an_lr_of_zero_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS.table)
-def test_state_by_name_resumes_to_the_bit(name: str) -> None:
+def test_state_by_name_resumes_bit_for_bit(name: str) -> None:
     straight = body()
     expected = train(straight, [create(name, straight)], range(8))
     first = body()
@@ -188,7 +188,7 @@ def test_scaler_skips_all_parts_at_one_infinite_gradient(name: str) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for bad in ("fc1.weight", "head.bias", None):
-        scaler.scale(torch.ones(()))  # the scaler begins to exist
+        scaler.scale(torch.ones(()))  # creates the scale
         backward(model, 0)
         if bad:
             dict(model.named_parameters())[bad].grad.view(-1)[0] = torch.inf

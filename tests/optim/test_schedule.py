@@ -35,7 +35,7 @@ def lrs_of_torch(total: int, warmup: int, after_warmup: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 20])
-def test_cosine_and_linear_are_torchs(warmup: int) -> None:
+def test_cosine_and_linear_are_those_of_torch(warmup: int) -> None:
     total = 300
     for name, after_warmup in (
         ("cosine", lambda o: lr_scheduler.CosineAnnealingLR(o, total - warmup, eta_min=FLOOR)),
@@ -46,7 +46,7 @@ def test_cosine_and_linear_are_torchs(warmup: int) -> None:
         assert [schedule.lr(t) for t in range(total)] == pytest.approx(expected, rel=1e-9)
 
 
-def test_step_and_constant_are_torchs() -> None:
+def test_step_and_constant_are_those_of_torch() -> None:
     total, milestones = 90, (30, 60, 80)
     step = make("step", PEAK, total, milestones=milestones, gamma=0.1)
     expected = lrs_of_torch(total, 0, lambda o: lr_scheduler.MultiStepLR(o, list(milestones), gamma=0.1))

@@ -108,6 +108,15 @@ def test_a_peer_that_fails_or_hangs_ends_the_others(folder):
     assert "barrier" in (folder / "hanging-0.txt").read_text()
 
 
+def test_a_rank_that_is_stuck_behind_a_dead_peer_is_ended_once_its_save_is_done(folder):
+    """Long before the timeout of 60 seconds, within which the process itself would not end either."""
+    codes = json.loads((folder / "codes.json").read_text())
+    assert (codes["stuck-0"], codes["stuck-1"]) == (1, -9)
+    assert (folder / "saved").exists()
+    reason = "Rank 1 ended without a word: it was killed, crashed, or ran out of memory."
+    assert reason in (folder / "stuck-0-error.json").read_text()
+
+
 def test_alone_there_is_no_group_and_no_waiting(monkeypatch):
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
@@ -158,6 +167,6 @@ def test_others_that_never_come_are_missed_in_bounded_time(monkeypatch, rank):
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     for name, value in {**place, "MASTER_ADDR": "127.0.0.1", "USE_LIBUV": 0}.items():
         monkeypatch.setenv(name, str(value))
-    start = f"Rank {rank} of 2 has not met the others at 127.0.0.1:{port}"
+    start = f"Rank {rank} of 2 could not connect to the other ranks through 127.0.0.1:{port}"
     with pytest.raises(LostRankError, match=start), Distributed.start("cpu", timeout=1.0):
         pass

@@ -1,10 +1,11 @@
-"""What test_distributed starts: three pairs of gloo ranks, with the environment that torchrun gives.
+"""What test_distributed starts: four pairs of gloo ranks, with the environment that torchrun gives.
 
 Every rank writes what it saw to <folder>/<scenario>-<rank>.json, or its traceback to .txt; codes.json has how each
 ended.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -132,6 +133,11 @@ def rank_of(folder: Path, scenario: str) -> None:
             faults.point("hang")
         if scenario in ("raising", "hanging"):
             ranks.barrier()
+        if scenario == "stuck":
+            ranks.before_leaving = (folder / "saved").touch
+            if ranks.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            ctypes.CDLL(None).sleep(3600)  # a launch behind a kernel that waits for the dead rank
     seen["threads"] = [inside, gloo_threads()]
     (folder / f"{scenario}-{ranks.rank}.json").write_text(json.dumps(seen))
 
@@ -156,11 +162,11 @@ def start(folder: Path, scenario: str, rank: int, port: int) -> int:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with contextlib.ExitStack() as sockets:
-        free = [sockets.enter_context(socket.socket()) for _ in range(3)]
+        free = [sockets.enter_context(socket.socket()) for _ in range(4)]
         for one in free:
             one.bind(("127.0.0.1", 0))
         ports = [one.getsockname()[1] for one in free]
-    names = ("all", "raising", "hanging")
+    names = ("all", "raising", "hanging", "stuck")
     ranks = {
         f"{name}-{rank}": start(folder, name, rank, port)
         for name, port in zip(names, ports, strict=True)

@@ -37,7 +37,7 @@ def build_evaluation(
         batches=build_eval_loader(config, source, distributed),
         transform=build_eval_transform(config),
         metrics=create_metrics(config.engine),
-        autocast=precision.autocast,
+        autocast=precision.evaluation,
         distributed=distributed,
         stop=stop,
         advance=progress,

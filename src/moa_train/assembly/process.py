@@ -1,5 +1,7 @@
 """Settings that are global to a process."""
 
+import torch
+
 from moa_train.runtime.cpu import keep_freed_memory
 from moa_train.runtime.device import set_threads
 from moa_train.runtime.distributed import Distributed
@@ -13,6 +15,8 @@ def set_up_process(config: RuntimeConfig, distributed: Distributed) -> None:
     set_threads(config.threads, distributed.local_world_size)
     if distributed.device.type == "cpu":
         keep_freed_memory()
+    # cuDNN's attention has other numerics, and would be used in evaluation only: it has no gradient for the bias.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     set_fp32_products(config.matmul)
     set_deterministic(config.deterministic)
     seed_everything(config.seed)

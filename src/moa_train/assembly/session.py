@@ -46,7 +46,10 @@ def run_session(config: RunConfig, changed: list[str], arguments: list[str] | No
         rolled_back = None
         while True:
             run = build(rolled_back=rolled_back)
-            distributed.on_main(partial(write_record, run, run_dir, origin))
+            if run.trainer.state.step < run.trainer.plan.total_steps:
+                distributed.on_main(partial(write_record, run, run_dir, origin))
+            else:  # its records describe what was trained, and stay
+                refuse_untrained_changes(run, changed)
             run.trainer.tracker.say(banner(run, distributed, changed))
             try:
                 return train(run, distributed)
@@ -80,6 +83,24 @@ def replay(run: Run, step: int) -> int:
     if run.trainer.distributed.is_main:
         print(json.dumps({"step": step, "ranks": ranks}, indent=1))
     return Exit.FINISHED
+
+
+TRAINED = ("model.", "augment.", "loss.", "optim.", "schedule.", "engine.micro", "engine.ema", "runtime.prec")
+"""How the settings begin that have an effect on training only."""
+
+
+def refuse_untrained_changes(run: Run, changed: list[str]) -> None:
+    """Refuse changes to a finished run that would only have an effect on training.
+
+    Raises:
+        UserError: listing them.
+    """
+    if lost := [change for change in changed if change.startswith(TRAINED)]:
+        raise UserError(
+            f"The run {run.config.run_dir} is finished: it has made {run.trainer.state.step} steps of "
+            f"{run.trainer.plan.total_steps}. These changes would have no effect:\n  " + "\n  ".join(lost) + "\n"
+            "Extend the run with a longer schedule.duration, or start a new run, from its weights with init=."
+        )
 
 
 def banner(run: Run, distributed: Distributed, changed: list[str]) -> str:

@@ -33,7 +33,7 @@ def prepare(job: Job) -> Callable[[], Iterator[Table]]:
 
 def _measure(job: Job, precision: Precision) -> Table:
     config, device = job.config, job.device
-    state = build_state(config, job.num_classes, RATE, precision, None)
+    state = build_state(config, job.num_classes, RATE, precision, fresh=False)
     images = torch.randn(2, 3, *image_shape(config.data.image_size), device=device)
     targets = torch.full((2, job.num_classes), 1 / job.num_classes, device=device)
     inputs = [(images, targets)]  # an update, or there would be no optimizer state to save

@@ -68,7 +68,7 @@ def _ours(job: Job, config: RunConfig, recomputing: bool) -> Entrant:
     config.model.checkpointing, config.engine.ema_decay = recomputing, 0.0
 
     def build(precision: Precision) -> tuple[nn.Module, Optimizers]:
-        state = build_state(config, job.num_classes, RATE, precision, None)
+        state = build_state(config, job.num_classes, RATE, precision, fresh=False)
         return state.model, state.optimizer
 
     with torch.device("meta"):

@@ -1,12 +1,10 @@
 """What the commands based on Hydra share: typed configuration, help and error messages."""
 
-import argparse
 import contextlib
 import difflib
 import json
 import logging
 import os
-import re
 import signal
 import sys
 import textwrap
@@ -26,18 +24,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import moa_train.conf
 from moa_train import __version__
+from moa_train.cli import sweep
+from moa_train.cli.compose import ARGS_KEY, GROUPS, addable, compose, config_roots, is_override, typed
 from moa_train.knobs import in_words, knobs
 from moa_train.plugins import args_type
 from moa_train.runtime.cpu import wait_briefly
 from moa_train.runtime.errors import LostRankError, UserError, choose
+from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
-from moa_train.schema import parts, validate
-
-CONF = Path(moa_train.conf.__file__).parent
-GROUPS = {folder.name: folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "__pycache__"}
-"""The groups of the configuration: a folder each, a YAML file per option."""
+from moa_train.schema import parts
 
 
 def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name: str, examples: str) -> None:
@@ -59,9 +55,13 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
         if HydraConfig.get().mode is RunMode.MULTIRUN and os.environ.get("RANK", "0") == "0":
             print(f"{'' if job.num == 0 else chr(10)}run {job.num + 1} of the sweep: {' '.join(overrides)}", flush=True)
         code = _guarded(lambda: task(typed(config), overrides))
-        if code:
+        if HydraConfig.get().mode is RunMode.MULTIRUN and code not in (Exit.STOPPED, Exit.INTERRUPTED):
+            outcomes.append((code, overrides))  # a failed job does not stop the others
+        elif code:
             sys.exit(code)
 
+    outcomes: list[tuple[int, list[str]]] = []
+    protect_output()
     wait_briefly()
     arguments = sys.argv[1:]
     # Users keep modules next to their recipes or in the current folder. They come last, to never shadow a library.
@@ -75,7 +75,7 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
     logging.getLogger("moa_train").setLevel(logging.INFO)  # not the root logger, because libraries log a lot
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions through, and _guarded handles them
 
-    def compose() -> None:
+    def execute() -> None:
         if {"--help", "-h"} & set(arguments):
             text = _help(schema, examples, _own_settings(arguments, config_name))
             store.store(group="hydra/help", name=f"{config_name}_help", node=text)
@@ -83,27 +83,25 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
             check_overrides(arguments, schema)
         # Options come first, because argparse accepts positional arguments only on one side of them.
         sys.argv[1:] = sorted(map(addable, arguments), key=lambda text: "=" in text and not text.startswith("-"))
+        if sweep.requested(arguments):
+            sweep.check_jobs(arguments, config_name)
         hydra.main(version_base="1.3", config_path="pkg://moa_train.conf", config_name=config_name)(checked)()
+        if failed := [code for code, _ in outcomes if code]:
+            lines = [f"  {'failed' if code else 'done':8}{' '.join(overrides)}" for code, overrides in outcomes]
+            print(
+                f"error: {len(failed)} of {len(outcomes)} runs of the sweep failed:", *lines, sep="\n", file=sys.stderr
+            )
+            sys.exit(max(failed))
 
-    sys.exit(_guarded(compose))
-
-
-def addable(argument: str) -> str:
-    """Return an argument in the form that Hydra takes: keys of ``args`` are new to it, as the part defines them."""
-    return f"++{argument}" if _ARGS_KEY.match(argument) else argument
-
-
-_ARGS_KEY = re.compile(r"\w+\.args\.[\w.]+=")
+    sys.exit(_guarded(execute))
 
 
 def _own_settings(arguments: Sequence[str], config_name: str) -> list[tuple[str, Any, str]]:
     """Return key, default and help of the settings that belong to parts named on the command line."""
-    overrides = [addable(text) for text in arguments if "=" in text and not text.startswith("-")]
-    folders = [f"file://{root.resolve()}" for root in config_roots(arguments)[1:]]
+    overrides = [text for text in arguments if is_override(text)]
     if not overrides:
         return []
-    with hydra.initialize_config_module("moa_train.conf", version_base="1.3"):
-        composed = hydra.compose(config_name, [*overrides, *([f"hydra.searchpath={folders}"] if folders else [])])
+    composed = compose(config_name, overrides, config_roots(arguments))
     described = []
     for kind, name, _, key in parts(OmegaConf.to_object(composed)):
         settings = args_type(kind.load(name)) if kind.may_have_args(name) else None
@@ -112,22 +110,6 @@ def _own_settings(arguments: Sequence[str], config_name: str) -> list[tuple[str,
             shown = "REQUIRED" if default is MISSING else default
             described.append((f"{key}.{item.name}", shown, item.metadata.get("help", "")))
     return described
-
-
-def arguments_of_one_run(overrides: Sequence[str]) -> list[str] | None:
-    """Return what repeats the run of these ``overrides`` alone, if the command line is that of a sweep; else None."""
-    multirun = {"-m", "--multirun"}
-    if not multirun & set(sys.argv[1:]):
-        return None
-    options = [text for text in sys.argv[1:] if text not in multirun and (text.startswith("-") or "=" not in text)]
-    return [*options, *overrides]
-
-
-def typed(config: DictConfig) -> Any:
-    """Return the composed configuration as its dataclass, validated."""
-    result = OmegaConf.to_object(config)
-    validate(result)
-    return result
 
 
 def check_overrides(arguments: list[str], schema: type) -> None:
@@ -141,7 +123,6 @@ def check_overrides(arguments: list[str], schema: type) -> None:
     if stray and not any(text.startswith("-") for text in arguments):
         raise UserError(f"Unexpected argument {stray[0]!r}: arguments have the form key=value. See --help.")
     items = {key: item for key, item, _ in knobs(schema())}
-    multirun = bool({"-m", "--multirun"} & set(arguments))
     roots = config_roots(arguments)
     parser = OverridesParser.create()
     for text in arguments:
@@ -155,26 +136,18 @@ def check_overrides(arguments: list[str], schema: type) -> None:
                 "and quotes. A value with special characters, such as =, needs two pairs of quotes, one of them for "
                 "the shell: \"run_dir='a=b'\"."
             ) from None
-        _check_override(override, schema, items, multirun, roots)
-
-
-def config_roots(arguments: Sequence[str]) -> list[Path]:
-    """Return the folders that options are files of: conf/, and one of the user's own behind ``--config-dir``."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-dir", "-cd", type=Path)
-    known, _ = parser.parse_known_args(arguments)
-    return [CONF, known.config_dir] if known.config_dir else [CONF]
+        _check_override(override, schema, items, sweep.requested(arguments), roots)
 
 
 def _check_override(
-    override: Override, schema: type, items: Mapping[str, Any], multirun: bool, roots: Sequence[Path]
+    override: Override, schema: type, items: Mapping[str, Any], in_sweep: bool, roots: Sequence[Path]
 ) -> None:
     key, text = override.key_or_group, override.input_line or ""
     if key.startswith("hydra"):
         return
     if override.is_delete():
         raise UserError(f"{text}: settings cannot be removed. Leave a setting out to use its default.")
-    if _ARGS_KEY.match(f"{key}=") and key.split(".args.")[0] + ".args" in items:
+    if ARGS_KEY.match(f"{key}=") and key.split(".args.")[0] + ".args" in items:
         return  # checked by the part that declares this setting
     known = key in GROUPS or key in items
     if not known and key in {head for name in items for head in _sections(name)}:
@@ -185,7 +158,7 @@ def _check_override(
         raise UserError(f"{text}: {key} exists already and cannot be added. Write {text.lstrip('+')}.")
     values = [override.value()]
     if override.is_sweep_override():
-        if not multirun:
+        if not in_sweep:
             raise UserError(
                 f"{text} gives several values. To start one run for each, add -m. To pass a list, write [1,2]. To pass "
                 f"text that contains commas, write \"{key}='a,b'\"."
@@ -268,7 +241,6 @@ def _explain(text: str) -> None:
 
 
 OPTIONS = """Options:
-  -h, --help                                  print this help and exit
   -m, --multirun                              run all combinations of comma-separated values, one after the other
   --config-dir DIR                            folder with your own recipes (DIR/GROUP/OPTION.yaml) and modules
   --cfg job                                   print the composed configuration and exit
@@ -276,7 +248,8 @@ OPTIONS = """Options:
 """
 GROUPS_HELP = """Groups (GROUP=OPTION), each a folder of conf/:
 
-$APP_CONFIG_GROUPS"""
+$APP_CONFIG_GROUPS
+"""
 WIDTH, INDENT = 120, 46
 """Columns of the help, and the one where descriptions start."""
 
@@ -303,16 +276,8 @@ def _help(schema: type, examples: str, own: Sequence[tuple[str, Any, str]]) -> d
     settings = "Settings (KEY=VALUE) with their defaults" + (
         ". Groups change some defaults; --cfg job shows the result.\n" if grouped else ":\n"
     )
-    title, body = examples.partition(": ")[2], "\n".join(lines)
-    above, below = (text.replace("$", "$$") for text in (title, body))  # $ is special in Hydra's template
-    blocks = [
-        f"{usage}\n",
-        f"{above[0].upper()}{above[1:]}\n",
-        OPTIONS,
-        *([GROUPS_HELP] if grouped else []),
-        settings + below,
-        "",
-    ]
+    above, below = (text.replace("$", "$$") for text in (examples, "\n".join(lines)))  # $ is special in the template
+    blocks = [usage, f"{above}\n", OPTIONS, *([GROUPS_HELP] if grouped else []), settings + below, ""]
     return {"app_name": Path(sys.argv[0]).name, "header": "", "footer": "", "template": "\n".join(blocks)}
 
 

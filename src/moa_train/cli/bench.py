@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 
 from moa_train.cli import app
+from moa_train.cli.compose import typed
 from moa_train.plugins import DATASETS
 from moa_train.runtime.errors import UserError, choose
 from moa_train.runtime.signals import Exit
@@ -147,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
 def compose(overrides: Sequence[str]) -> RunConfig:
     """Return the configuration composed from ``overrides``; Hydra has already read the options among them."""
     app.check_overrides(list(overrides), RunConfig)
-    config: RunConfig = app.typed(hydra.compose("train", [text for text in overrides if not text.startswith("-")]))
+    config: RunConfig = typed(hydra.compose("train", [text for text in overrides if not text.startswith("-")]))
     return config
 
 

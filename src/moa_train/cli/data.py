@@ -1,18 +1,24 @@
 """moa-data: pack and check data sets, and compute their statistics."""
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
 from moa_train.schema import DataConfig
 
+if TYPE_CHECKING:
+    from moa_train.data.image import Decoding
+
 FOUND = 1
-"""The exit code of ``moa-data check`` if it finds a problem."""
+"""Exit code of ``moa-data check`` if it finds a problem."""
 
 EXAMPLES = """examples:
   moa-data pack cifar100_images data/cifar100     run once; afterwards: moa-train data=cifar100
@@ -23,7 +29,12 @@ EXAMPLES = """examples:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. Exit with 0, with 1 if a check finds a problem, or with 2 if the user made an error."""
+    protect_output()
     options = parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # file names may not be UTF-8, and the terminal may not be Unicode
     try:
         sys.exit(options.command(options))
     except UserError as error:
@@ -47,47 +58,61 @@ def parser() -> argparse.ArgumentParser:
     pack = _command(commands, "pack", run_pack, "convert small images of equal size to memory-mapped arrays")
     pack.add_argument("source", metavar="SRC", type=Path, help=root)
     pack.add_argument("out", metavar="OUT", type=Path, help="folder for the packs (pack-train.npy, ...); may be SRC")
+    _add_decoding(pack)
 
-    check = _command(
-        commands, "check", run_check, "find unreadable images, duplicates, and images that occur in several splits"
-    )
+    check = _command(commands, "check", run_check, "find unreadable images, duplicates, and images in several splits")
     check.add_argument("root", metavar="ROOT", type=Path, help=root + "; or a single folder of class folders")
     check.add_argument(
-        "--workers", type=_whole, default=0, help="processes that decode images (default: 0, decode in this one)"
+        "--workers", type=_whole, default=0, metavar="COUNT", help="processes that decode images (default: 0)"
     )
-    check.add_argument("--show", type=_whole, default=10, help="findings to print per kind (default: 10)")
+    check.add_argument(
+        "--show", type=_whole, default=10, metavar="COUNT", help="findings to print per kind (default: 10)"
+    )
     check.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this file")
+    _add_decoding(check)
 
     stats = _command(
         commands, "stats", run_stats, "compute channel means and standard deviations of the training images"
     )
     stats.add_argument("root", metavar="ROOT", type=Path, help=root)
     stats.add_argument(
-        "--image-size", type=_whole, default=224, help="side of the center crop in pixels (default: 224)"
+        "--image-size",
+        type=_whole,
+        default=224,
+        metavar="PIXELS",
+        help="side of the center crop in pixels (default: 224)",
     )
     stats.add_argument(
-        "--samples", type=_whole, default=10_000, help="largest number of images to use (default: 10000; 0: all)"
+        "--samples",
+        type=_whole,
+        default=10_000,
+        metavar="COUNT",
+        help="largest number of images to use (default: 10000; 0: all)",
     )
     stats.add_argument(
-        "--workers", type=_whole, default=0, help="processes that decode images (default: 0, decode in this one)"
+        "--workers", type=_whole, default=0, metavar="COUNT", help="processes that decode images (default: 0)"
     )
+    _add_decoding(stats)
     return result
 
 
 def run_pack(options: argparse.Namespace) -> int:
     """Pack every split of a folder tree."""
-    from moa_train.data.dataset import SPLITS
     from moa_train.data.pack import pack_tree
-    from moa_train.data.tree import scan_split
+    from moa_train.data.tree import check_split_names, compare_classes, scan_split
+    from moa_train.schema import SPLITS
 
     splits = [split for split in SPLITS if (options.source / split).is_dir()]
     if not splits:
         raise UserError(
             f"{options.source} contains no folder train, val or test. Give the folder that holds the splits."
         )
-    for split in splits:
-        tree = scan_split(options.source, split)
-        pack_tree(tree, options.out, split)
+    check_split_names(options.source)
+    trees = [scan_split(options.source, split) for split in splits]
+    for tree in trees[1:]:
+        compare_classes(str(trees[0].root), trees[0].classes, str(tree.root), tree.classes)
+    for split, tree in zip(splits, trees, strict=True):
+        pack_tree(tree, options.out, split, _decoding(options))
         print(f"{options.out}/pack-{split}.npy: {len(tree.files):,} images of {len(tree.classes)} classes")
     return Exit.FINISHED
 
@@ -96,7 +121,7 @@ def run_check(options: argparse.Namespace) -> int:
     """Check a data set and print the problems."""
     from moa_train.data.check import check
 
-    report = check(options.root, options.workers, _progress())
+    report = check(options.root, options.workers, _progress(), _decoding(options))
     if options.json:
         options.json.write_text(json.dumps(asdict(report), indent=1) + "\n")
     for split, count in report.images.items():
@@ -107,6 +132,9 @@ def run_check(options: argparse.Namespace) -> int:
         "groups of identical images within a split": report.duplicates,
         "groups of identical images in different splits": report.leaks,
         "of these groups contain different classes": report.conflicts,
+        "images with almost no contrast": report.flat,
+        "links that are broken or lead to a folder that contains them": report.broken,
+        "images that differ from those in the pack": report.stale,
     }
     for kind, findings in kinds.items():
         print(f"{len(findings):10,} {kind}")
@@ -127,12 +155,20 @@ def run_stats(options: argparse.Namespace) -> int:
 
     if not options.image_size:
         raise UserError("--image-size is 0, but must be at least 1. The usual value is 224.")
-    config = DataConfig(name="folder", root=str(options.root), image_size=options.image_size)
+    config = DataConfig(
+        name="folder",
+        root=str(options.root),
+        image_size=options.image_size,
+        max_pixels=options.max_pixels,
+        range=options.range,
+    )
     source = open_split(config, "train")
     if 0 < options.samples < len(source):
         source = source.subset(np.linspace(0, len(source) - 1, options.samples).astype(np.int64), source.title)
     mean, std = channel_statistics(EvalLoader(source, batch_size=64, workers=options.workers))
-    print(f"# {len(source):,} training images of {options.root}, square center crops of {options.image_size} pixels")
+    print(
+        f"# {len(source):,} training images of {options.root}, center crops of {options.image_size} x {options.image_size} pixels"
+    )
     print(f"data.mean=[{','.join(f'{value:.4f}' for value in mean)}]")
     print(f"data.std=[{','.join(f'{value:.4f}' for value in std)}]")
     return Exit.FINISHED
@@ -144,9 +180,32 @@ def _command(
     run: Callable[[argparse.Namespace], int],
     purpose: str,
 ) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+    command = commands.add_parser(name, help=purpose, description=purpose)
     command.set_defaults(command=run)
     return command
+
+
+def _add_decoding(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--range",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="gray levels of black and white in images with more than 8 bits per channel, like data.range",
+    )
+    command.add_argument(
+        "--max-pixels",
+        type=_whole,
+        default=100_000_000,
+        metavar="COUNT",
+        help="images with more pixels count as unreadable, like data.max_pixels (default: 100000000)",
+    )
+
+
+def _decoding(options: argparse.Namespace) -> "Decoding":
+    from moa_train.data.image import Decoding
+
+    return Decoding.of(DataConfig(max_pixels=options.max_pixels, range=options.range))
 
 
 def _whole(text: str) -> int:

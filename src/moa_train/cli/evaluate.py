@@ -33,6 +33,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     from moa_train.assembly.evaluation import build_evaluation
     from moa_train.assembly.outcome import describe
     from moa_train.assembly.process import set_up_process
+    from moa_train.data.source import align
     from moa_train.engine.find_weights import find_weights
     from moa_train.model.load import load_weights
     from moa_train.model.registry import create_model
@@ -53,7 +54,10 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     with Distributed.start(config.device) as distributed:
         set_up_process(run.runtime, distributed)
         source = open_split(run.data, config.split)
+        check_held_out(run.data, config.split, metadata, found)
         classes = json.loads(metadata["classes"])
+        if metadata.get("named") != "false" and set(source.classes) <= set(classes):
+            source = align(source, classes)
         # Published weights do not name their classes, so only the number of classes can be compared.
         if source.classes != classes and (metadata.get("named") != "false" or len(classes) != len(source.classes)):
             raise UserError(
@@ -69,25 +73,46 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
         result = evaluation(model.to(distributed.device))
     if distributed.is_main and result is not None:
         outcome = {"split": config.split, **result.as_dict(), "weights": str(found.path), "data": source.describe()}
-        write(outcome, Path(config.output) if config.output else default_output(found, config.split))
+        output = Path(config.output) if config.output else default_output(found, config.split)
+        write(outcome, output, required=bool(config.output))
         print(f"{describe(result, config.split)}; {found.description}", file=sys.stderr)
 
 
 def open_split(data: DataConfig, split: str) -> "Source":
     """Open the split to evaluate; error messages name the settings of this command."""
-    from moa_train.data.dataset import available_splits
+    from moa_train.data.dataset import available_splits, create_dataset
     from moa_train.data.dataset import open_split as open_source
 
-    splits = available_splits(data)
+    splits, root = available_splits(data), create_dataset(data).root.absolute()
+    if data.root and not root.is_dir():
+        raise UserError(f"{root} does not exist. Set root= to the folder of the data set.")
     if split not in splits:
         hint = " For ImageNet, split=test evaluates the folder val/." if data.name == "imagenet" else ""
-        raise UserError(
-            f"split={split} does not exist: {data.name}, as these weights use it, has {' and '.join(splits)}.{hint}"
-        )
+        where = f" in {root}" if data.root else ""
+        raise UserError(f"split={split} does not exist: {data.name} has only {' and '.join(splits)}{where}.{hint}")
     try:
         return open_source(data, split)
     except UserError as error:  # the message names the key of moa-train
         raise UserError(str(error).replace("data.root", "root")) from error
+
+
+def check_held_out(data: DataConfig, split: str, metadata: dict[str, str], found: "FoundWeights") -> None:
+    """Check that a validation split was held out of the images that the weights were trained on.
+
+    Raises:
+        UserError: the training images have changed since then; the message says how.
+    """
+    from moa_train.assembly.validation import check_same_data, training_record
+    from moa_train.data.dataset import open_split as open_source
+
+    names = {"classes", "fingerprint", "counts"} & set(metadata)
+    before: dict[str, Any] = {name: json.loads(metadata[name]) for name in names}
+    if "fingerprint" not in before and found.checkpoint is not None:  # written by an older version
+        before = found.checkpoint.state
+    if split == "val" and data.val_fraction and "fingerprint" in before:
+        remedy = "The split val is held out of these images. Restore them (root=FOLDER) or evaluate another split."
+        limit = json.loads(metadata["config"])["data"].get("limit")
+        check_same_data(before, training_record(open_source(replace(data, limit=limit), "train")), remedy)
 
 
 def described(metadata: dict[str, str], path: Path) -> RunConfig:
@@ -125,16 +150,23 @@ def default_output(found: "FoundWeights", split: str) -> Path:
     return (folder.parent if folder.name == "checkpoints" else folder) / f"eval-{split}.json"
 
 
-def write(outcome: dict[str, Any], path: Path) -> None:
-    """Print the result as JSON and try to write it to a file."""
+def write(outcome: dict[str, Any], path: Path, required: bool) -> None:
+    """Write the result as JSON and print it.
+
+    Raises:
+        UserError: the file cannot be written and is ``required``.
+    """
     text = json.dumps(outcome, indent=2)
-    print(text)
     try:
         path.write_text(text + "\n")
     except OSError as error:
-        print(
-            f"Cannot write the result to {path}: {error.strerror}. Choose another file with output=.", file=sys.stderr
-        )
+        message = f"Cannot write the result to {path}: {error.strerror}. Choose another file with output=."
+        print(text)
+        if required:
+            raise UserError(message) from error
+        print(message, file=sys.stderr)
+        return
+    print(text)
 
 
 def main() -> None:

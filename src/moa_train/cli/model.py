@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from moa_train.cli import app
 from moa_train.plugins import DATASETS
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
 from moa_train.schema import RunConfig, image_shape, to_dict
 
@@ -80,10 +81,11 @@ def convert(source: Path, target: Path, image_size: int | None = None) -> int:
     else:
         from moa_train.engine.tensorfile import write_tensors
         from moa_train.model.load import load_weights
-        from moa_train.model.published_weights import published_model, read_published
+        from moa_train.model.pickled import read_state_dict
+        from moa_train.model.published_weights import published_model
         from moa_train.model.registry import create_model
 
-        weights = read_published(source)
+        weights = read_state_dict(source)
         found = published_model(weights, (image_size, image_size) if image_size else None)
         model = create_model(found.config, image_size=found.image_size, num_classes=found.num_classes)
         load_weights(model, weights)  # writes nothing unless all weights fit
@@ -121,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Entry point."""
+    protect_output()
     command, *rest = sys.argv[1:] or ["--help"]
     sys.argv[1:] = rest
     if command == "summary":

@@ -6,7 +6,8 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from moa_train.cli import app
+from moa_train.cli import app, sweep
+from moa_train.cli.compose import GROUPS
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals
 from moa_train.schema import RunConfig, validate
@@ -34,7 +35,7 @@ def train(config: RunConfig, overrides: list[str]) -> int:
         from moa_train.assembly.session import run_session
 
         config, changed = resolve_resume(config, lambda before: with_overrides(before, overrides))
-        return run_session(config, changed, app.arguments_of_one_run(overrides), stop)
+        return run_session(config, changed, sweep.arguments_of_one_run(overrides), stop)
 
 
 def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
@@ -48,7 +49,7 @@ def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     result = OmegaConf.structured(copy.deepcopy(config))
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
-        if key in app.GROUPS:
+        if key in GROUPS:
             raise UserError(
                 f"{override.input_line}: a resumed run cannot select an option of a group. Change individual settings "
                 "instead, such as optim.lr=1e-4, or start a new run from its weights with init=."

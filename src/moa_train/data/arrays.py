@@ -23,6 +23,7 @@ class ArraySource:
         image_size: size of the batches; other native sizes are resampled (bicubic, antialiased).
         rows: the elements of ``images`` and ``labels`` that belong to this source; all by default.
         content: hash of the pixels, if one is known.
+        files: paths of the files that the elements of ``images`` were made of, as in ``ClassTree``, if known.
     """
 
     in_memory = True
@@ -36,9 +37,10 @@ class ArraySource:
         image_size: tuple[int, int],
         rows: NDArray[np.int64] | None = None,
         content: str = "",
+        files: NDArray[np.bytes_] | None = None,
     ) -> None:
         self.title, self.images, self.classes, self.image_size = title, images, list(classes), image_size
-        self.content, self._all_labels = content, np.asarray(labels, np.int64)
+        self.content, self._all_files, self._all_labels = content, files, np.asarray(labels, np.int64)
         self.rows = np.arange(len(images)) if rows is None else rows
         self.labels = self._all_labels[self.rows]
         self.fingerprint = fingerprint(title, self.classes, self.labels, self.rows, images.shape[1:], content)
@@ -60,7 +62,25 @@ class ArraySource:
             self.image_size,
             self.rows[rows],
             self.content,
+            self._all_files,
         )
+
+    def relabeled(self, table: NDArray[np.int64], classes: Sequence[str]) -> "ArraySource":
+        """Return the source with label k replaced by ``table[k]``, the position of its class in ``classes``."""
+        labels = table[self._all_labels]
+        return ArraySource(
+            self.title, self.images, labels, classes, self.image_size, self.rows, self.content, self._all_files
+        )
+
+    @property
+    def place(self) -> str:
+        """The file that the images are in, or the title if they are in memory only."""
+        return str(self.images.filename) if isinstance(self.images, np.memmap) else self.title
+
+    @property
+    def files(self) -> NDArray[np.bytes_] | None:
+        """Paths of the files that the samples were made of, if known."""
+        return None if self._all_files is None else self._all_files[self.rows]
 
     def gather(self, index: NDArray[np.int64]) -> Tensor:
         """Return the images at these indices: uint8, B 3 H W."""

@@ -50,19 +50,22 @@ class Cifar(DataSet):
 
     archive: Archive
     downloads = True
+    holds_out_by_name = False  # published numbers depend on the rows
 
     def read(self, split: str) -> "Source":
         """Open the pack of a split, after making it from class folders or the archive where there is none yet."""
-        from moa_train.data.pack import check_origin, is_packed, pack_tree, read_pack
+        from moa_train.data.image import Decoding
+        from moa_train.data.pack import check_classes, check_origin, is_packed, pack_tree, read_pack
         from moa_train.data.tree import scan_split
 
         root, archive = self.root, self.archive
         tree = scan_split(root, split) if (root / split).is_dir() else None
         if is_packed(root, split):
             if tree is not None:
-                check_origin(root, split, tree.fingerprint)
+                check_origin(root, split, tree)
         elif tree is not None:
-            pack_tree(tree, root, split)
+            check_classes(root, split, tree.classes)
+            pack_tree(tree, root, split, Decoding.of(self.config))
         elif (root / archive.filename).is_file():
             pack_archive(archive, root / archive.filename, root)
         elif self.config.download:

@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moa_train.data.counter import Floats, sample_keys
 from moa_train.data.fingerprint import fingerprint
-from moa_train.data.image import EncodedImage, reading
+from moa_train.data.image import Decoding, EncodedImage, reading
 from moa_train.data.order import Draw, Indices
 from moa_train.data.tree import ClassTree
 from moa_train.data.view import View
@@ -25,12 +26,21 @@ class FileSource:
         tree: the files.
         image_size: height and width of the images that loaders make.
         rows: the files that belong to this source; all by default.
+        decoding: limits and value range.
     """
 
     in_memory = False
 
-    def __init__(self, title: str, tree: ClassTree, image_size: tuple[int, int], rows: Indices | None = None) -> None:
+    def __init__(
+        self,
+        title: str,
+        tree: ClassTree,
+        image_size: tuple[int, int],
+        rows: Indices | None = None,
+        decoding: Decoding | None = None,
+    ) -> None:
         self.title, self.tree, self.image_size, self.classes = title, tree, image_size, tree.classes
+        self.decoding = decoding or Decoding()
         self.rows = np.arange(len(tree.files)) if rows is None else rows
         self.labels = tree.labels[self.rows]
         self.fingerprint = fingerprint(title, self.classes, self.labels, self.rows, tree.fingerprint)
@@ -42,9 +52,19 @@ class FileSource:
         """Return the path of the file."""
         return str(self.tree.path(self.rows[index]))
 
+    @property
+    def place(self) -> str:
+        """The folder that the images are in."""
+        return str(self.tree.root)
+
+    @property
+    def files(self) -> NDArray[np.bytes_]:
+        """Paths of the files, relative to the folder of the split."""
+        return self.tree.files[self.rows]
+
     def subset(self, rows: Indices, title: str) -> "FileSource":
         """Return the source of these samples."""
-        return FileSource(title, self.tree, self.image_size, self.rows[rows])
+        return FileSource(title, self.tree, self.image_size, self.rows[rows], self.decoding)
 
     def describe(self) -> dict[str, Any]:
         """Return facts for a run's record."""
@@ -94,4 +114,4 @@ class FileSource:
     def _read(self, index: int, view: View, numbers: Floats) -> Tensor:
         path = self.tree.path(self.rows[index])
         with reading(path):
-            return view(EncodedImage(path.read_bytes()), numbers)
+            return view(EncodedImage.of(path, self.decoding), numbers)

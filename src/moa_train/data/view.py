@@ -12,6 +12,10 @@ from moa_train.data.counter import Floats, Hashes, Purpose
 from moa_train.data.image import MAX_REDUCTION, EncodedImage
 from moa_train.data.resample import resample
 
+_LARGE = 16  # an enlarged image of more than this many times the pixels that cover the crop is never made whole
+_CHOICE = 16  # pixels among which the best place for a cut is chosen
+_MARGIN = 4  # pixels around a part of an image that its enlargement depends on; bicubic filters reach 2
+
 
 class View(Protocol):
     """Turns an image into pixels of one size."""
@@ -75,14 +79,42 @@ class CentreCrop:
         """Resize and cut out: uint8, 3 H W."""
         cover = [math.floor(side / self.ratio) for side in self.size]
         x_CHW = image.decode()
-        # in whole numbers: the side that decides becomes its cover, the other is rounded down (as in torchvision)
+        # In integers, as torchvision does: the side that decides gets its cover's length, the other is rounded down.
         if cover[0] * image.width >= cover[1] * image.height:
-            height, width = cover[0], cover[0] * image.width // image.height
+            resized = cover[0], cover[0] * image.width // image.height
         else:
-            height, width = cover[1] * image.height // image.width, cover[1]
-        x_CHW = resample(x_CHW[None], (height, width), self.interpolation)[0]
-        top, left = round((height - self.size[0]) / 2), round((width - self.size[1]) / 2)
-        return x_CHW[:, top : top + self.size[0], left : left + self.size[1]]
+            resized = cover[1] * image.height // image.width, cover[1]
+        start = [round((whole - side) / 2) for whole, side in zip(resized, self.size, strict=True)]
+        if math.prod(resized) > max(image.height * image.width, _LARGE * math.prod(cover)):
+            x_CHW, resized, start = _crop_before(x_CHW, resized, start, self.size)
+        x_CHW = resample(x_CHW[None], resized, self.interpolation)[0]
+        return x_CHW[:, start[0] : start[0] + self.size[0], start[1] : start[1] + self.size[1]]
+
+
+def _crop_before(
+    x_CHW: Tensor, resized: tuple[int, int], start: list[int], size: tuple[int, int]
+) -> tuple[Tensor, tuple[int, int], list[int]]:
+    """Cut out the part of a long, narrow image that is visible after enlargement and cropping.
+
+    It is cut at pixels whose edges are nearly on edges of enlarged pixels: the result is off by a small part of one.
+
+    Returns:
+        The part, the size to resize it to, and where the crop starts in it.
+    """
+    parts, sizes, starts = list[slice](), list[int](), list[int]()
+    for whole, full, first, side in zip(x_CHW.shape[1:], resized, start, size, strict=True):
+        scale = full / whole
+        low, high = math.floor(first / scale) - _MARGIN, math.ceil((first + side) / scale) + _MARGIN
+        low = _nearest_edge(range(max(0, low - _CHOICE), max(0, low) + 1), scale)
+        high = low + _nearest_edge(range(min(whole, high) - low, min(whole, high + _CHOICE) - low + 1), scale)
+        parts.append(slice(low, high))
+        sizes.append(round((high - low) * scale))
+        starts.append(first - round(low * scale))
+    return x_CHW[:, parts[0], parts[1]], (sizes[0], sizes[1]), starts
+
+
+def _nearest_edge(places: range, scale: float) -> int:
+    return min(places, key=lambda place: abs(place * scale - round(place * scale)))
 
 
 def resized_crop(image: EncodedImage, box: Box, size: tuple[int, int], interpolation: str) -> Tensor:

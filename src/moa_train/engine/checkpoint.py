@@ -8,7 +8,9 @@ and by the score in the manifest, never by time stamps, nor by a pointer that a 
 
 import contextlib
 import logging
+import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -29,8 +31,9 @@ from moa_train.engine.manifest import (
     remove_folder,
 )
 from moa_train.engine.snapshot import Snapshot
-from moa_train.engine.tensorfile import CheckpointError
+from moa_train.engine.tensorfile import CheckpointError, UnreadableError
 from moa_train.runtime import faults
+from moa_train.runtime.files import file_type
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +94,7 @@ class CheckpointStore:
         for _, _, checkpoint in sorted(scored, key=lambda entry: entry[:2], reverse=True):
             if self._is_valid(checkpoint):
                 return checkpoint
-            if not checkpoint.path.exists():  # the run goes on, and has a better one
+            if file_type(checkpoint.path) is None:  # the run goes on, and has a better one
                 return self.best()
             log.warning("%s, the best so far, is damaged.", checkpoint.path)
         return None
@@ -112,32 +115,52 @@ class CheckpointStore:
         )
 
     def _folders(self) -> list[Path]:
-        """List folders of checkpoints, the newest step first; one that was being replaced follows its replacement."""
-        if not self.directory.is_dir():
-            return []
-        found = [
-            ((step, not path.suffix), path)
-            for path in self.directory.iterdir()
-            if (step := folder_step(path)) is not None and path.is_dir() and not path.is_symlink()
-        ]
-        ours = [entry for entry in found if any((entry[1] / name).exists() for name in (MANIFEST, *FILES))]
-        return [path for _, path in sorted(ours, reverse=True)]
+        """List folders of checkpoints, the newest step first; one that was being replaced follows its replacement.
+
+        Raises UnreadableError where the system does not say what is there.
+        """
+        found, path = [], self.directory
+        try:
+            if file_type(path) != stat.S_IFDIR:
+                return []
+            for path in self.directory.iterdir():
+                step = folder_step(path)
+                if step is None or file_type(path, follow_links=False) != stat.S_IFDIR:
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # just removed
+                    if not {MANIFEST, *FILES}.isdisjoint(os.listdir(path)):  # noqa: PTH208 names are enough
+                        found.append(((step, not path.suffix), path))
+        except OSError as error:
+            raise UnreadableError(path, error) from error
+        return [path for _, path in sorted(found, reverse=True)]
 
     def _openable(self) -> Iterator[Checkpoint]:
         for path in self._folders():
-            with contextlib.suppress(CheckpointError):
-                yield Checkpoint.open(path)
+            try:
+                checkpoint = Checkpoint.open(path)
+            except UnreadableError:
+                raise
+            except CheckpointError:
+                continue
+            yield checkpoint
 
     def _is_valid(self, checkpoint: Checkpoint) -> bool:
-        """Verify a checkpoint, unless it was before and the file system says that nobody has touched it since."""
+        """Verify a checkpoint, unless it was verified before and the file system says that it is unchanged since.
+
+        Raises UnreadableError where the system fails to read it.
+        """
         try:
             statuses = [(checkpoint.path / name).lstat() for name in checkpoint.files]
             unchanged = (checkpoint.digest, *((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in statuses))
             if self._verified.get(checkpoint.path) != unchanged:
                 checkpoint.verify()
                 self._verified[checkpoint.path] = unchanged
-        except (OSError, CheckpointError):
+        except UnreadableError:
+            raise
+        except (FileNotFoundError, NotADirectoryError, CheckpointError):
             return False
+        except OSError as error:
+            raise UnreadableError(checkpoint.path, error) from error
         return True
 
     # Saving
@@ -239,8 +262,8 @@ class CheckpointStore:
         try:
             self._clean()
             self._prune()
-        except OSError as error:
-            log.warning("Cannot remove older checkpoints: %s.", error)
+        except (OSError, UnreadableError) as error:
+            log.warning("Older checkpoints are not removed: %s", error)
 
     def _check_space(self, snapshot: Snapshot) -> None:
         free = shutil.disk_usage(self.directory).free

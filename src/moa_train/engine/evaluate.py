@@ -72,7 +72,7 @@ def evaluate(
                 faults.point("evaluate.batch")
                 batch = batch.to(distributed.device, non_blocking=True)
                 for name, counted in _count(model, batch, transform, metrics, autocast).items():
-                    sums[name] = sums[name] + counted if name in sums else counted
+                    sums[name] = sums.get(name, 0) + counted
                 samples += len(batch)
             advance(done, rounds)
     finally:

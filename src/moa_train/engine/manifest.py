@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from moa_train.engine.tensorfile import CheckpointError, read_tensors
+from moa_train.engine.tensorfile import CheckpointError, UnreadableError, read_tensors
 from moa_train.runtime import faults
 
 FORMAT = 1
@@ -98,8 +98,10 @@ class Checkpoint:
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                     raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in the manifest.")
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing.") from None
         except OSError as error:
-            raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+            raise UnreadableError(path, error) from error
         self._verified.add(name)
         return path
 
@@ -161,19 +163,13 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file and flush it to the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _read(path: Path) -> bytes:
     try:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > JSON_LIMIT:
             raise CheckpointError(f"{path} is not a regular file of at most {JSON_LIMIT} bytes.")
         return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path} is missing.") from None
     except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+        raise UnreadableError(path, error) from error

@@ -62,7 +62,7 @@ class GradientGuard:
                 part.found_inf = self.found  # type: ignore[attr-defined]
             host, copied = self.found.to("cpu", non_blocking=True), None
             if self.found.is_cuda:
-                copied = torch.cuda.Event()
+                copied = torch.cuda.Event(blocking=True)  # waiting for it leaves the core to others
                 copied.record()
             self._pending.append((step, host, copied))
             return True

@@ -11,9 +11,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from moa_train.engine.manifest import MANIFEST, PARTS, compose, fsync_folder, write_bytes
+from moa_train.engine.manifest import MANIFEST, PARTS, compose, fsync_folder
 from moa_train.engine.tensorfile import write_tensors
 from moa_train.runtime import faults
+from moa_train.runtime.files import write_flushed
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ class Snapshot:
         for part, named in self.tensors.items():
             name = f"{part}.safetensors"
             files[name] = write_tensors(folder / name, named, self.metadata if part in ("model", "ema") else None)
-        write_bytes(folder / "state.json", self.state)
+        write_flushed(folder / "state.json", self.state)
         files["state.json"] = (len(self.state), hashlib.sha256(self.state).hexdigest())
         faults.point("checkpoint.before_manifest")
-        write_bytes(folder / MANIFEST, compose(self.step, self.score, files))
+        write_flushed(folder / MANIFEST, compose(self.step, self.score, files))
         fsync_folder(folder)
 
 

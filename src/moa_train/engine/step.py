@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,12 +47,7 @@ class TrainStep:
         self.model = distributed.wrap(model)
         self.guard = GradientGuard(optimizer, precision)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.statistics = [
-            buffer
-            for part in model.modules()
-            if isinstance(part, nn.modules.batchnorm._BatchNorm)
-            for buffer in part.buffers(recurse=False)
-        ]
+        self.statistics = Statistics(model)
         self.optimizer = optimizer
         self.transform = transform
         self.loss = loss
@@ -79,11 +75,11 @@ class TrainStep:
             Scalars on the device: ``loss``, in nats, whose mean over the ranks is the loss of the global batch, and
             ``grad_norm``, the norm of the global gradient before clipping. None if the update was abandoned.
         """
-        statistics = [(buffer, buffer.clone()) for buffer in self.statistics]
+        self.statistics.save()
         total = torch.zeros((), device=self.distributed.device)
         for number in range(self.micro_batches):
             if number and stop():
-                self._abandon(statistics)
+                self._abandon()
                 return None
             batch = next(batches)
             assert batch.step == step, f"the loader delivered step {batch.step} at step {step}"
@@ -92,16 +88,15 @@ class TrainStep:
                 loss, _ = self._loss(self.model, batch, step)
                 self.precision.scaler.scale(loss).backward()
             total += loss.detach()
-        return {"loss": total, "grad_norm": self._update(step, statistics)}
+        return {"loss": total, "grad_norm": self._update(step)}
 
-    def _abandon(self, statistics: list[tuple[Tensor, Tensor]]) -> None:
+    def _abandon(self) -> None:
         self.optimizer.zero_grad()
-        for buffer, before in statistics:
-            buffer.copy_(before)
+        self.statistics.restore()
 
     def _loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         """Return the contribution of a micro-batch to the loss of the global batch, and its logits."""
-        batch = batch.to(self.distributed.device, non_blocking=True)
+        batch = copy_aside(batch, self.distributed.device)
         images, targets = self.transform(batch, step)
         if self.on_inputs:
             self.on_inputs(images)
@@ -119,7 +114,7 @@ class TrainStep:
         # The factor is 1, or NaN if the loss is not finite. Then the gradient is NaN too, which all ranks notice.
         return loss * (1 + 0 * loss.detach()), logits
 
-    def _update(self, step: int, statistics: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _update(self, step: int) -> Tensor:
         scaler = self.precision.scaler
         whole: Any = self.optimizer  # so that the scaler lets either all optimizers step or none
         scaler.unscale_(whole)
@@ -130,8 +125,8 @@ class TrainStep:
             scaler.step(whole)
             if self.ema is not None:
                 self.ema.update(skipped)
-        for buffer, before in statistics if skipped is not None or not admitted else ():
-            buffer.copy_(before if skipped is None else torch.where(skipped.bool(), before, buffer))
+        if skipped is not None or not admitted:
+            self.statistics.restore(skipped)
         scaler.update()
         self.optimizer.zero_grad()
         return grad_norm
@@ -144,15 +139,69 @@ class TrainStep:
             not finite, and the ``origin``, which is the first parameter, module or gradient that is not finite, or
             None.
         """
-        found, statistics = [], [(buffer, buffer.clone()) for buffer in self.statistics]
+        found = []
+        self.statistics.save()
         for _ in range(self.micro_batches):
             batch = next(batches)
-            with tracing(self.bare) as origin:
+            # Compiled blocks would run without the hooks of the modules inside them.
+            with tracing(self.bare) as origin, torch.compiler.set_stance("force_eager"):
                 loss, logits = self._loss(self.bare, batch, step)
             trace_gradient(origin, self.bare, loss)
             bad = (~logits.isfinite()).any(dim=1).cpu()
             samples = {"epoch": batch.epoch.tolist(), "index": batch.index.tolist(), "bad": batch.index[bad].tolist()}
             found.append({"micro": batch.micro, "origin": origin.name, **samples})
-        for buffer, before in statistics:
-            buffer.copy_(before)
+        self.statistics.restore()
         return found
+
+
+class Statistics:
+    """The buffers of a model's batch normalization, saved before an update and restored if it is not made.
+
+    They are copied together, in a few kernels instead of one for each of the hundreds of buffers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.buffers: dict[torch.dtype, list[Tensor]] = {}
+        for part in model.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                for buffer in part.buffers(recurse=False):
+                    self.buffers.setdefault(buffer.dtype, []).append(buffer)
+        self.saved: dict[torch.dtype, Tensor] = {}
+
+    def save(self) -> None:
+        """Remember the current values."""
+        self.saved = {dtype: self._flat(dtype) for dtype in self.buffers}
+
+    def restore(self, condition: Tensor | None = None) -> None:
+        """Put the saved values back, if ``condition`` is given only if it is not 0 on the device."""
+        for dtype, buffers in self.buffers.items():
+            values = self.saved[dtype]
+            if condition is not None:
+                values = torch.where(condition.bool(), values, self._flat(dtype))
+            pieces = values.split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [piece.view_as(buf) for piece, buf in zip(pieces, buffers, strict=True)])
+
+    def _flat(self, dtype: torch.dtype) -> Tensor:
+        return torch.cat([buffer.reshape(-1) for buffer in self.buffers[dtype]])
+
+
+def copy_aside(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch of the host to ``device``: on a GPU at the same time as the work that is queued there.
+
+    The host runs ahead of the GPU, so that the copy of a batch takes place during the step before it. What is queued
+    on the current stream from now on waits for it.
+    """
+    if device.type != "cuda":
+        return batch.to(device, non_blocking=True)
+    current, aside = torch.cuda.current_stream(device), _stream_for_copies(device)
+    with torch.cuda.stream(aside):
+        copy = batch.to(device, non_blocking=True)
+    current.wait_stream(aside)
+    for tensor in (copy.images, copy.labels):
+        tensor.record_stream(current)  # its memory belongs to the stream of the copies, which must not reuse it yet
+    return copy
+
+
+@cache
+def _stream_for_copies(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moa_train.runtime import faults
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_all
 
 CHUNK = 8 * 2**20
 """Bytes written and hashed at a time; both release the interpreter lock, so training goes on meanwhile."""
@@ -41,6 +42,13 @@ _DTYPES = {
 
 class CheckpointError(UserError):
     """A checkpoint or weights file that is damaged, missing, of another kind, or could not be written."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that the system fails to read: it may be valid, and nothing may be removed in favor of another."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(f"Cannot read {path}: {error.strerror}. Check the storage, then run the same command again.")
 
 
 def write_tensors(
@@ -89,8 +97,7 @@ def _write(descriptor: int, data: memoryview, digest: "hashlib._Hash") -> int:
     for start in range(0, len(data), CHUNK):
         chunk = data[start : start + CHUNK]
         digest.update(chunk)
-        while chunk:
-            chunk = chunk[os.write(descriptor, chunk) :]
+        write_all(descriptor, chunk)
     return len(data)
 
 
@@ -115,7 +122,7 @@ def _check_header(path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(9)
     except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+        raise UnreadableError(path, error) from error
     length = int.from_bytes(start[:8], "little")
     if size > 9 and length <= min(size - 8, HEADER_LIMIT) and start[8:] == b"{":
         return

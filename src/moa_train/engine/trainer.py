@@ -66,6 +66,7 @@ class Trainer:
         """
         state, plan = self.state, self.plan
         self.stop.watched, self.saved_step = True, state.step
+        self.distributed.before_leaving = self.store.close
         with self.store:
             self._catch_up_on_evaluation()
             batches = self.train_batches(state.step)

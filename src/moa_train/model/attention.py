@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LONG_ROW = 32
+"""From this number of tokens on, CUDA's attention kernels are faster than a plain product."""
+
 # AMX, on Intel servers since 2023. The private name is the only one that torch 2.9 has.
 HAS_MATRIX_TILES: bool = torch.cpu._is_amx_tile_supported()
 
@@ -31,12 +34,15 @@ class BiasedAttention(nn.Module):
         self.register_buffer("relative_position_index", relative_position_index(*grid), persistent=published_layout)
 
     def position_bias(self, like: Tensor) -> Tensor:
-        """Look the bias (N, L, L) up, in the dtype of ``like``: cast before the copy, so that less is moved."""
-        table_RN = self.relative_position_bias_table.to(like.dtype).view(-1, self.heads)
-        # Of one head the transpose would leave a gradient with other strides than the table's, and DDP would complain.
+        """Look up the bias (N, L, L) and return it in the dtype of ``like``.
+
+        The lookup is in the table's own fp32, so that its gradient adds up to L terms for each cell in fp32, too.
+        """
+        table_RN = self.relative_position_bias_table.view(-1, self.heads)
+        # With a single head, the transpose would give the gradient other strides than the table's, and DDP would warn.
         table_NR = table_RN.t() if self.heads > 1 else table_RN.view(1, -1)
         L = self.relative_position_index.shape[0]
-        return table_NR.index_select(1, self.relative_position_index.view(-1)).view(self.heads, L, L)
+        return table_NR.index_select(1, self.relative_position_index.view(-1)).view(self.heads, L, L).to(like.dtype)
 
 
 def relative_position_index(height: int, width: int) -> Tensor:
@@ -51,35 +57,61 @@ def relative_position_index(height: int, width: int) -> Tensor:
 def attend(q_GNLD: Tensor, k_GNLD: Tensor, v_GNLD: Tensor, bias: Tensor) -> Tensor:
     """Return ``softmax(q kᵀ / √D + bias) v`` (G, N, L, D); ``bias`` is (N, L, L), or (G, N, L, L) with a mask in it.
 
-    This is the seam where the kernel is chosen: PyTorch's fused attention, or a plain product where that is faster.
+    The kernel is chosen here: FlexAttention in compiled code, else PyTorch's fused attention, or a plain product where
+    that is faster. Measurements: docs/GPU.md for CUDA, docs/MODEL.md for CPUs.
     """
+    if flex_pays(q_GNLD, bias):
+        from torch.nn.attention.flex_attention import flex_attention
+
+        bias_NLL = bias.float()  # its gradient is a sum over groups, in this dtype
+        out_GNLD = flex_attention(
+            q_GNLD, k_GNLD, v_GNLD, score_mod=lambda score, group, head, query, key: score + bias_NLL[head, query, key]
+        )
+        assert isinstance(out_GNLD, Tensor)
+        return out_GNLD
     if fused_pays(q_GNLD, bias):
         return F.scaled_dot_product_attention(q_GNLD, k_GNLD, v_GNLD, aligned(bias if bias.dim() == 4 else bias[None]))
     # Autocast would promote the softmax, and with it the scores, the largest tensor of the model, to fp32.
     with torch.autocast(q_GNLD.device.type, enabled=False):
-        # The product wants contiguous heads, and would copy a scaled view after the scaling.
+        # The product needs contiguous heads, and would copy a scaled view after the scaling.
         scores_GNLL = (q_GNLD.contiguous() * q_GNLD.shape[-1] ** -0.5) @ k_GNLD.transpose(-2, -1)
         weights_GNLL = scores_GNLL.add_(bias).softmax(-1, dtype=softmax_dtype(scores_GNLL))
         return weights_GNLL.to(v_GNLD.dtype) @ v_GNLD
 
 
 def softmax_dtype(scores_GNLL: Tensor) -> torch.dtype:
-    """Return what the softmax is computed in: on the CPU, short rows of bf16 take three times as long as fp32's.
+    """Return the dtype of the softmax: on a CPU, short rows take three times as long in bf16 as in fp32.
 
-    There torch handles 32 numbers of bf16 at once and what is left over one by one.
+    There torch processes 32 bf16 values at once, and the rest of a row one by one.
     """
     slow = scores_GNLL.device.type == "cpu" and scores_GNLL.shape[-1] < 64
     return torch.float32 if slow and scores_GNLL.dtype == torch.bfloat16 else scores_GNLL.dtype
 
 
-def fused_pays(q_GNLD: Tensor, bias: Tensor) -> bool:
-    """Say whether the fused kernel is the faster one. Measured: docs/MODEL.md.
+def flex_pays(q_GNLD: Tensor, bias: Tensor) -> bool:
+    """Return whether FlexAttention is the fastest kernel: in code compiled for a GPU, for long rows.
 
-    On the CPU, a bias that needs a gradient sends it to a slow path, and without matrix tiles its bf16 products
-    are slower than oneDNN's.
+    It adds up the bias's gradient inside the kernel, where the fused kernel writes it out for every group. It does so
+    with atomic operations, whose order varies, so it is not for deterministic runs.
+    """
+    return (
+        torch.compiler.is_dynamo_compiling()
+        and q_GNLD.device.type == "cuda"
+        and q_GNLD.shape[-2] >= LONG_ROW
+        and q_GNLD.shape[-1] >= 16
+        and bias.dim() == 3
+        and not torch.are_deterministic_algorithms_enabled()
+    )
+
+
+def fused_pays(q_GNLD: Tensor, bias: Tensor) -> bool:
+    """Return whether the fused kernel is faster than a plain product.
+
+    On a GPU it is for all but short rows, of which its tiles of 64 tokens would mostly be empty. On a CPU, a bias that
+    needs a gradient takes a slow path, and without matrix tiles its bf16 products are slower than oneDNN's.
     """
     if q_GNLD.device.type != "cpu":
-        return True
+        return q_GNLD.shape[-2] >= LONG_ROW
     needs_gradient = bias.requires_grad and torch.is_grad_enabled()
     return not needs_gradient and (HAS_MATRIX_TILES or q_GNLD.dtype != torch.bfloat16)
 

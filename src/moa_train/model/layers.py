@@ -10,8 +10,24 @@ from torch.utils.checkpoint import checkpoint
 
 from moa_train.model.attention import BiasedAttention, attend
 from moa_train.model.stages import StagePlan
-from moa_train.runtime.device import to_device
 from moa_train.schema import ModelConfig
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalization that under CUDA's autocast reads and writes bf16 or fp16, with statistics in fp32.
+
+    Autocast would run it in fp32 throughout, with twice the memory traffic and a cast on either side.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension."""
+        if x.device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype("cuda")
+        with torch.autocast("cuda", enabled=False):
+            return F.layer_norm(
+                x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps
+            )
 
 
 class PatchEmbedding(nn.Module):
@@ -24,7 +40,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.patch = patch
         self.proj = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to a map (B, H/patch, W/patch, C)."""
@@ -41,7 +57,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = LayerNorm(4 * dim)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """Map (B, H, W, C) to (B, H/2, W/2, 2C)."""
@@ -72,25 +88,33 @@ class WindowAttention(BiasedAttention):
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """Attend within each window; (B, H, W, C) in and out."""
         q_GNLD, k_GNLD, v_GNLD = self.to_windows(self.qkv(x_BHWC))
-        bias = self.position_bias(q_GNLD)
+        bias_NLL = self.position_bias(q_GNLD)
         if self.padding_mask is not None:
-            bias_WNLL = bias + self.padding_mask.to(bias.dtype)[:, None, None, :]
-            bias = bias_WNLL.repeat(x_BHWC.shape[0], 1, 1, 1)
-        return self.dropout(self.proj(self.to_map(attend(q_GNLD, k_GNLD, v_GNLD, bias), x_BHWC.shape[1:3])))
+            bias_NLL = (bias_NLL + self.padding_mask.to(bias_NLL.dtype)[:, None, None, :]).flatten(0, 1)
+        return self.dropout(self.proj(self.to_map(attend(q_GNLD, k_GNLD, v_GNLD, bias_NLL), x_BHWC.shape[1:3])))
+
+    @property
+    def groups(self) -> str:
+        """The two leading dimensions in the attention: windows of all images, and heads.
+
+        Where the map is padded, each window of an image has its own mask. There an image's windows count as heads, so
+        that neither mask nor bias is repeated for every image.
+        """
+        return "(b h w) n" if self.padding_mask is None else "b (h w n)"
 
     def to_windows(self, qkv_BHWC: Tensor) -> tuple[Tensor, ...]:
-        """Split (B, H, W, 3C) into q, k and v of (G, N, L, D): G windows of all images, L = w x w positions."""
+        """Split (B, H, W, 3C) into q, k and v of (G, N, L, D), L = w x w positions; G and N are those of `groups`."""
         # Apart before they are copied: attention keeps k and v, and would keep the unscaled q with them.
         parts = pad_to_multiple(qkv_BHWC, self.window).chunk(3, dim=-1)
-        pattern = "b (h y) (w x) (n d) -> (b h w) n (y x) d"
+        pattern = f"b (h y) (w x) (n d) -> {self.groups} (y x) d"
         return tuple(rearrange(part, pattern, n=self.heads, y=self.window, x=self.window) for part in parts)
 
     def to_map(self, x_GNLD: Tensor, map_size: Sequence[int]) -> Tensor:
         """Put windows (G, N, L, D) back into the map (B, H, W, C), without its padding."""
         height, width = map_size
-        pattern = "(b h w) n (y x) d -> b (h y) (w x) (n d)"
+        pattern = f"{self.groups} (y x) d -> b (h y) (w x) (n d)"
         rows, columns = -(-height // self.window), -(-width // self.window)
-        x_BHWC = rearrange(x_GNLD, pattern, h=rows, w=columns, y=self.window, x=self.window)
+        x_BHWC = rearrange(x_GNLD, pattern, h=rows, w=columns, n=self.heads, y=self.window, x=self.window)
         return x_BHWC[:, :height, :width]
 
 
@@ -107,36 +131,62 @@ class MLP(nn.Sequential):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training, leave a residual branch out for some samples.
+    """Stochastic depth (arXiv 1603.09382): in training, drop a residual branch for some samples.
 
-    Each sample loses it with probability ``rate``; the others' is scaled by 1 / (1 - rate). What is left out is not
-    computed: a block acts on each sample alone, so the branch is given the remaining ones only.
+    Each sample loses the branch with probability ``rate``; for the others it is scaled by 1 / (1 - rate). On a CPU, the
+    branch is computed only for the samples that keep it, since a block treats each sample independently. On a GPU that
+    is slower than computing all samples and masking the result, because samples have to be copied, and shapes that
+    change at every step prevent compilation.
     """
+
+    keep: Tensor
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
+        # A buffer, so that compiled blocks that differ only in their rate share one graph.
+        self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
 
     def forward(self, branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Return ``branch(x)`` for ``x`` (B, ...), with zeros for the samples that lose it."""
-        if not self.training or self.rate == 0.0:
+        """Return ``branch(x)`` for ``x`` (B, ...), with zeros for the samples that lose the branch."""
+        if not self.active:
             return branch(x)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self.select(branch, x)
+        update = branch(x)
+        return update * self.mask(update) / self.keep.to(update.dtype)
+
+    def add(self, branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return ``x + branch(x)`` for ``x`` (B, ...); samples that lose the branch stay as they are."""
+        if not self.active or torch.compiler.is_compiling() or x.device.type == "cpu":
+            return x + self(branch, x)
+        update = branch(x)
+        return torch.addcmul(x, update, self.mask(update), value=1 / (1 - self.rate))  # one kernel for all of it
+
+    @property
+    def active(self) -> bool:
+        """Whether samples may lose the branch. A compiled graph serves all rates, so it always draws a mask."""
+        return self.training and (torch.compiler.is_compiling() or self.rate > 0)
+
+    def mask(self, update: Tensor) -> Tensor:
+        """Draw 1 for each sample that keeps the branch and 0 for the others: (B, 1, ...)."""
+        shape = (update.shape[0], *[1] * (update.dim() - 1))
+        return (torch.rand(shape, device=update.device) < self.keep).to(update.dtype)
+
+    def select(self, branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Compute the branch only for the samples that keep it."""
         B, keep = x.shape[0], 1.0 - self.rate
-        if torch.compiler.is_compiling():  # shapes must not depend on chance
-            update = branch(x)
-            return update * update.new_empty(B, *[1] * (update.dim() - 1)).bernoulli_(keep).div_(keep)
-        kept = torch.rand(B).lt(keep).nonzero().flatten()  # drawn on the host, which waits for no device
+        kept = torch.rand(B).lt(keep).nonzero().flatten()
         scale = 1.0 / keep
-        if not len(kept):  # its parameters get a gradient all the same: DDP waits for one
+        if not len(kept):  # compute one sample anyway, so that all parameters get the gradient that DDP waits for
             kept, scale = torch.zeros(1, dtype=torch.int64), 0.0
         if len(kept) == B:
             return branch(x) * scale
-        kept = to_device(kept, x.device)
         update = branch(x.index_select(0, kept))
-        return update.new_zeros(B, *update.shape[1:]).index_add(0, kept, update, alpha=scale)
+        return update.new_zeros(B, *update.shape[1:]).index_add_(0, kept, update, alpha=scale)
 
     def extra_repr(self) -> str:
-        """Show the rate where the model is printed."""
+        """Show the rate when the model is printed."""
         return f"{self.rate:.3f}"
 
 
@@ -145,16 +195,16 @@ class LocalBlock(nn.Module):
 
     def __init__(self, stage: StagePlan, config: ModelConfig, *, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(stage.dim)
+        self.norm1 = LayerNorm(stage.dim)
         self.attn = WindowAttention(stage, config)
-        self.norm2 = nn.LayerNorm(stage.dim)
+        self.norm2 = LayerNorm(stage.dim)
         self.mlp = MLP(stage.dim, int(stage.dim * config.mlp_ratio), config.dropout)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """Mix positions within windows, then channels; (B, H, W, C) in and out."""
-        x_BHWC = x_BHWC + self.drop_path(lambda x_BHWC: self.attn(self.norm1(x_BHWC)), x_BHWC)
-        return x_BHWC + self.drop_path(lambda x_BHWC: self.mlp(self.norm2(x_BHWC)), x_BHWC)
+        x_BHWC = self.drop_path.add(lambda x_BHWC: self.attn(self.norm1(x_BHWC)), x_BHWC)
+        return self.drop_path.add(lambda x_BHWC: self.mlp(self.norm2(x_BHWC)), x_BHWC)
 
 
 class LocalStage(nn.Module):

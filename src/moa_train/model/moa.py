@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moa_train.model.attention import BiasedAttention, attend
-from moa_train.model.layers import MLP, DropPath, LocalStage, PatchMerging, pad_to_multiple, project_patches
+from moa_train.model.layers import MLP, DropPath, LayerNorm, LocalStage, PatchMerging, pad_to_multiple, project_patches
 from moa_train.model.stages import StagePlan
 from moa_train.schema import ModelConfig
 
@@ -26,12 +26,12 @@ class MOABlock(BiasedAttention):
         super().__init__(stage.heads, stage.windows)
         dim, overlap, self.window = stage.dim, config.moa.overlap, stage.window
         thin = dim // config.moa.reduction
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.reduce = nn.Linear(dim, thin)
         self.q = nn.Conv2d(thin, dim, kernel_size=self.window, stride=self.window)
         self.kv = nn.Conv2d(thin, 2 * dim, kernel_size=self.window + 2 * overlap, stride=self.window, padding=overlap)
         self.proj = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = MLP(dim, int(dim * config.mlp_ratio), config.dropout)
         self.expand = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(config.dropout)

@@ -102,6 +102,23 @@ def read_checkpoint(path: Path) -> Any:
         raise DamagedFileError(f"{path} is no PyTorch checkpoint, or is damaged ({error}).") from error
 
 
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Return the state dict in a `.pth` file: its whole content, or its entry "model" or "state_dict".
+
+    Raises:
+        UserError: the file is missing or damaged, or has no state dict of tensors.
+    """
+    weights = read_checkpoint(path)
+    if isinstance(weights, dict):
+        weights = weights.get("model", weights.get("state_dict", weights))
+    if not isinstance(weights, dict) or not weights:
+        raise UserError(f"{path} has no state dict, neither as its whole content nor as 'model' or 'state_dict'.")
+    others = [str(name) for name, value in weights.items() if not isinstance(value, Tensor)]
+    if others:
+        raise UserError(f"{path}: these entries of the state dict are not tensors: {', '.join(others[:10])}.")
+    return weights
+
+
 def _read_zip(archive: zipfile.ZipFile) -> Any:
     programs = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
     if len(programs) != 1:

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moa_train.model.attention import BiasedAttention, attend
-from moa_train.model.layers import DropPath, LocalStage, PatchMerging
+from moa_train.model.layers import DropPath, LayerNorm, LocalStage, PatchMerging
 from moa_train.model.stages import StagePlan
 from moa_train.schema import ModelConfig
 
@@ -53,8 +53,8 @@ class PublishedStage(LocalStage):
         super().__init__(stage, blocks, None, checkpointing=config.checkpointing)
         self.glb_attn = PublishedAttention(stage, config)
         self.post_conv = nn.Conv2d(stage.dim, stage.dim, kernel_size=3, padding=1)
-        self.norm1 = nn.LayerNorm(stage.dim)
-        self.norm2 = nn.LayerNorm(stage.dim)
+        self.norm1 = LayerNorm(stage.dim)
+        self.norm2 = LayerNorm(stage.dim)
         self.drop_path = DropPath(drop_path)
         self.downsample = PatchMerging(stage.dim)
 

@@ -1,7 +1,7 @@
-"""Checkpoints in the layout that the authors of MOA publish: read, described, written.
+"""Checkpoints in the layout that the authors of MOA publish: deriving the architecture, and writing.
 
-Such a file is a pickle ``{"model": state dict, ...}`` beside an object of a foreign class; it is read without executing
-anything (`pickled`). Names and shapes are those of the published form here, so the tensors need no translation.
+Such a file is a pickle ``{"model": state dict, ...}``, which `pickled.read_state_dict` reads. Names and shapes are
+those of the published form in this package, so no tensor needs conversion.
 """
 
 import math
@@ -14,25 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_train.model.pickled import read_checkpoint
 from moa_train.runtime.errors import UserError
 from moa_train.schema import MoaConfig, ModelConfig
-
-
-def read_published(path: Path) -> dict[str, Tensor]:
-    """Return the state dict of a published file, or of one that holds nothing but a state dict.
-
-    Raises:
-        UserError: no such file, a damaged one, or one without a state dict of tensors.
-    """
-    content = read_checkpoint(path)
-    weights = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not weights:
-        raise UserError(f"{path} holds no state dict, neither as a whole nor under 'model'.")
-    strange = [str(name) for name, value in weights.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise UserError(f"{path}: these entries of the state dict are no tensors: {', '.join(strange[:10])}.")
-    return weights
 
 
 @dataclass(frozen=True)

@@ -59,14 +59,12 @@ def summarize(config: ModelConfig, *, image_size: tuple[int, int], num_classes: 
     with torch.device("meta"):
         model = create_model(config, image_size=image_size, num_classes=num_classes).eval()
         image_BCHW = torch.empty(1, 3, *image_size)
-    with torch.no_grad(), FlopCounterMode(display=False, depth=9) as counter:
-        model(image_BCHW)
     parameters: Counter[tuple[int, str]] = Counter()  # in the model's order
     for path, parameter in model.named_parameters():
         parameters[model.part_of(path)] += parameter.numel()
     macs: Counter[tuple[int, str]] = Counter()
-    for path, count in _own(counter).items():
-        macs[model.part_of(path)] += count // 2
+    for path, count in macs_by_module(model, image_BCHW).items():
+        macs[model.part_of(path)] += count
     maps: list[tuple[int, ...]] = []
     if any(stage >= 0 for stage, _ in parameters):
         with torch.no_grad():
@@ -74,18 +72,32 @@ def summarize(config: ModelConfig, *, image_size: tuple[int, int], num_classes: 
     return Summary(maps, dict(parameters), {key: macs[key] for key in parameters})
 
 
-def _own(counter: FlopCounterMode) -> dict[str, int]:
-    """Return the operations that each module does itself, outside of the modules in it."""
-    total = {path.partition(".")[2]: sum(counts.values()) for path, counts in counter.get_flop_counts().items()}
-    own = dict(total)
-    for path, count in total.items():
-        above = path
-        while above:
-            above = above.rpartition(".")[0]
-            if above in own:
-                own[above] -= count
-                break
-    return {path: count for path, count in own.items() if count}
+def macs_by_module(model: nn.Module, images_BCHW: Tensor) -> Counter[str]:
+    """Return the multiply-accumulates of a forward pass that each module does itself, not those of modules it calls.
+
+    PyTorch's own counter reports sums over nested modules, which cannot be taken apart by name: a module may be called
+    by another one than its parent.
+    """
+    own: Counter[str] = Counter()
+    running = [""]  # innermost module last
+
+    def charge() -> None:
+        own[running[-1]] += counter.get_total_flops() // 2 - own.total()
+
+    def enter(name: str) -> None:
+        charge()
+        running.append(name)
+
+    def leave() -> None:
+        charge()
+        running.pop()
+
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: enter(name))
+        module.register_forward_hook(lambda *_: leave())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images_BCHW)
+    return own
 
 
 class PeakMemory(TorchDispatchMode):

@@ -14,9 +14,13 @@ from moa_train.runtime.errors import UserError
 def pick_device(name: str = "auto", local_rank: int = 0, local_world_size: int = 1) -> torch.device:
     """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` to this process's device, and make it torch's current one.
 
-    ``auto`` is CUDA where there is any, else the CPU. Of several processes on a machine each takes the GPU of
-    its local rank. Raises UserError for a device that is not there.
+    ``auto`` is CUDA if a GPU is visible, else the CPU. Of several processes on a machine, each takes the GPU of its
+    local rank, or its only visible GPU, as with ``srun --gpus-per-task=1``; `Distributed` checks that no two processes
+    share one. Raises UserError for a device that does not exist.
     """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Before the allocator is first used: memory is mapped as needed, so that changing sizes don't fragment it.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -32,8 +36,8 @@ def pick_device(name: str = "auto", local_rank: int = 0, local_world_size: int =
             f"device={name} would put all {local_world_size} processes on one GPU. Use device=cuda: each takes its own "
             "(CUDA_VISIBLE_DEVICES chooses which)."
         )
-    number = int(index) if index else local_rank
-    if number >= count or local_world_size > count:
+    number = int(index) if index else 0 if count == 1 else local_rank
+    if number >= count or 1 < count < local_world_size:
         raise UserError(
             f"device={name} with {local_world_size} process(es) on this machine needs GPU "
             f"{max(number, local_world_size - 1)}, but it has {count} (0 to {count - 1}). "

@@ -8,6 +8,7 @@ Without torchrun there is one process, no group at all, and every method returns
 import inspect
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,11 +24,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moa_train.runtime.device import pick_device
 from moa_train.runtime.errors import LostRankError, UserError
+from moa_train.runtime.launcher import end_stuck_launcher
+from moa_train.runtime.peers import PeerWatch, connect
+from moa_train.runtime.rendezvous import agree_on_attempt, choose_gloo_interface
 
 FORWARD_BUFFERS = "forward_sync_buffers"
 if FORWARD_BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters:
     FORWARD_BUFFERS = "broadcast_buffers"
 """What DDP calls the switch for buffers at each forward: the name has changed after torch 2.9."""
+
+_LOST = (
+    "Rank {rank} ends because it lost contact with another rank. {loss} Check the output of that rank for the cause. "
+    "The last checkpoint is valid; resume the run to continue."
+)
 
 
 @dataclass
@@ -39,7 +48,10 @@ class Distributed:
     world_size: int
     local_world_size: int
     device: torch.device
+    before_leaving: Callable[[], object] = lambda: None
+    """Called before a stuck process is ended: waits for what must not be cut short, such as a save."""
     _control: Any = None
+    _watch: PeerWatch | None = field(default=None, repr=False)
     _pending: tuple[Any, Tensor] | None = field(default=None, repr=False)
 
     @property
@@ -67,29 +79,83 @@ class Distributed:
         limit = timedelta(seconds=timeout)
         cuda = chosen.type == "cuda"
         try:
-            store = _fresh_store(rank, world_size, limit)
+            store = _open_store(rank, world_size, timeout)
+            if world_size > local_world_size:
+                choose_gloo_interface(store, rank, world_size, os.environ["MASTER_ADDR"])
+            self._watch = self._watch_peers(store, timeout)
+            if cuda:
+                _refuse_shared_gpu(store, chosen, rank)
             backend, bound = ("nccl", chosen) if cuda else ("gloo", None)
-            dist.init_process_group(backend, timeout=limit, device_id=bound, **store)
+            dist.init_process_group(
+                backend, timeout=limit, device_id=bound, store=store, rank=rank, world_size=world_size
+            )
             self._control = dist.new_group(backend="gloo", timeout=limit)
-        except RuntimeError as error:
-            place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
-            raise LostRankError(
-                f"Rank {rank} of {world_size} has not met the others at {place} ({str(error).splitlines()[0]}). "
-                "Start all of them, with torchrun; all machines must reach that address."
-            ) from error
+        except (RuntimeError, OSError, UserError) as error:
+            if self._watch:
+                self._watch.close(error)
+            if isinstance(error, UserError):
+                raise
+            raise LostRankError(_not_met(rank, world_size, local_world_size, error)) from error
         try:
             yield self
             self.barrier()
         except BaseException as error:
-            self._abandon(error)
-            if isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error)):
-                reason = str(error).splitlines()[0].partition("] ")[2].partition(". ")[0]
-                raise LostRankError(
-                    f"Rank {rank} has lost another one ({reason}). What it printed says why, unless it was killed "
-                    f"or hanging for {timeout:g} s (runtime.timeout). The last checkpoint is whole: resume goes on."
-                ) from error
-            raise
+            loss = self._loss(error)
+            self._watch.close(error)
+            if loss is None:
+                self._abandon(error)
+                raise
+            lost = LostRankError(_LOST.format(rank=rank, loss=loss))
+            end_stuck_launcher()
+            self._abandon(lost)
+            raise lost from error
+        self._watch.close()
         self._leave()
+
+    def _watch_peers(self, store: dist.Store, timeout: float) -> PeerWatch:
+        connections = connect(
+            self.rank,
+            self.world_size,
+            lambda place: store.set("watch", place),
+            lambda: store.get("watch").decode(),
+            os.environ["MASTER_ADDR"],
+            timeout,
+        )
+        return PeerWatch(
+            self.rank,
+            connections,
+            timeout,
+            abort=self._abort,
+            finish=lambda: self.before_leaving(),
+            leave=self._leave_at_once,
+        )
+
+    def _abort(self) -> None:
+        """Free a main thread that waits for a lost peer: in NCCL, or for a GPU that runs one of NCCL's kernels."""
+        if self.device.type == "cuda" and dist.group.WORLD is not None:
+            dist.group.WORLD.abort()
+
+    def _leave_at_once(self, reason: str) -> None:
+        """End the process from the watch's thread: the main thread is stuck."""
+        text = _LOST.format(rank=self.rank, loss=reason)
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            get_error_handler().record_exception(LostRankError(text))
+        end_stuck_launcher()
+        os._exit(1)
+
+    def _loss(self, error: BaseException) -> str | None:
+        """Return what is known about a lost peer if ``error`` comes from losing it, as sentences, else None."""
+        if not isinstance(error, RuntimeError):
+            return None
+        assert self._watch is not None
+        of_gloo = any(words in str(error) for words in ("gloo", "Application timeout", "Timed out waiting"))
+        if not (isinstance(error, dist.DistError) or of_gloo or self._watch.lost):
+            return None
+        if lost := self._watch.reason(patience=2.0):
+            return lost
+        detail = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+        return f"A rank did not answer ({detail})."
 
     def _leave(self) -> None:
         """End the groups, and the control group's threads with it: freeing it joins them.
@@ -101,13 +167,13 @@ class Distributed:
         self._pending = None  # only now, so that no thread holds the last reference to it
 
     def _abandon(self, error: BaseException) -> None:
-        """Leave after a failure, and tell torchrun, which reports the rank that failed first as the root cause."""
+        """Leave after a failure, and report it to torchrun, which shows the first rank to fail as the root cause."""
         if isinstance(error, Exception) and "TORCHELASTIC_ERROR_FILE" in os.environ:
             get_error_handler().record_exception(error)
-        # nccl may wait for peers that are gone: it gets a moment, and is then left behind.
+        # NCCL and gloo may wait for peers that are gone: they get a moment, and are then left behind.
         closing = threading.Thread(target=self._leave, daemon=True)
         closing.start()
-        closing.join(5.0)
+        closing.join(2.0)
 
     # What the hosts agree upon
 
@@ -254,17 +320,49 @@ def _environment(name: str, default: int) -> int:
     return int(text)
 
 
-def _fresh_store(rank: int, world_size: int, timeout: timedelta) -> dict[str, Any]:
-    """Return arguments of init_process_group for processes that torchrun has restarted.
+def _open_store(rank: int, world_size: int, timeout: float) -> dist.Store:
+    """Return the ranks' common key-value store, with names of its own for each attempt."""
+    limit = timedelta(seconds=timeout)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun serves it. dist.rendezvous would, in torch 2.9, add the restart count, in which nodes differ.
+        store: dist.Store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=limit)
+    else:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=limit))
+        store.set_timeout(limit)
+    return dist.PrefixStore(agree_on_attempt(store, rank, world_size, timeout), store)
 
-    They get the store of those before them, where the addresses of the dead still are, and may well connect to these
-    first (torch 2.15). So each attempt has names of its own. Not on several nodes: each counts its own restarts.
-    """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return {}
-    store, rank, world_size = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
-    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": world_size}
+
+def _refuse_shared_gpu(store: dist.Store, device: torch.device, rank: int) -> None:
+    """Raise UserError if another rank has taken this GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    if store.add(f"gpu/{properties.uuid}", 1) > 1:
+        raise UserError(
+            f"Rank {rank} and another rank use the same GPU ({properties.name}, {properties.uuid}). Start one process "
+            "per GPU: lower --nproc-per-node, or give each process a GPU of its own (CUDA_VISIBLE_DEVICES, srun "
+            "--gpus-per-task=1)."
+        )
+
+
+def _not_met(rank: int, world_size: int, local_world_size: int, error: Exception) -> str:
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+    text = (
+        f"Rank {rank} of {world_size} could not connect to the other ranks through {place} "
+        f"({str(error).splitlines()[0]}). Start all ranks with torchrun, and make sure that every machine can reach "
+        "that address."
+    )
+    if world_size == local_world_size:
+        return text
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "not set")
+    text += (
+        f" Machines must also reach each other on all ports of the network interface that gloo uses "
+        f"(GLOO_SOCKET_IFNAME, now {interface}; `ip -brief address` lists interfaces)."
+    )
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        text += (
+            " If this happened after a torchrun was replaced, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for every "
+            "torchrun, as scripts/train.slurm does."
+        )
+    return text
 
 
 def _encode(value: object) -> bytes:

@@ -15,16 +15,17 @@ from types import TracebackType
 from typing import Self
 
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_all
 
 log = logging.getLogger(__name__)
 
 
 class RunLock:
-    """Holds ``<run_dir>/.lock`` while it is entered; whoever comes second gets a UserError that names the holder.
+    """Hold ``<run_dir>/.lock`` while entered; a second process gets a UserError that names the holder.
 
-    The kernel's lock is what counts (flock), not that the file exists: it goes when its process dies, however it dies,
-    so a stale file needs no cleaning up. The file stays, since removing it could race with the next one to open it.
-    Forked children give up their copy at once, or an orphaned loader worker would keep the folder locked.
+    The kernel's lock (flock) counts, not that the file exists: the lock ends with its process, however that ends, so a
+    stale file needs no cleanup. The file stays, since removing it could race with the next process that opens it.
+    Forked children give up their copy at once; an orphaned loader worker would otherwise keep the folder locked.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -32,35 +33,45 @@ class RunLock:
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
+        holder = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "command": shlex.join(sys.orig_argv),
+        }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            os.register_at_fork(after_in_child=self._forget)
+            self._lock(self._descriptor)
+            os.ftruncate(self._descriptor, 0)
+            write_all(self._descriptor, json.dumps(holder).encode())
         except OSError as error:
-            raise UserError(f"Cannot write to the run folder {self.path.parent}: {error.strerror}.") from error
+            self._forget()
+            raise UserError(
+                f"Cannot write {self.path}, which reserves the run folder: {error.strerror}. Free some space, fix the "
+                "permissions or the storage, or choose another run folder."
+            ) from error
+        except UserError:
+            self._forget()
+            raise
+        return self
+
+    def _lock(self, descriptor: int) -> None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                holder = _describe(os.pread(descriptor, 65536, 0))
-                os.close(descriptor)
                 raise UserError(
-                    f"The run folder {self.path.parent} is in use by {holder}. "
-                    "Wait for it, stop it, or choose another run folder."
+                    f"The run folder {self.path.parent} is in use by {_describe(os.pread(descriptor, 65536, 0))}. "
+                    "Wait for that run, stop it, or choose another run folder."
                 ) from None
-            log.warning("%s: this file system has no locks (%s); mind that one run uses it.", self.path, error)
-        self._descriptor = descriptor
-        os.register_at_fork(after_in_child=self._forget)
-        holder_json = json.dumps(
-            {
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-                "command": shlex.join(sys.orig_argv),
-            }
-        )
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, holder_json.encode(), 0)
-        return self
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            log.warning(
+                "%s: this file system does not support locks (%s). Make sure that only one run uses the folder.",
+                *(self.path, error.strerror),
+            )
 
     def _forget(self) -> None:
         if self._descriptor is not None:

@@ -2,8 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -70,6 +70,24 @@ class Precision:
         if self.name == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Run the forward pass of an evaluation in this precision; fp32 means fp32, without TF32.
+
+        So the counts hardly depend on how images are batched: what remains is the order of sums, some 1e-7.
+        """
+        matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        if self.name == "fp32":
+            set_fp32_products("ieee")
+        try:
+            with self.autocast():
+                yield
+        finally:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                torch.set_float32_matmul_precision(matmul)
+                torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def set_fp32_products(name: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moa_train.runtime.files import write_all
 from moa_train.tracking.files import write_whole, writing
 from moa_train.tracking.jsonl import Row, make_row, read_rows
 from moa_train.tracking.logger import Logger, Metrics
@@ -34,8 +35,10 @@ class CsvFile(Logger):
         if not row.keys() <= set(self._columns):
             self._rewrite()  # metrics.jsonl holds this row already
             return
-        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
-            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+        line = io.StringIO()
+        csv.DictWriter(line, self._columns, lineterminator="\n").writerow(row)
+        with writing(self._path), self._path.open("ab", buffering=0) as file:
+            write_all(file.fileno(), line.getvalue().encode())
 
     def _rewrite(self) -> None:
         rows, text = read_rows(self._rows), io.StringIO()

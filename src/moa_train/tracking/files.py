@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_flushed
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -17,10 +18,7 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            write_flushed(temporary, text.encode())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from moa_train.runtime.files import file_type, write_all
 from moa_train.tracking.files import write_whole, writing
 from moa_train.tracking.logger import Logger, Metrics
 
@@ -27,7 +28,7 @@ class JsonLines(Logger):
     def __init__(self, path: Path, first_step: int = 0) -> None:
         self.path = path
         with writing(path):
-            if path.exists():
+            if file_type(path) is not None:
                 rows = (row for row in read_rows(path) if row["step"] < first_step)
                 write_whole(path, "".join(f"{json.dumps(row)}\n" for row in rows))
             self._file = path.open("ab", buffering=0)  # unbuffered: after a failed write, closing has nothing to write
@@ -41,14 +42,14 @@ class JsonLines(Logger):
         self._write(make_row("eval", step, metrics, split=split))
 
     def close(self, final: Metrics | None = None) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. A quota may report only now that it is exceeded."""
+        with writing(self.path):
+            self._file.close()
 
     def _write(self, row: Row) -> None:
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         with writing(self.path):
-            while line:
-                line = line[self._file.write(line) :]
+            write_all(self._file.fileno(), line)
 
 
 def make_row(kind: str, step: int, metrics: Metrics, **fields: str) -> Row:

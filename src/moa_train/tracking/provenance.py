@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from moa_train.tracking.files import write_whole
+from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import file_type
+from moa_train.tracking.files import write_whole, writing
 
 FILE = "provenance.json"
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "einops", "hydra-core", "omegaconf")
@@ -138,18 +140,26 @@ def write(run_dir: Path, record: Mapping[str, Any]) -> Path:
         write_whole(run_dir / name, diff)
         record["code"]["diff_file"] = name
     path = run_dir / FILE
-    if path.exists() and not read(run_dir):
-        path.replace(path.with_name(f"{FILE}.damaged"))
-    write_whole(path, json.dumps([*read(run_dir), record], indent=1) + "\n")
+    with writing(path):
+        if not (starts := read(run_dir)) and file_type(path) is not None:
+            path.replace(path.with_name(f"{FILE}.damaged"))
+    write_whole(path, json.dumps([*starts, record], indent=1) + "\n")
     return path
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the records of all starts of a run. A missing or damaged file counts as empty."""
+    """Return the records of all starts of a run. A missing or damaged file counts as empty.
+
+    Raises:
+        UserError: the system fails to read the file.
+    """
+    path = run_dir / FILE
     try:
-        records = json.loads((run_dir / FILE).read_text())
-    except (OSError, ValueError):
+        records = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
         return []
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}. Check the storage, then resume the run.") from error
     return records if isinstance(records, list) else []
 
 

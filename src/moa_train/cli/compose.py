@@ -1,0 +1,60 @@
+"""Compose configurations from command-line arguments, with Hydra."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+import moa_train.conf
+from moa_train.schema import validate
+
+CONF = Path(moa_train.conf.__file__).parent
+GROUPS = {folder.name: folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "__pycache__"}
+"""The groups of the configuration: one folder per group, one YAML file per option."""
+
+
+def is_override(argument: str) -> bool:
+    """Return whether an argument has the form key=value."""
+    return "=" in argument and not argument.startswith("-")
+
+
+def addable(argument: str) -> str:
+    """Return an argument in the form that Hydra accepts: keys below ``args`` are not in its schema and need ``++``."""
+    return f"++{argument}" if ARGS_KEY.match(argument) else argument
+
+
+ARGS_KEY = re.compile(r"\w+\.args\.[\w.]+=")
+"""Matches keys of settings that a part declares itself."""
+
+
+def compose(config_name: str, overrides: Sequence[str], roots: Sequence[Path]) -> DictConfig:
+    """Return the configuration composed from overrides, without running a command.
+
+    Args:
+        config_name: primary YAML file below ``conf/``; its schema must be in Hydra's store.
+        overrides: ``key=value`` arguments.
+        roots: folders from `config_roots`.
+    """
+    folders = [f"file://{root.resolve()}" for root in roots[1:]]
+    search = [f"hydra.searchpath={folders}"] if folders else []
+    with hydra.initialize_config_module("moa_train.conf", version_base="1.3"):
+        return hydra.compose(config_name, [*map(addable, overrides), *search])
+
+
+def config_roots(arguments: Sequence[str]) -> list[Path]:
+    """Return the folders that hold the options: conf/, then the user's own folder given by ``--config-dir``."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    known, _ = parser.parse_known_args(arguments)
+    return [CONF, known.config_dir] if known.config_dir else [CONF]
+
+
+def typed(config: DictConfig) -> Any:
+    """Return the composed configuration as a validated dataclass."""
+    result = OmegaConf.to_object(config)
+    validate(result)
+    return result

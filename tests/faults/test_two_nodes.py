@@ -1,0 +1,23 @@
+"""Row 22: two nodes, each a network namespace of this machine; see two_nodes.py, which also measures."""
+
+from collections.abc import Iterator
+
+import pytest
+import two_nodes
+from launch import result
+
+LACKING = two_nodes.missing()
+pytestmark = [pytest.mark.fault(22), pytest.mark.skipif(LACKING is not None, reason=str(LACKING))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cable() -> Iterator[None]:
+    with two_nodes.network():
+        yield
+
+
+@pytest.mark.parametrize("scenario", [two_nodes.rank_killed, two_nodes.link_cut])
+def test_two_nodes_end_with_the_same_bits(scenario, tmp_path, whole_pair, draw, inject):
+    inject()
+    scenario(tmp_path, draw.randint(0, 1))
+    assert result(tmp_path / "run") == result(whole_pair)

@@ -1,0 +1,40 @@
+"""Prints that fail, in real processes: the reader is gone, the stream is closed, the disk is full."""
+
+import subprocess
+import sys
+
+import pytest
+
+PRINTS = """
+import sys
+from moa_train.runtime.output import protect_output
+protect_output()
+for number in range(20000):
+    print("line", number)
+    if number % 1000 == 0:
+        sys.stdout.flush()
+open(sys.argv[1], "w").write("finished")
+"""
+
+
+@pytest.mark.parametrize(
+    "redirection",
+    ["| head -n 1", "| true", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full", "2> /dev/full"],
+)
+def test_a_process_survives_output_that_fails(tmp_path, redirection):
+    script = tmp_path / "prints.py"
+    script.write_text(PRINTS)
+    command = f"set -o pipefail; {sys.executable} {script} {tmp_path}/end {redirection}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (tmp_path / "end").read_text() == "finished"  # and no print went into this file
+    assert "Error" not in done.stderr
+    assert done.returncode == 0
+
+
+def test_characters_that_the_encoding_lacks_are_escaped(tmp_path):
+    script = "from moa_train.runtime.output import protect_output; protect_output(); print('\\udcff \\u00e9')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={"PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "\\udcff \\xe9\n"
