@@ -163,6 +163,6 @@ def check_trusted(used: Iterable[str], named: Iterable[str], where: str) -> None
     if refused:
         modules = ",".join(dict.fromkeys(name.partition(":")[0] for name in refused))
         raise UserError(
-            f"{where} uses code that is not part of moa-train: {', '.join(refused)}. A file alone cannot make moa-train "
-            f"run code. If you trust this code, allow it by adding code=[{modules}]."
+            f"{where} uses code that is not part of moa-train: {', '.join(refused)}. A file by itself "
+            f"cannot make moa-train run code. If you trust this code, allow it by adding code=[{modules}]."
         )

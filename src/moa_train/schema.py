@@ -119,8 +119,8 @@ class DataConfig:
     )
     hold_out: str = knob(
         "position",
-        "how val_fraction chooses images in class folders. name: by a hash of the file name, so that adding or removing "
-        "a file does not affect other files; position: by the position in the sorted list, as in older versions",
+        "how val_fraction chooses images in class folders. name: by a hash of the file name, so that adding or "
+        "removing a file does not affect other files; position: by position in the sorted list, as in older versions",
         options=("name", "position"),
         fixed=True,
     )

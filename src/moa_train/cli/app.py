@@ -86,12 +86,7 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
         if sweep.requested(arguments):
             sweep.check_jobs(arguments, config_name)
         hydra.main(version_base="1.3", config_path="pkg://moa_train.conf", config_name=config_name)(checked)()
-        if failed := [code for code, _ in outcomes if code]:
-            lines = [f"  {'failed' if code else 'done':8}{' '.join(overrides)}" for code, overrides in outcomes]
-            print(
-                f"error: {len(failed)} of {len(outcomes)} runs of the sweep failed:", *lines, sep="\n", file=sys.stderr
-            )
-            sys.exit(max(failed))
+        sweep.report(outcomes)
 
     sys.exit(_guarded(execute))
 

@@ -60,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
     pack.add_argument("out", metavar="OUT", type=Path, help="folder for the packs (pack-train.npy, ...); may be SRC")
     _add_decoding(pack)
 
-    check = _command(commands, "check", run_check, "find unreadable images, duplicates, and images in several splits")
+    check = _command(
+        commands, "check", run_check, "find unreadable images, duplicates, and images that occur in several splits"
+    )
     check.add_argument("root", metavar="ROOT", type=Path, help=root + "; or a single folder of class folders")
     check.add_argument(
         "--workers", type=_whole, default=0, metavar="COUNT", help="processes that decode images (default: 0)"
@@ -104,9 +106,7 @@ def run_pack(options: argparse.Namespace) -> int:
 
     splits = [split for split in SPLITS if (options.source / split).is_dir()]
     if not splits:
-        raise UserError(
-            f"{options.source} contains no folder train, val or test. Give the folder that holds the splits."
-        )
+        raise UserError(f"{options.source} contains no folder train, val or test. Give the folder that contains them.")
     check_split_names(options.source)
     trees = [scan_split(options.source, split) for split in splits]
     for tree in trees[1:]:
@@ -166,9 +166,7 @@ def run_stats(options: argparse.Namespace) -> int:
     if 0 < options.samples < len(source):
         source = source.subset(np.linspace(0, len(source) - 1, options.samples).astype(np.int64), source.title)
     mean, std = channel_statistics(EvalLoader(source, batch_size=64, workers=options.workers))
-    print(
-        f"# {len(source):,} training images of {options.root}, center crops of {options.image_size} x {options.image_size} pixels"
-    )
+    print(f"# {len(source):,} training images of {options.root}, square center crops of {options.image_size} pixels")
     print(f"data.mean=[{','.join(f'{value:.4f}' for value in mean)}]")
     print(f"data.std=[{','.join(f'{value:.4f}' for value in std)}]")
     return Exit.FINISHED
@@ -180,7 +178,7 @@ def _command(
     run: Callable[[argparse.Namespace], int],
     purpose: str,
 ) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=purpose, description=purpose)
+    command = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
     command.set_defaults(command=run)
     return command
 
