@@ -71,7 +71,11 @@ def test_postscript_is_not_an_image_in_any_command(
     assert len(check(root, workers=2).unreadable) == 2 * len(NAMES)
 
     config = DataConfig(name="folder", root=str(root), image_size=16, unreadable="quarantine")
-    train, order, view = open_split(config, "train"), Order(12, 12, 0), RandomResizedCrop((16, 16))
+    train, order, view = (
+        open_split(config, "train"),
+        Order(12, 12, 0),
+        RandomResizedCrop((16, 16), (0.08, 1.0), (3 / 4, 4 / 3)),
+    )
     for workers in (0, 1):
         loader = TrainLoader(train, config, order=order, view=view, micro_batch_size=12, workers=workers)
         next(loader.batches())

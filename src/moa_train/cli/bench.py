@@ -17,7 +17,7 @@ from moa_train.cli.compose import typed
 from moa_train.plugins import DATASETS
 from moa_train.runtime.errors import UserError, choose
 from moa_train.runtime.signals import Exit
-from moa_train.schema import RunConfig, to_dict
+from moa_train.schema import PRECISIONS, RunConfig, to_dict
 
 if TYPE_CHECKING:
     from moa_train.bench.report import Table
@@ -129,8 +129,8 @@ def parser() -> argparse.ArgumentParser:
         help="step, input: images per forward pass (default: as configured)",
     )  # fmt: skip
     result.add_argument(
-        "--precision", nargs="+", default=[], metavar="NAME",
-        help="step: bf16, fp16 or fp32 (default: as configured)",
+        "--precision", nargs="+", default=[], choices=PRECISIONS, metavar="NAME",
+        help="step: auto, bf16, fp16 or fp32 (default: as configured)",
     )  # fmt: skip
     switch: dict[str, Any] = {"nargs": "+", "default": ["off"], "choices": ("off", "on")}
     result.add_argument("--compile", **switch, help="step: use torch.compile (default: off)")

@@ -45,7 +45,7 @@ class Decoding:
             unsigned integer; images whose range is not known (floating point, 32 bits, signed) are then refused.
     """
 
-    max_pixels: int = 100_000_000
+    max_pixels: int = DataConfig.max_pixels
     value_range: tuple[float, float] | None = None
 
     @classmethod

@@ -11,6 +11,7 @@ from moa_train.data.box import Box, box_numbers, random_box
 from moa_train.data.counter import Floats, Hashes, Purpose
 from moa_train.data.image import MAX_REDUCTION, EncodedImage
 from moa_train.data.resample import resample
+from moa_train.schema import AugmentConfig, DataConfig
 
 _LARGE = 16  # an enlarged image of more than this many times the pixels that cover the crop is never made whole
 _CHOICE = 16  # pixels among which the best place for a cut is chosen
@@ -41,9 +42,9 @@ class RandomResizedCrop:
     """
 
     size: tuple[int, int]
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: str = "bicubic"
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    interpolation: str = AugmentConfig.interpolation
 
     def numbers(self, keys: Hashes) -> Floats:
         """Draw the numbers of the rectangles: B 10 4."""
@@ -68,8 +69,8 @@ class CentreCrop:
     """
 
     size: tuple[int, int]
-    ratio: float = 0.875
-    interpolation: str = "bicubic"
+    ratio: float = DataConfig.eval_crop
+    interpolation: str = AugmentConfig.interpolation
 
     def numbers(self, keys: Hashes) -> Floats:
         """Nothing is random here: B 0."""
