@@ -55,7 +55,7 @@ def test_a_signal_saves_and_stops_a_run_that_has_locked_its_folder(tmp_path, tra
     assert process.returncode == 75, errors.decode()
     newest = CheckpointStore(run_dir).newest()
     assert newest is not None
-    assert f"Stopped at step {newest.step}; saved. To go on: moa-train resume={run_dir}" in output.decode()
+    assert f"Stopped at step {newest.step}; saved. To resume: moa-train resume={run_dir}" in output.decode()
     assert read_rows(run_dir / "metrics.jsonl")[-1]["step"] == newest.step
     assert train(run_dir, resume=True, engine__stop_after=f"{newest.step + 2} steps") == 0
     assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl") if row["kind"] == "train"] == [
@@ -199,12 +199,12 @@ def test_profiling_writes_a_trace(train, tmp_path):
 def test_a_stopped_session_says_how_to_resume(train, tmp_path, capsys):
     assert train(tmp_path / "run", **SHORT, engine__stop_after="1 step") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "step 1 of 2: ends here as asked for" in lines
-    assert f"  go on     moa-train resume={tmp_path}/run" in lines
+    assert "stopped at step 1 of 2, as engine.stop_after requests" in lines
+    assert ["resume", "moa-train", f"resume={tmp_path}/run"] in [line.split() for line in lines]
     assert train(tmp_path / "run", resume=True) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "done" in lines
-    assert not any("go on" in line for line in lines)
+    assert not any(line.startswith("  resume ") for line in lines)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "gone"])
@@ -231,7 +231,7 @@ def test_a_damaged_best_checkpoint_is_reported_with_intact_alternatives(train, t
     with pytest.raises(UserError) as error:
         train(run_dir, resume=True)
     message = str(error.value)
-    assert f"the best with {best.score:.2f} % top-1 on val" in message
+    assert f"the best one (top1 {best.score:.4g} on val)" in message
     assert (str(weights) if damage == "flipped" else "no checkpoint of step 2; it has: 1, 3, 4, 5") in message
     assert f"moa-eval ckpt={run_dir}/checkpoints/step-00000005" in message
     newest = store.newest()
