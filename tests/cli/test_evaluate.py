@@ -165,7 +165,8 @@ def test_the_command_prints_only_json(copy):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["total"] == 359
-    assert "top-1 on 359 images, averaged weights of the best checkpoint" in done.stderr
+    assert "of 359 test images" in done.stderr
+    assert "weights of the best checkpoint" in done.stderr
 
 
 def test_evaluation_never_downloads_data():
