@@ -1,5 +1,3 @@
-"""The moa-data command."""
-
 import json
 import subprocess
 import sys
@@ -51,9 +49,7 @@ def test_pack_then_check_and_stats(tree: Path, tmp_path: Path, capsys: pytest.Ca
     assert json.loads(from_pack[0].partition("=")[2]) == pytest.approx(pixels.mean((0, 1, 2)).tolist(), abs=1e-4)
 
 
-def test_check_reports_problems_and_exits_with_1(
-    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_reports_problems_and_exits_with_1(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tree / "test" / "ant" / "0.png").write_bytes((tree / "train" / "bee" / "1.png").read_bytes())
     (tree / "train" / "ant" / "2.png").write_bytes(b"")
     assert run("check", tree, "--json", tmp_path / "report.json") == 1
@@ -69,9 +65,10 @@ def test_check_reports_problems_and_exits_with_1(
     ("arguments", "message"),
     [
         (["check", "nowhere"], "nowhere: there is no such folder"),
-        (["pack", "nowhere", "out"], "no folder train, val or test"),
+        (["pack", "nowhere", "out"], "nowhere has no folder train, val or test"),
         (["stats", "nowhere"], "no such folder"),
         (["stats", "nowhere", "--image-size", "0"], "--image-size is 0"),
+        (["check", "tree", "--json", "nowhere/report.json"], "error: nowhere/report.json: No such file"),
         (["check", "nowhere", "--workers", "-1"], "not a non-negative integer"),
         (["clean", "nowhere"], "invalid choice: 'clean'"),
     ],
@@ -84,6 +81,9 @@ def test_mistakes_are_explained_and_exit_with_2(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in ("ant", "bee"):
+        (tmp_path / "tree" / "train" / name).mkdir(parents=True)
+        Image.effect_noise((8, 8), 90).save(tmp_path / "tree" / "train" / name / "1.png")
     assert run(*arguments) == 2
     assert message in capsys.readouterr().err
 

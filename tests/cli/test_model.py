@@ -10,7 +10,7 @@ import torch
 
 from moa_train.cli import model as command
 from moa_train.engine.find_weights import find_weights
-from moa_train.model.pickled import read_state_dict
+from moa_train.model.pth_file import read_state_dict
 from moa_train.model.registry import create_model
 from moa_train.schema import MoaConfig, ModelConfig, from_dict
 

@@ -51,7 +51,9 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
 
     def checked(config: DictConfig) -> None:
         # This runs inside Hydra's task, so that Hydra still handles --help, --cfg and multirun.
-        job, overrides = HydraConfig.get().job, list(HydraConfig.get().overrides.task)
+        job = HydraConfig.get().job
+        # Do not resolve the overrides, which would replace ${oc.env:NAME} with the value of the variable.
+        overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         if HydraConfig.get().mode is RunMode.MULTIRUN and os.environ.get("RANK", "0") == "0":
             print(f"{'' if job.num == 0 else chr(10)}run {job.num + 1} of the sweep: {' '.join(overrides)}", flush=True)
         code = _guarded(lambda: task(typed(config), overrides))

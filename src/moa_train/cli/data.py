@@ -1,7 +1,6 @@
 """moa-data: pack and check data sets, and compute their statistics."""
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from moa_train.data.image import Decoding
 
 FOUND = 1
-"""Exit code of ``moa-data check`` if it finds a problem."""
+"""Exit code of `moa-data check` if there are findings."""
 
 EXAMPLES = """examples:
   moa-data pack cifar100_images data/cifar100     run once; afterwards: moa-train data=cifar100
@@ -28,17 +27,16 @@ EXAMPLES = """examples:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command. Exit with 0, with 1 if a check finds a problem, or with 2 if the user made an error."""
+    """Run the command; exit with 0, with 1 if a check has findings, with 2 after an error that the user can fix."""
     protect_output()
     options = parser().parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # file names may not be UTF-8, and the terminal may not be Unicode
     try:
         sys.exit(options.command(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(Exit.USER_ERROR)
+    except OSError as error:
+        print(f"error: {error.filename or 'the output'}: {error.strerror or error}.", file=sys.stderr)
         sys.exit(Exit.USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(Exit.INTERRUPTED)
@@ -46,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    root = "folder with train/, val/ and test/ (one is enough), each with one folder of images per class; or with packs"
+    root = "folder that holds train/, val/ or test/, each with class folders of images, or their packs"
     result = argparse.ArgumentParser(
         "moa-data",
         description="Pack and check data sets, and compute their statistics.",
@@ -57,42 +55,56 @@ def parser() -> argparse.ArgumentParser:
 
     pack = _command(commands, "pack", run_pack, "convert small images of equal size to memory-mapped arrays")
     pack.add_argument("source", metavar="SRC", type=Path, help=root)
-    pack.add_argument("out", metavar="OUT", type=Path, help="folder for the packs (pack-train.npy, ...); may be SRC")
+    pack.add_argument(
+        "out", metavar="OUT", type=Path, help="folder for pack-train.npy, pack-val.npy, pack-test.npy; may be SRC"
+    )
     _add_decoding(pack)
 
     check = _command(
         commands, "check", run_check, "find unreadable images, duplicates, and images that occur in several splits"
     )
-    check.add_argument("root", metavar="ROOT", type=Path, help=root + "; or a single folder of class folders")
+    check.add_argument("root", metavar="ROOT", type=Path, help=root + "; or a folder that holds class folders")
     check.add_argument(
-        "--workers", type=_whole, default=0, metavar="COUNT", help="processes that decode images (default: 0)"
+        "--workers",
+        type=_whole,
+        default=0,
+        metavar="COUNT",
+        help="number of processes that decode images (default: 0, decode in the main process)",
     )
     check.add_argument(
-        "--show", type=_whole, default=10, metavar="COUNT", help="findings to print per kind (default: 10)"
+        "--show",
+        type=_whole,
+        metavar="COUNT",
+        default=10,
+        help="number of findings to print of each kind (default: 10)",
     )
-    check.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this file")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this JSON file")
     _add_decoding(check)
 
     stats = _command(
-        commands, "stats", run_stats, "compute channel means and standard deviations of the training images"
+        commands, "stats", run_stats, "compute the mean and standard deviation of each channel over the training images"
     )
     stats.add_argument("root", metavar="ROOT", type=Path, help=root)
     stats.add_argument(
         "--image-size",
         type=_whole,
-        default=224,
         metavar="PIXELS",
+        default=224,
         help="side of the center crop in pixels (default: 224)",
     )
     stats.add_argument(
         "--samples",
         type=_whole,
-        default=10_000,
         metavar="COUNT",
+        default=10_000,
         help="largest number of images to use (default: 10000; 0: all)",
     )
     stats.add_argument(
-        "--workers", type=_whole, default=0, metavar="COUNT", help="processes that decode images (default: 0)"
+        "--workers",
+        type=_whole,
+        default=0,
+        metavar="COUNT",
+        help="number of processes that decode images (default: 0, decode in the main process)",
     )
     _add_decoding(stats)
     return result
@@ -118,7 +130,7 @@ def run_pack(options: argparse.Namespace) -> int:
 
 
 def run_check(options: argparse.Namespace) -> int:
-    """Check a data set and print the problems."""
+    """Check a data set and print the findings."""
     from moa_train.data.check import check
 
     report = check(options.root, options.workers, _progress(), _decoding(options))
@@ -166,7 +178,7 @@ def run_stats(options: argparse.Namespace) -> int:
     if 0 < options.samples < len(source):
         source = source.subset(np.linspace(0, len(source) - 1, options.samples).astype(np.int64), source.title)
     mean, std = channel_statistics(EvalLoader(source, batch_size=64, workers=options.workers))
-    print(f"# {len(source):,} training images of {options.root}, square center crops of {options.image_size} pixels")
+    print(f"# {len(source):,} training images of {options.root}, center crops of {options.image_size} pixels")
     print(f"data.mean=[{','.join(f'{value:.4f}' for value in mean)}]")
     print(f"data.std=[{','.join(f'{value:.4f}' for value in std)}]")
     return Exit.FINISHED
@@ -213,7 +225,7 @@ def _whole(text: str) -> int:
 
 
 def _progress() -> Callable[[int], None]:
-    """Return a function that shows a count on standard error if that is a terminal."""
+    """Return a function that prints a count to standard error if that is a terminal."""
     shown = sys.stderr.isatty()
 
     def show(images: int) -> None:
