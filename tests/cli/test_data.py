@@ -1,3 +1,5 @@
+"""The moa-data command."""
+
 import json
 import subprocess
 import sys
@@ -49,7 +51,9 @@ def test_pack_then_check_and_stats(tree: Path, tmp_path: Path, capsys: pytest.Ca
     assert json.loads(from_pack[0].partition("=")[2]) == pytest.approx(pixels.mean((0, 1, 2)).tolist(), abs=1e-4)
 
 
-def test_check_reports_problems_and_exits_with_1(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reports_problems_and_exits_with_1(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tree / "test" / "ant" / "0.png").write_bytes((tree / "train" / "bee" / "1.png").read_bytes())
     (tree / "train" / "ant" / "2.png").write_bytes(b"")
     assert run("check", tree, "--json", tmp_path / "report.json") == 1
@@ -65,7 +69,7 @@ def test_check_reports_problems_and_exits_with_1(tree: Path, tmp_path: Path, cap
     ("arguments", "message"),
     [
         (["check", "nowhere"], "nowhere: there is no such folder"),
-        (["pack", "nowhere", "out"], "nowhere has no folder train, val or test"),
+        (["pack", "nowhere", "out"], "nowhere contains no folder train, val or test"),
         (["stats", "nowhere"], "no such folder"),
         (["stats", "nowhere", "--image-size", "0"], "--image-size is 0"),
         (["check", "tree", "--json", "nowhere/report.json"], "error: nowhere/report.json: No such file"),
