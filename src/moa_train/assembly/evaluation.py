@@ -36,7 +36,7 @@ def build_evaluation(
     precision = Precision.resolve(config.runtime.eval_precision, distributed.device)
     return partial(
         evaluate,
-        batches=build_eval_loader(config, source, distributed),
+        batches=build_eval_loader(config, source, distributed, stop),
         transform=build_eval_transform(config),
         metrics=create_metrics(config.engine),
         autocast=precision.evaluation,

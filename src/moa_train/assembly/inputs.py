@@ -45,7 +45,9 @@ def validation_split(config: RunConfig, splits: Container[str]) -> str:
     return ("val" if "val" in splits else "none") if choice == "auto" else choice
 
 
-def build_train_loader(config: RunConfig, source: Source, distributed: Distributed) -> TrainLoader:
+def build_train_loader(
+    config: RunConfig, source: Source, distributed: Distributed, stop: Callable[[], bool] = lambda: False
+) -> TrainLoader:
     """Return this rank's micro-batches of every step."""
     engine = config.engine
     return TrainLoader(
@@ -58,10 +60,13 @@ def build_train_loader(config: RunConfig, source: Source, distributed: Distribut
         world_size=distributed.world_size,
         workers=workers(config.data, distributed),
         pin_memory=distributed.device.type == "cuda",
+        stop=stop,
     )
 
 
-def build_eval_loader(config: RunConfig, source: Source, distributed: Distributed) -> EvalLoader:
+def build_eval_loader(
+    config: RunConfig, source: Source, distributed: Distributed, stop: Callable[[], bool] = lambda: False
+) -> EvalLoader:
     """Return this rank's batches of an evaluation."""
     return EvalLoader(
         source,
@@ -71,6 +76,7 @@ def build_eval_loader(config: RunConfig, source: Source, distributed: Distribute
         workers=workers(config.data, distributed),
         crop_ratio=config.data.eval_crop,
         pin_memory=distributed.device.type == "cuda",
+        stop=stop,
     )
 
 

@@ -72,7 +72,7 @@ def build_run(
     sources, choice = open_splits(config, distributed)
     train = sources["train"]
     check_batch_size(config, len(train))
-    loader = build_train_loader(config, train, distributed)
+    loader = build_train_loader(config, train, distributed, lambda: stop.requested)
 
     length = len(train) * config.augment.repeats
     schedule, to_steps = build_schedule(config, length)
@@ -86,7 +86,8 @@ def build_run(
     state = build_state(config, len(train.classes), schedule.peak, precision, fresh=newest is None)
     record: dict[str, Any] = {"config": to_dict(config), **training_record(train)}
     record["measured"] = measurement(config, choice, sources)
-    starts, anew = [], None
+    starts: list[dict[str, Any]] = []
+    anew = None
     if newest is not None:
         starts, before = _restore(state, store.at(newest), record, distributed)
         anew = _seek_best_anew(state, before, record["measured"], sources)
@@ -157,10 +158,13 @@ def _seek_best_anew(
     if old == now:
         return None
     best, state.best, state.evaluated_step = state.best, {}, 0
+    score = best.get(short_name(now["metric"]))
     changed = ", ".join(f"{key} {old.get(key)} -> {value}" for key, value in now.items() if old.get(key) != value)
-    return best and (
-        f"The best checkpoint is sought anew from step {state.step} on, because its score ({best[now['metric']]:.4g} "
-        f"at step {best['step']}) was measured differently: {changed}."
+    if score is None:
+        return None
+    return (
+        f"The best checkpoint is sought anew from step {state.step} on, because its score ({score:.4g} at step "
+        f"{best['step']}) was measured differently: {changed}."
     )
 
 
