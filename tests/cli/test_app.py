@@ -39,6 +39,7 @@ print(json.dumps([run(*case) for case in json.load(sys.stdin)]))
 
 # Arguments, and what the message has to say: the key and the nearest right name or value.
 MISTAKES = {
+    "data.root=${oc.env:MY_API_TOKEN}": ["${oc.env:MY_API_TOKEN} looks like a secret", "no setting needs a secret"],
     # unknown keys
     "optm.lr=1": ["optm.lr", "optim.lr"],
     "optim.lrr=1e-3": ["optim.lrr", "optim.lr"],
@@ -111,6 +112,7 @@ RIGHT = {
     "own, not there": ["train", ["--config-dir=own", "experiment=mone"]],
     "completion": ["train", ["-sc", "install=bash"]],
     "quoted": ["train", ["run_dir='a=b, c'", "data.root=/data/x y", "model.moa={overlap:2}", "data.mean=null"]],
+    "environment": ["train", ["data.root=/data/${oc.env:HOME}"]],
 }
 
 
@@ -265,6 +267,11 @@ def test_a_sweep_runs_every_combination(tried):
 
 def test_signs_in_values(tried):
     assert tried["quoted"]["code"] == 0, tried["quoted"]["err"]
+
+
+def test_overrides_stay_as_typed(tried):
+    """Or the value of the variable would be in the command that the provenance of a sweep's runs records."""
+    assert "ran ['data.root=/data/${oc.env:HOME}']" in tried["environment"]["out"]
 
 
 def test_commands_are_installed_where_python_is():

@@ -33,7 +33,7 @@ def open_source(name: str, *, split: str, **settings: Any) -> Source:
 
 def open_every_split(name: str, root: Path) -> dict[str, Source]:
     config = RunConfig(data=configuration(name, root))
-    with Distributed.start("cpu") as alone:
+    with Distributed.start("cpu", 60.0) as alone:
         return open_splits(config, alone)[0]
 
 

@@ -104,7 +104,7 @@ def test_long_images_take_little_memory(size: tuple[int, int], peak: Callable[..
 
     def crop() -> None:
         assert CentreCrop((224, 224))(image, NOTHING).shape == (3, 224, 224)
-        view = RandomResizedCrop((224, 224))
+        view = RandomResizedCrop((224, 224), (0.08, 1.0), (3 / 4, 4 / 3))
         for numbers in view.numbers(sample_keys(0, 0, np.arange(5), 0)):
             assert view(image, numbers).shape == (3, 224, 224)
 
@@ -147,7 +147,7 @@ def test_large_jpegs_are_decoded_smaller(photographs: list[Image.Image], box: Bo
 
 
 def test_random_crops_depend_on_the_key_alone(photographs: list[Image.Image]) -> None:
-    image, view = jpeg(photographs[0]), RandomResizedCrop((32, 32))
+    image, view = jpeg(photographs[0]), RandomResizedCrop((32, 32), (0.08, 1.0), (3 / 4, 4 / 3))
     numbers = view.numbers(sample_keys(0, 0, np.arange(20), 0))
     crops = [view(image, sample) for sample in numbers]
     alone = view(image, view.numbers(sample_keys(0, 0, np.array([7]), 0))[0])

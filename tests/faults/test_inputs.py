@@ -54,7 +54,7 @@ def data(tmp_path: Path, tree: Path) -> Path:
 def test_workers_and_restarts_change_no_batch(tree, draw, inject):
     """0, 1 and 3 workers, that live on or are started anew at a random step."""
     config = DataConfig(name="folder", root=str(tree), image_size=16)
-    source, view = open_split(config, "train"), RandomResizedCrop((16, 16))
+    source, view = open_split(config, "train"), RandomResizedCrop((16, 16), (0.08, 1.0), (3 / 4, 4 / 3))
     order = Order(len(source), 8, seed=3)
 
     def hashes(workers: int, start: int, steps: int) -> list[bytes]:

@@ -16,8 +16,13 @@ def cable() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("scenario", [two_nodes.rank_killed, two_nodes.link_cut])
-def test_two_nodes_end_with_the_same_bits(scenario, tmp_path, whole_pair, draw, inject):
+IN_SHORT = (two_nodes.rank_killed, two_nodes.link_cut)
+
+
+@pytest.mark.parametrize("scenario", two_nodes.SCENARIOS.values())
+def test_two_nodes_end_with_the_same_bits(scenario, tmp_path, whole_pair, draw, inject, request):
+    if scenario not in IN_SHORT and request.config.getoption("--fault-seed") == 0:
+        pytest.skip("in `make torture` only")
     inject()
     scenario(tmp_path, draw.randint(0, 1))
     assert result(tmp_path / "run") == result(whole_pair)

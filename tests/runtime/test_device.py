@@ -40,10 +40,26 @@ def test_a_gpu_that_is_not_there_is_an_error(name):
 def test_every_process_takes_its_own_gpu():
     count = torch.cuda.device_count()
     assert pick_device("cuda", count - 1, count) == torch.device("cuda", count - 1)
-    with pytest.raises(UserError, match=f"--nproc-per-node {count}"):
-        pick_device("cuda", 0, count + 1)
+    if count > 1:
+        with pytest.raises(UserError, match=f"--nproc-per-node {count}"):
+            pick_device("cuda", 0, count + 1)
     with pytest.raises(UserError, match="on one GPU"):
         pick_device("cuda:0", 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("visible", "local_rank", "expected"), [(1, 0, "cuda:0"), (1, 5, "cuda:0"), (8, 5, "cuda:5"), (2, 1, None)]
+)
+def test_a_process_with_one_visible_gpu_takes_it(monkeypatch, visible, local_rank, expected):
+    """As with srun --gpus-per-task=1, here for 8 processes on a machine; the GPUs are played."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    if expected is None:
+        with pytest.raises(UserError, match="--nproc-per-node 2"):
+            pick_device("cuda", local_rank, 8)
+    else:
+        assert pick_device("cuda", local_rank, 8) == torch.device(expected)
 
 
 def test_cores_are_those_this_process_may_use():

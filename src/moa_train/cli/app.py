@@ -50,7 +50,9 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
 
     def checked(config: DictConfig) -> None:
         # Inside Hydra's task, so that --help, --cfg and multirun stay Hydra's.
-        job, overrides = HydraConfig.get().job, list(HydraConfig.get().overrides.task)
+        job = HydraConfig.get().job
+        # As typed: reading the entries would replace ${oc.env:NAME} by the variable's value.
+        overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         if HydraConfig.get().mode is RunMode.MULTIRUN and os.environ.get("RANK", "0") == "0":
             print(f"{'' if job.num == 0 else chr(10)}run {job.num + 1} of the sweep: {' '.join(overrides)}", flush=True)
         code = _guarded(lambda: task(typed(config), overrides))

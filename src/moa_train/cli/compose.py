@@ -10,6 +10,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import moa_train.conf
+from moa_train.runtime.errors import UserError
 from moa_train.schema import validate
 
 CONF = Path(moa_train.conf.__file__).parent
@@ -55,6 +56,25 @@ def config_roots(arguments: Sequence[str]) -> list[Path]:
 
 def typed(config: DictConfig) -> Any:
     """Return the composed configuration as its dataclass, validated."""
+    _refuse_secrets(config)
     result = OmegaConf.to_object(config)
     validate(result)
     return result
+
+
+_SECRET = "secret|token|pass|key|credential|auth|private"
+
+
+def _refuse_secrets(config: DictConfig) -> None:
+    """Raise UserError if a setting takes an environment variable whose name suggests a secret.
+
+    The values of all settings are recorded, and no setting needs a secret: libraries read theirs from the environment.
+    """
+    text = str(OmegaConf.to_container(config, resolve=False))
+    for name in re.findall(r"\boc\.env:\s*\W*(\w+)", text):
+        if re.search(_SECRET, name, re.IGNORECASE):
+            raise UserError(
+                f"${{oc.env:{name}}} looks like a secret. The values of all settings are written to config.json and to "
+                f"every checkpoint, and no setting needs a secret. Remove it; if {name} is not a secret, let the shell "
+                f"insert it: ${name}."
+            )

@@ -47,7 +47,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
         return
     run = overlay(described(metadata, found.path), config)
     check_trusted(own_code(run), config.code, str(found.path))
-    with Distributed.start(config.device) as distributed:
+    with Distributed.start(config.device, run.runtime.timeout) as distributed:
         set_up_process(run.runtime, distributed)
         source = open_split(run.data, config.split)
         check_held_out(run.data, config.split, metadata, found)

@@ -1,4 +1,4 @@
-"""Sources of small images in one array, gathered as whole batches."""
+"""Sources whose images are small and in one array; whole batches are gathered at once."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from moa_train.data.resample import resample
 
 
 class ArraySource:
-    """Images of one native size in an array, usually memory-mapped; whole batches are gathered at once.
+    """Images of one native size in an array that is usually memory-mapped.
 
     Args:
         title: data set and split, as in ``cifar100/train``.
@@ -21,8 +21,8 @@ class ArraySource:
         labels: N class indices.
         classes: names of the classes.
         image_size: size of the batches; other native sizes are resampled (bicubic, antialiased).
-        rows: the elements of ``images`` and ``labels`` that belong to this source; all by default.
-        content: hash of the pixels, if one is known.
+        rows: indices of the elements of ``images`` and ``labels`` that belong to this source (default: all).
+        content: hash of the pixels, if it is known.
         files: paths of the files that the elements of ``images`` were made of, as in ``ClassTree``, if known.
     """
 
@@ -53,7 +53,7 @@ class ArraySource:
         return f"{self.title}/{self.rows[index]}"
 
     def subset(self, rows: NDArray[np.int64], title: str) -> "ArraySource":
-        """Return the source of these samples, sharing the memory."""
+        """Return a source of these samples that shares the memory."""
         return ArraySource(
             title,
             self.images,
@@ -74,7 +74,7 @@ class ArraySource:
 
     @property
     def place(self) -> str:
-        """The file that the images are in, or the title if they are in memory only."""
+        """File that holds the images, or the title if they are only in memory."""
         return str(self.images.filename) if isinstance(self.images, np.memmap) else self.title
 
     @property
@@ -90,7 +90,7 @@ class ArraySource:
         return x_BCHW.repeat(1, 3, 1, 1) if x_BCHW.shape[1] == 1 else x_BCHW
 
     def describe(self) -> dict[str, Any]:
-        """Return facts for a run's record."""
+        """Return a description for the records of a run, in JSON types."""
         return {
             "name": self.title,
             "samples": len(self),

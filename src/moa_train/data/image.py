@@ -7,6 +7,7 @@ This is the only module that opens image files.
 
 import io
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Decoding:
             unsigned integer; images whose range is not known (floating point, 32 bits, signed) are then refused.
     """
 
-    max_pixels: int = 100_000_000
+    max_pixels: int = DataConfig.max_pixels
     value_range: tuple[float, float] | None = None
 
     @classmethod
@@ -84,10 +85,10 @@ class EncodedImage:
         """Read a file and its header."""
         decoding = decoding or Decoding()
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size  # 0 for devices that never end
-            if size > (1 << 20) + _BYTES_PER_PIXEL * decoding.max_pixels:
-                raise UserError(f"the file has {size:,} bytes, more than {_too_many(decoding)} take")
-            return cls(file.read(size), decoding)
+            status, most = os.fstat(file.fileno()), (1 << 20) + _BYTES_PER_PIXEL * decoding.max_pixels
+            if stat.S_ISCHR(status.st_mode) or status.st_size > most:  # devices may never end
+                raise UserError(f"a device or a file of more bytes than {_too_many(decoding)} take")
+            return cls(file.read(most if stat.S_ISFIFO(status.st_mode) else status.st_size), decoding)
 
     def decode(self, reduction: int = 1) -> Tensor:
         """Return uint8 pixels, 3 H W in channels-last memory format.

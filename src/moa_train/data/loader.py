@@ -28,7 +28,7 @@ from moa_train.data.source import Source
 from moa_train.data.view import CentreCrop, View
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopRequestedError
-from moa_train.schema import DataConfig
+from moa_train.schema import DataConfig, RuntimeConfig
 
 _POLL = 3.0
 """Seconds between looks at dead workers and requests to stop while a batch is awaited."""
@@ -71,7 +71,7 @@ class TrainLoader:
         world_size: int = 1,
         workers: int = 0,
         pin_memory: bool = False,
-        timeout: float = 600.0,
+        timeout: float = RuntimeConfig.timeout,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.order, self.micro_batch_size = order, micro_batch_size
@@ -138,7 +138,7 @@ class EvalLoader:
         workers: int = 0,
         crop_ratio: float = 0.875,
         pin_memory: bool = False,
-        timeout: float = 600.0,
+        timeout: float = RuntimeConfig.timeout,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.source, self.batch_size = source, batch_size
