@@ -75,6 +75,18 @@ def test_rejections_say_which_setting_and_what_to_do(run_dir, typed, fragments):
         assert fragment in str(error.value)
 
 
+@pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/last", "checkpoints/step-00000012/"])
+def test_a_folder_inside_the_run_means_the_run(run_dir, inside):
+    now, _ = resolve_resume(RunConfig(resume=f"{run_dir}/{inside}"), [])
+    assert now.run_dir == str(run_dir)
+
+
+def test_a_run_is_not_resumed_from_an_older_checkpoint(run_dir):
+    older = f"{run_dir}/checkpoints/step-00000004"
+    with pytest.raises(UserError, match=rf"newest checkpoint, step 12, with resume={run_dir}\. .*: init={older}\."):
+        resolve_resume(RunConfig(resume=older), [])
+
+
 def test_a_folder_in_use_is_not_overwritten(run_dir, tiny):
     config = tiny()
     config.run_dir = str(run_dir)
