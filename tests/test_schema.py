@@ -97,6 +97,7 @@ def test_every_knob_is_documented_and_has_a_sensible_default(config):
         ({"runtime__precision": "bf8"}, ["runtime.precision=bf8", "'bf16'"]),
         ({"resume": "a", "init": "b"}, ["resume", "init", "only one of the two"]),
         ({"resume": "auto"}, ["resume=auto", "run_dir=FOLDER"]),
+        ({"runtime__compile": "block"}, ["runtime.compile=block", "'blocks'", "auto, blocks, model, false"]),
         ({"init_head": "new"}, ["init_head=new", "init="]),
         ({"init_head": "fresh", "init": "a"}, ["init_head=fresh", "strict, new"]),
     ],
@@ -119,6 +120,8 @@ def test_invalid_values_are_explained(changes, fragments):
         {"data__image_size": [32, 64]},
         {"data__mean": None},
         {"optim__weight_decay": 0.0},
+        {"runtime__compile": True},
+        {"runtime__compile": "Blocks"},
     ],
 )
 def test_valid_values_are_accepted(changes):

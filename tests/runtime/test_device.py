@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,34 @@ def test_unknown_devices_are_rejected_with_the_options(name):
 def test_a_missing_gpu_is_an_error(name):
     with pytest.raises(UserError, match=r"sees no CUDA device\. Options: auto, cpu"):
         pick_device(name)
+
+
+def allocator(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> tuple[str | None, ...]:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    pick_device("cpu")
+    return tuple(os.environ.get(name) for name in names)
+
+
+def test_segments_are_expandable_unless_the_user_chooses(monkeypatch):
+    assert allocator(monkeypatch, {}) == (None, "expandable_segments:True")
+    assert allocator(monkeypatch, {"PYTORCH_ALLOC_CONF": "a:1"}) == ("a:1", None)
+    assert allocator(monkeypatch, {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}) == (None, "a:1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_allocator_reads_that():
+    code = (
+        "import torch; from moa_train.runtime.device import pick_device; "
+        "x = torch.zeros(9, device=pick_device('cuda')); "
+        "assert all(segment['is_expandable'] for segment in torch.cuda.memory_snapshot())"
+    )
+    environ = {key: value for key, value in os.environ.items() if "ALLOC_CONF" not in key}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environ)
 
 
 @pytest.mark.gpu

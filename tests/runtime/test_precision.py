@@ -63,6 +63,24 @@ def test_tf32_is_visible_through_old_and_new_names_without_warnings():
     assert done.returncode == 0, done.stderr
 
 
+EVALUATION = """
+import torch
+from moa_train.runtime.precision import Precision, set_fp32_products
+set_fp32_products("tf32")
+switches = lambda: (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+for name, expected in (("fp32", ("highest", False)), ("bf16", ("high", True))):
+    with Precision.resolve(name, torch.device("cpu")).evaluation():
+        assert switches() == expected, (name, switches())
+        assert torch.is_autocast_enabled("cpu") == (name == "bf16")
+    assert switches() == ("high", True)
+"""
+
+
+def test_evaluation_in_fp32_does_not_use_tf32():
+    done = subprocess.run([sys.executable, "-c", EVALUATION], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_fp16_skips_updates_with_infinite_gradients():

@@ -113,7 +113,7 @@ def fused_pays(q_GNLD: Tensor, bias: Tensor) -> bool:
     if q_GNLD.device.type == "meta":  # shapes only: one operation is enough, and autocast does not know this device
         return True
     if q_GNLD.device.type != "cpu":
-        return q_GNLD.shape[-2] >= LONG_ROW
+        return q_GNLD.device.type != "cuda" or q_GNLD.shape[-2] >= LONG_ROW
     needs_gradient = bias.requires_grad and torch.is_grad_enabled()
     return not needs_gradient and (HAS_MATRIX_TILES or q_GNLD.dtype != torch.bfloat16)
 
