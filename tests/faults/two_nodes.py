@@ -23,7 +23,8 @@ from typing import Self
 
 from launch import TINY, TRAIN, Job, arguments, result, rows
 
-NODES = ("moa-node0", "moa-node1")
+NODES = tuple(f"moa-{os.getpid()}-node{number}" for number in (0, 1))
+"""Names of the namespaces and their hosts; several processes may have nodes at the same time."""
 CABLE = ("eth0", "eth0")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PATIENCE = 240.0
@@ -39,10 +40,13 @@ def missing() -> str | None:
         return "two nodes on one machine require Linux and root"
     if shutil.which("ip") is None or shutil.which("unshare") is None:
         return "two nodes on one machine require ip (iproute2) and unshare (util-linux)"
-    if subprocess.run(["ip", "netns", "add", "moa-probe"], capture_output=True, check=False).returncode:
-        return "two nodes on one machine require the right to create network namespaces (ip netns add)"
-    subprocess.run(["ip", "netns", "del", "moa-probe"], check=True)
-    return None
+    try:
+        with network():
+            return None
+    except (OSError, subprocess.CalledProcessError) as error:
+        return (
+            f"two nodes on one machine require the right to create network namespaces and a cable between them: {error}"
+        )
 
 
 def ip(*words: str) -> None:
