@@ -104,6 +104,13 @@ class DataConfig:
     std: list[float] | None = knob(
         None, "channel standard deviations for normalization (default: those of the data set)", above=0, most=1
     )
+    hold_out: str = knob(
+        "position",
+        "how val_fraction chooses images of class folders: name, by a hash of the file name, so that adding or "
+        "removing a file moves no other file; position, in the sorted list, as in runs of older versions",
+        options=("name", "position"),
+        fixed=True,
+    )
     unreadable: str = knob(
         "fail",
         "unreadable training images: fail, or quarantine, which uses the next readable file instead; "
@@ -111,6 +118,13 @@ class DataConfig:
         options=("fail", "quarantine"),
     )
     unreadable_budget: int = knob(100, "quarantine: unreadable files a rank tolerates before it fails", least=0)
+    max_pixels: int = knob(100_000_000, "images with more pixels than this count as unreadable", least=1)
+    range: list[float] | None = knob(
+        None,
+        "[LOW,HIGH]: gray levels of black and white in images with more than 8 bits per channel (default: the full "
+        "range of 16-bit images; floating-point and 32-bit images are then errors)",
+        fixed=True,
+    )
     eval_crop: float = knob(
         0.875, "evaluation: side of the center crop relative to the side of the resized image", above=0, most=1
     )
@@ -407,12 +421,13 @@ def _check_rules(config: RunConfig) -> None:
         ("augment.scale", augment.scale, 2),
         ("augment.ratio", augment.ratio, 2),
         ("optim.betas", optim.betas, 2),
+        ("data.range", data.range, 2),
         ("data.mean", data.mean, 3),
         ("data.std", data.std, 3),
     ):
         if entries is not None and len(entries) != length:
             raise UserError(f"{key}={entries} must have {length} entries.")
-        if entries and key.startswith("augment") and entries[0] > entries[1]:
+        if entries and key.startswith(("augment", "data.range")) and entries[0] > entries[1]:
             raise UserError(f"{key}={entries}: the lower bound exceeds the upper bound.")
     micro = engine.micro_batch_size
     if micro and engine.batch_size % micro:

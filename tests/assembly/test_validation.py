@@ -35,7 +35,7 @@ from moa_train.runtime.signals import StopSignals
 )
 def test_errors_that_need_no_data_are_found_before_it_is_opened(tiny, tmp_path, key, value, fragments):
     config = tiny({"data.name": "folder", "data.root": tmp_path / "nowhere", key: value, "data.val_fraction": 0.1})
-    with pytest.raises(UserError) as error, Distributed.start("cpu") as alone:
+    with pytest.raises(UserError) as error, Distributed.start("cpu", 60.0) as alone:
         build_run(config, run_dir=tmp_path, distributed=alone, stop=StopSignals())
     assert "nowhere" not in str(error.value)
     for fragment in fragments:
@@ -63,7 +63,7 @@ def test_a_batch_is_not_larger_than_an_epoch(tiny, tmp_path, images, batch_size,
     changes = {"data.limit": images, "engine.batch_size": batch_size, "augment.repeats": repeats}
     config = tiny(changes)
     error = contextlib.nullcontext() if fits else pytest.raises(UserError)
-    with error as raised, Distributed.start("cpu") as alone:
+    with error as raised, Distributed.start("cpu", 60.0) as alone:
         build_run(config, run_dir=tmp_path, distributed=alone, stop=StopSignals()).trainer.tracker.close()
     if not fits:
         said = str(raised.value)

@@ -65,9 +65,10 @@ def test_check_finds_and_exits_with_1(tree: Path, tmp_path: Path, capsys: pytest
     ("arguments", "message"),
     [
         (["check", "nowhere"], "nowhere: there is no such folder"),
-        (["pack", "nowhere", "out"], "no folder train, val or test"),
+        (["pack", "nowhere", "out"], "nowhere has no folder train, val or test"),
         (["stats", "nowhere"], "no such folder"),
-        (["stats", "nowhere", "--image-size", "0"], "--image-size 0"),
+        (["stats", "nowhere", "--image-size", "0"], "--image-size=0"),
+        (["check", "tree", "--json", "nowhere/report.json"], "moa-data: nowhere/report.json: No such file"),
         (["check", "nowhere", "--workers", "-1"], "not a whole number"),
         (["clean", "nowhere"], "invalid choice: 'clean'"),
     ],
@@ -80,6 +81,9 @@ def test_mistakes_exit_with_2_and_a_remedy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in ("ant", "bee"):
+        (tmp_path / "tree" / "train" / name).mkdir(parents=True)
+        Image.effect_noise((8, 8), 90).save(tmp_path / "tree" / "train" / name / "1.png")
     assert run(*arguments) == 2
     assert message in capsys.readouterr().err
 

@@ -153,7 +153,7 @@ def test_splits_and_folders_that_are_not_there_are_named_in_the_words_of_this_co
     config = json.loads(header["config"])
     config["data"] |= {"name": "imagenet", "root": None, "val_fraction": 0.0}
     save_file({"head.bias": torch.zeros(10)}, tmp_path / "x.safetensors", header | {"config": json.dumps(config)})
-    with pytest.raises(UserError, match=r"split=val: .* imagenet with train and test only \(.*split=test"):
+    with pytest.raises(UserError, match=r"split=val: imagenet has only train and test \(.*split=test"):
         run(ckpt=tmp_path / "x.safetensors", split="val")
     with pytest.raises(UserError, match=r"data/imagenet/val: .* Set root to the folder"):
         run(ckpt=tmp_path / "x.safetensors")

@@ -10,7 +10,7 @@ import torch
 
 from moa_train.cli import model as command
 from moa_train.engine.find_weights import find_weights
-from moa_train.model.published_weights import read_published
+from moa_train.model.pth_file import read_state_dict
 from moa_train.model.registry import create_model
 from moa_train.schema import MoaConfig, ModelConfig, from_dict
 
@@ -47,7 +47,7 @@ def test_published_weights_there_and_back_are_the_same_to_the_bit(published: Pat
     ours, back = published.with_name("ours.safetensors"), published.with_name("back.pth")
     assert run(monkeypatch, "convert", str(published), str(ours)) == 0
     assert run(monkeypatch, "convert", str(ours), str(back)) == 0
-    before, after = read_published(published), read_published(back)
+    before, after = read_state_dict(published), read_state_dict(back)
     assert sorted(before) == sorted(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -134,7 +134,7 @@ def test_overrides_are_laid_over_with_their_types():
 
 def test_a_run_that_ended_while_another_was_starting_there_is_not_taken_over(run_dir):
     with (
-        Distributed.start("cpu") as alone,
+        Distributed.start("cpu", 60.0) as alone,
         pytest.raises(UserError, match=r"already holds a run \(step 12\)"),
         run_folder(RunConfig(run_dir=str(run_dir)), alone),
     ):

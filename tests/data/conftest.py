@@ -1,7 +1,9 @@
 """Real images for the tests of the input pipeline: two photographs and handwritten digits, from scikit-learn."""
 
 import inspect
+import multiprocessing
 import re
+import resource
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +62,27 @@ def make_tree(tmp_path: Path, photographs: list[Image.Image]) -> Callable[..., P
         return root
 
     return make
+
+
+@pytest.fixture
+def peak() -> Callable[[Callable[[], object]], float]:
+    """Return a function that runs an action in a process of its own and returns the megabytes of memory it added."""
+
+    def measure(action: Callable[[], object]) -> float:
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+
+        def run() -> None:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            action()
+            sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+        process = multiprocessing.get_context("fork").Process(target=run)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        return float(receiver.recv())
+
+    return measure
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,7 +7,9 @@ import pytest
 from PIL import Image
 
 from moa_train.data.check import check
-from moa_train.data.pack import write_pack
+from moa_train.data.image import Decoding
+from moa_train.data.pack import pack_tree, write_pack
+from moa_train.data.tree import scan
 from moa_train.runtime.errors import UserError
 
 
@@ -59,7 +62,66 @@ def test_packs_are_verified_and_compared(tmp_path: Path) -> None:
         check(tmp_path)
 
 
+def test_images_without_contrast_are_named(root: Path) -> None:
+    levels = np.linspace(0, 4095, 60 * 50).astype(np.uint16).reshape(50, 60)
+    Image.fromarray(levels).save(root / "train" / "ant" / "microscope.png")  # 12 bits in 16
+    Image.new("RGB", (60, 50), "white").save(root / "val" / "bee" / "blank.png")
+    report = check(root)
+    assert report.flat == [f"{root}/train/ant/microscope.png", f"{root}/val/bee/blank.png"]
+    assert not report.clean
+    assert check(root, decoding=Decoding(value_range=(0, 4095))).flat == report.flat[1:]
+
+
+def test_links_that_lead_nowhere_are_shown(root: Path) -> None:
+    (root / "train" / "ant" / "more").symlink_to("/nowhere/ants")
+    (root / "val" / "bee" / "up").symlink_to("..")
+    report = check(root)
+    assert report.broken == [f"{root}/train/ant/more", f"{root}/val/bee/up"]
+    assert (report.ignored["train"], report.ignored["val"], report.clean) == (1, 1, False)
+
+
+def pack(root: Path, split: str, out: Path) -> None:
+    pack_tree(scan(root / split), out, split)
+
+
+def test_a_pack_is_compared_with_its_files(root: Path) -> None:
+    for split in ("train", "val"):
+        pack(root, split, root)
+    assert check(root).clean
+    path = root / "val" / "bee" / "001.png"
+    path.write_bytes((root / "train" / "cat" / "000.png").read_bytes())
+    report = check(root)
+    assert report.stale == [str(path)]
+    assert report.leaks == [[f"{root}/train/cat/000.png", str(path)]]
+    (root / "train" / "cat" / "002.png").unlink()
+    with pytest.raises(UserError, match=r"pack-train\.json was not made of the files .*1 removed: cat/002\.png"):
+        check(root)
+
+
+def test_splits_in_another_spelling_and_other_trees_are_refused(root: Path) -> None:
+    (root / "val").rename(root / "valid")
+    with pytest.raises(UserError, match="valid: a folder of this name is not read"):
+        check(root)
+    (root / "valid").rename(root / "train" / "valid")
+    for name in ("ant", "bee", "cat"):
+        (root / "train" / name).rename(root / name)
+    with pytest.raises(UserError, match="look like splits"):
+        check(root)
+
+
 def test_classes_that_differ_are_an_error(root: Path) -> None:
     (root / "test" / "bee").rename(root / "test" / "wasp")
     with pytest.raises(UserError, match="different classes"):
         check(root)
+
+
+def test_classes_of_packs_are_compared_too(root: Path, tmp_path: Path, make_tree: Callable[..., Path]) -> None:
+    pack(root, "train", tmp_path / "out")
+    other = make_tree(splits=("val", "test"), classes=("ant", "bee", "dog"), suffix=".png", name="other")
+    (other / "val").rename(tmp_path / "out" / "val")
+    with pytest.raises(UserError, match="different classes: only in train: cat; only in val: dog"):
+        check(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "val")
+    pack(other, "test", tmp_path / "out")
+    with pytest.raises(UserError, match="different classes: only in train: cat; only in test: dog"):
+        check(tmp_path / "out")

@@ -129,15 +129,6 @@ def test_val_fraction_with_a_val_folder_is_an_error(make_tree: Callable[..., Pat
         opened("folder", "train", root=root, val_fraction=0.1)
 
 
-def test_splits_need_the_same_classes(make_tree: Callable[..., Path]) -> None:
-    root = make_tree(splits=("train", "val", "test"), size=(32, 32))
-    (root / "val" / "bee").rename(root / "val" / "wasp")
-    (root / "test" / "bee").rename(root / "test" / "wasp")
-    for name, split in (("imagenet", "test"), ("folder", "val"), ("cifar10", "test")):
-        with pytest.raises(UserError, match=r"different classes: only in train: bee; only in (val|test): wasp"):
-            opened(name, split, root=root)
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -52,7 +52,7 @@ def train(
     **settings: Any,
 ) -> TrainLoader:
     size, order = source.image_size, Order(len(source), batch_size, seed)
-    view = RandomResizedCrop(size) if crop == "resized" else CentreCrop(size, 1.0)
+    view = RandomResizedCrop(size, (0.08, 1.0), (3 / 4, 4 / 3)) if crop == "resized" else CentreCrop(size, 1.0)
     return TrainLoader(source, config or DataConfig(), order=order, view=view, micro_batch_size=micro, **settings)
 
 
@@ -260,7 +260,7 @@ from moa_train.schema import DataConfig
 for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"):
     signal.signal(getattr(signal, name), lambda number, frame: print("signal", number, flush=True))
 source = FileSource("x", scan(Path(sys.argv[1])), (24, 24))
-order, view = Order(len(source), 4, 0), RandomResizedCrop((24, 24))
+order, view = Order(len(source), 4, 0), RandomResizedCrop((24, 24), (0.08, 1.0), (3 / 4, 4 / 3))
 batches = TrainLoader(source, DataConfig(), order=order, view=view, micro_batch_size=4, workers=2).batches()
 next(batches)
 print("ready", flush=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moa_train.data.pack import check_origin, is_packed, pack_paths, read_pack, verify_pack, write_pack
+from moa_train.data.tree import scan
 from moa_train.runtime.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 3, 8, 6), dtype=np.uint8)
@@ -64,7 +65,8 @@ def test_truncated_files_are_noticed(packed: Path, which: int, part: float) -> N
         ({"format": 2}, "format 2, this version reads 1"),
         ({"labels": [0] * 19}, "19 labels of 3 classes for 20 images"),
         ({"labels": [3] * 20}, "labels"),
-        ({"labels": "text"}, "no description"),
+        ({"labels": "text"}, "does not describe a pack"),
+        ({"files": ["a"]}, "1 file names for 20 images"),
         ({"shape": [20, 3, 6, 8]}, "its description says"),
     ],
 )
@@ -109,10 +111,27 @@ def test_one_flipped_bit_is_found_by_verification(packed: Path) -> None:
         verify_pack(packed, "train")
 
 
-def test_a_pack_belongs_to_the_files_it_was_made_of(packed: Path) -> None:
-    check_origin(packed, "train", "abc")
-    with pytest.raises(UserError, match="was not made of the files"):
-        check_origin(packed, "train", "abd")
+def test_a_pack_belongs_to_the_files_it_was_made_of(tmp_path: Path) -> None:
+    for number in range(20):
+        path = tmp_path / "train" / CLASSES[number % 3] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    tree = scan(tmp_path / "train")
+    write_pack(tmp_path, "train", IMAGES, tree.labels, CLASSES, tree.fingerprint, tree.files)
+    check_origin(tmp_path, "train", tree)
+    assert read_pack(tmp_path, "train", "x", (8, 6)).files.tolist() == tree.files.tolist()  # type: ignore[union-attr]
+    (tmp_path / "train" / "a" / "new.png").touch()
+    (tmp_path / "train" / "b" / "01.png").unlink()
+    with pytest.raises(UserError, match=r"was not made of the files .*\(1 added: a/new\.png; 1 removed: b/01\.png\)"):
+        check_origin(tmp_path, "train", scan(tmp_path / "train"))
+
+
+def test_packs_of_older_versions_are_read(packed: Path) -> None:
+    path = pack_paths(packed, "train")[1]
+    facts = json.loads(path.read_text())
+    del facts["files"]
+    path.write_text(json.dumps(facts))
+    assert read_pack(packed, "train", "x", (8, 6)).files is None
 
 
 def _write_often(root: Path) -> None:

@@ -1,4 +1,5 @@
 import io
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -75,6 +76,41 @@ def test_any_shape_is_covered_and_centred(shape: tuple[int, int], size: tuple[in
     assert slope == pytest.approx(255 / (size[0] - 1) / scale, rel=0.03)
 
 
+def png(pixels: np.ndarray) -> EncodedImage:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return EncodedImage(file.getvalue())
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("shape", [(2, 60), (60, 2), (3, 101), (1, 400), (31, 900)])
+def test_long_images_are_cropped_before_they_are_enlarged(shape: tuple[int, int], mode: str) -> None:
+    """As of the whole image, enlarged."""
+    image = png(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    result = CentreCrop((96, 96), 0.875, mode)(image, NOTHING).double()
+    scale = max(109 / side for side in shape)
+    height, width = (int(scale * side + 1e-6) for side in shape)
+    whole = pillow(image).resize((width, height), getattr(Image.Resampling, mode.upper()))
+    top, left = round((height - 96) / 2), round((width - 96) / 2)
+    expected = tensor(whole.crop((left, top, left + 96, top + 96))).double()
+    assert (result - expected).abs().mean() < 1
+    assert (result - expected).abs().max() < 12
+
+
+@pytest.mark.parametrize("size", [(8000, 2), (60_000, 1), (1, 60_000), (1_000_000, 1)])
+def test_long_images_take_little_memory(size: tuple[int, int], peak: Callable[..., float]) -> None:
+    """Whole, the enlarged image would have up to 200 GB."""
+    image = png(np.zeros((size[1], size[0], 3), np.uint8))
+
+    def crop() -> None:
+        assert CentreCrop((224, 224))(image, NOTHING).shape == (3, 224, 224)
+        view = RandomResizedCrop((224, 224), (0.08, 1.0), (3 / 4, 4 / 3))
+        for numbers in view.numbers(sample_keys(0, 0, np.arange(5), 0)):
+            assert view(image, numbers).shape == (3, 224, 224)
+
+    assert peak(crop) < 60
+
+
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(
     "box", [Box(0, 0, 427, 640), Box(100, 200, 250, 240), Box(30, 50, 60, 80), Box(426, 639, 1, 1)]
@@ -111,7 +147,7 @@ def test_large_jpegs_are_decoded_smaller(photographs: list[Image.Image], box: Bo
 
 
 def test_random_crops_depend_on_the_key_alone(photographs: list[Image.Image]) -> None:
-    image, view = jpeg(photographs[0]), RandomResizedCrop((32, 32))
+    image, view = jpeg(photographs[0]), RandomResizedCrop((32, 32), (0.08, 1.0), (3 / 4, 4 / 3))
     numbers = view.numbers(sample_keys(0, 0, np.arange(20), 0))
     crops = [view(image, sample) for sample in numbers]
     alone = view(image, view.numbers(sample_keys(0, 0, np.array([7]), 0))[0])

@@ -105,7 +105,7 @@ class Leaning(torch.nn.Module):
 
 def run(stop=lambda: False, model: torch.nn.Module | None = None, **more) -> Evaluation | None:
     model = model or Leaning()
-    with Distributed.start("cpu") as alone:
+    with Distributed.start("cpu", 60.0) as alone:
         return evaluate(
             model,
             EvalLoader(source(), batch_size=2),

@@ -64,7 +64,7 @@ def test_a_resumed_optimizer_continues_bit_for_bit(tmp_path, name):
     resumed = network()
     resumed.load_state_dict(weights)
     fresh = MAKERS[name](resumed)
-    assert unpack_optimizers(fresh, resumed.named_parameters(), tensors, packed) == {}
+    unpack_optimizers(fresh, resumed.named_parameters(), tensors, packed)
     train(resumed, fresh, range(3, 6))
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
     for before, after in zip(optimizers, fresh, strict=True):
@@ -111,10 +111,7 @@ def test_hyperparameters_are_restored_except_for_those_to_keep():
         fresh = [torch.optim.AdamW(adamw(model)[0].param_groups, lr=0.5, betas=(0.8, 0.9))]
         for group in fresh[0].param_groups:
             group |= {"lr": 0.5, "betas": (0.8, 0.9)}
-        changes = unpack_optimizers(fresh, model.named_parameters(), tensors, packed, keep)
-        assert changes["AdamW.groups[0].lr"] == (0.01, 0.5)
-        assert changes["AdamW.groups[1].betas"] == ((0.9, 0.999), (0.8, 0.9))
-        assert len(changes) == 4
+        unpack_optimizers(fresh, model.named_parameters(), tensors, packed, keep)
         group = fresh[0].param_groups[0]
         assert (group["lr"], group["betas"]) == ((0.5, (0.8, 0.9)) if keep else (0.01, (0.9, 0.999)))
 

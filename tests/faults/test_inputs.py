@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +15,11 @@ from launch import EVALUATE, TINY, TRAIN, Job, files, result, samples, train_row
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from moa_train.data import Order, TrainLoader, open_source
+from moa_train.data.dataset import open_split
+from moa_train.data.loader import TrainLoader
+from moa_train.data.order import Order
+from moa_train.data.view import RandomResizedCrop
+from moa_train.schema import DataConfig
 
 FOLDER = (
     TINY.replace("data=digits data.limit=96 data.val_fraction=0.05", "data=folder")
@@ -44,11 +51,13 @@ def data(tmp_path: Path, tree: Path) -> Path:
 @pytest.mark.fault(4)
 def test_workers_and_restarts_change_no_batch(tree, draw, inject):
     """0, 1 and 3 workers, that live on or are started anew at a random step."""
-    source = open_source("folder", split="train", root=tree, image_size=(16, 16))
+    config = DataConfig(name="folder", root=str(tree), image_size=16)
+    source, view = open_split(config, "train"), RandomResizedCrop((16, 16), (0.08, 1.0), (3 / 4, 4 / 3))
     order = Order(len(source), 8, seed=3)
 
     def hashes(workers: int, start: int, steps: int) -> list[bytes]:
-        stream = TrainLoader(source, order=order, micro_batch_size=4, workers=workers).batches(start)
+        loader = TrainLoader(source, config, order=order, view=view, micro_batch_size=4, workers=workers)
+        stream = loader.batches(start)
         batches = [next(stream) for _ in range(2 * steps)]
         return [batch.images.numpy().tobytes() + batch.index.numpy().tobytes() for batch in batches]
 
@@ -151,7 +160,7 @@ def test_unreadable_images_fail_with_their_path_or_are_replaced(tmp_path, data, 
     inject(4)
     assert results[0] == results[1]
     said = Job(f"{command} data.unreadable_budget=2 run_dir={tmp_path / 'c'}", tmp_path).ended(2)
-    assert "exceed" in said
+    assert "data.unreadable_budget=2 allows 2 per rank" in said
     assert "Traceback" not in said
 
 
@@ -216,6 +225,82 @@ def test_broken_data_sets_are_refused_before_the_model_is_built(tmp_path, data, 
     assert "Traceback" not in said
     assert "parameters" not in said
     assert len(said.strip().splitlines()) <= 10
+
+
+@pytest.mark.fault(14)
+def test_a_validation_split_is_not_evaluated_once_its_images_have_changed(tmp_path, data, inject):
+    """Nor are its images mixed up with those of training: the names of the files decide."""
+    run, folder = tmp_path / "run", data / "train" / "digit1"
+    Job(f"{FOLDER} data.root={data} data.val_fraction=0.3 run_dir={run}", tmp_path).ended(0)
+    assert json.loads((run / "config.json").read_text())["data"]["hold_out"] == "name"
+    added = [shutil.copy(next(folder.iterdir()), folder / f"new{number}.jpg") for number in range(6)]
+    inject()
+    said = Job(f"ckpt={run} split=val", tmp_path, module=EVALUATE).ended(2)
+    assert re.search(r"images were added, removed, renamed or relabeled \(digit1: \d+ -> \d+ images\)", said)
+    assert "The split val is held out of them" in said
+    Job(f"ckpt={run} split=test", tmp_path, module=EVALUATE).ended(0)
+    for path in added:
+        path.unlink()
+    Job(f"ckpt={run} split=val", tmp_path, module=EVALUATE).ended(0)
+    held = json.loads((run / "eval-val.json").read_text())["data"]
+    assert held["name"] == "folder/val"
+    assert 3 <= held["samples"] <= 20
+
+
+@pytest.mark.fault(14)
+def test_evaluation_takes_the_classes_that_are_there_and_says_where_it_looked(tmp_path, data, inject):
+    run = tmp_path / "run"
+    Job(f"{FOLDER} data.root={data} run_dir={run}", tmp_path).ended(0)
+    whole = json.loads((run / "result.json").read_text())["test"]
+    parts = []
+    for name in ("digit0", "digit1", "digit2"):
+        root = tmp_path / name
+        shutil.copytree(data / "test" / name, root / "test" / name)
+        inject()
+        said = Job(f"ckpt={run} root={root}", tmp_path, module=EVALUATE).ended(0)
+        assert "folder/test has no images of 2 of the 3 classes: digit" in said
+        parts.append(json.loads((run / "eval-test.json").read_text()))
+    for count in ("top1_count", "total"):
+        assert sum(part[count] for part in parts) == whole[count]
+    (root / "test" / "digit2").rename(root / "test" / "digit3")
+    said = Job(f"ckpt={run} root={root}", tmp_path, module=EVALUATE).ended(2)
+    assert "the data has 1 (digit3" in said
+    (tmp_path / "train").mkdir()
+    assert f"folder has only train in {tmp_path}." in Job(f"ckpt={run} root=.", tmp_path, module=EVALUATE).ended(2)
+    said = Job(f"ckpt={run} root=moved", tmp_path, module=EVALUATE).ended(2)
+    assert f"{tmp_path / 'moved'}: there is no such folder. Set root=" in said
+    inject(3)
+
+
+@pytest.mark.fault(13)
+def test_names_that_are_not_utf8_are_as_good_as_others(tmp_path, data, inject):
+    """In quarantine, in check and as names of classes."""
+    for split in ("train", "test"):
+        folder = Path(os.fsdecode(os.fsencode(data / split) + b"/digit\xff"))
+        (data / split / "digit2").rename(folder)
+        whole = sorted(folder.iterdir())[0]
+        whole.rename(Path(os.fsdecode(os.fsencode(folder) + b"/\xfe\xe4.jpg")))
+    spoiled = Path(os.fsdecode(os.fsencode(data / "train" / "digit1") + b"/\xfd.jpg"))
+    spoiled.write_bytes(b"no image")
+    run = tmp_path / "run"
+    command = f"{FOLDER} data.root={data} data.unreadable=quarantine run_dir={run}"
+    inject(2)
+    said = Job(command, tmp_path).ended(0)
+    assert "1 training images were replaced" in said
+    assert "digit1/\\udcfd.jpg: unreadable image" in (run / "unreadable.txt").read_text()
+    assert json.loads((run / "result.json").read_text())["unreadable"] == 1
+    Job(f"ckpt={run}", tmp_path, module=EVALUATE).ended(0)
+    shutil.copy(*(Path(os.fsdecode(os.fsencode(data / "train") + name)) for name in COPIED))
+    words = [sys.executable, "-m", "moa_train.cli.data", "check", str(data), "--json", str(tmp_path / "report.json")]
+    for environment in ({"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0"}, {}):
+        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | environment)
+        assert done.returncode == 1, done.stderr
+        assert "digit1/\\udcfd.jpg: unreadable image" in done.stdout
+        assert "/digit\\udcff/\\udcfe\\udce4.jpg\n" in done.stdout
+    assert len(json.loads((tmp_path / "report.json").read_text())["duplicates"]) == 1
+
+
+COPIED = (b"/digit\xff/\xfe\xe4.jpg", b"/digit1/zzz.jpg")
 
 
 @pytest.mark.fault(14)

@@ -1,3 +1,5 @@
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -74,3 +76,28 @@ def small() -> Callable[..., nn.Module]:
 def variant(request: pytest.FixtureRequest) -> str:
     """Return each variant in turn."""
     return request.param
+
+
+class CfgNode(dict):
+    """Like the configuration class of the published training code: a dict with attributes, of a foreign module."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.__dict__["_frozen"] = True
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch, small):
+    """Files in the authors' layout, in both containers of PyTorch, and the model whose weights they hold."""
+    module = types.ModuleType("yacs_config")
+    module.CfgNode, CfgNode.__module__ = CfgNode, "yacs_config"
+    monkeypatch.setitem(sys.modules, "yacs_config", module)
+    model = small("published").eval()
+    config = CfgNode({"MODEL": CfgNode({"NAME": "moa_tiny", "DROP_PATH_RATE": 0.2}), "AMP": True})
+    paths = {}
+    for zipped in (True, False):
+        paths[zipped] = tmp_path / f"{zipped}.pth"
+        content = {"model": model.state_dict(), "max_accuracy": 80.5, "epoch": 299, "config": config}
+        torch.save(content, paths[zipped], _use_new_zipfile_serialization=zipped)
+    monkeypatch.delitem(sys.modules, "yacs_config")
+    return paths, model

@@ -106,7 +106,7 @@ def test_weights_that_count_positions_in_another_order_are_refused(small):
     weights = small("published").state_dict()
     name = "layers.0.blocks.0.attn.relative_position_index"
     weights[name] = weights[name].t()
-    with pytest.raises(UserError, match="counts positions in another order"):
+    with pytest.raises(UserError, match="numbers the positions in another order"):
         load_weights(small("published"), weights)
 
 

@@ -162,7 +162,6 @@ def test_errors_name_the_stage_the_numbers_and_what_would_work(model_config, cha
 @pytest.mark.parametrize(
     ("name", "changes", "parts"),
     [
-        ("moe", {}, ["model.name=moe", "'moa'"]),
         ("swin", {"image_size": (30, 32)}, ["30 pixels", "28, 32", "2, 3, 5"]),
         ("swin", {"heads": (3, 6, 13)}, ["Stage 2", "heads=13", "12, 16"]),
         ("swin", {"depths": (1,), "heads": (3,)}, ["depths=[1]", "depths=[2]"]),

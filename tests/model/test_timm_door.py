@@ -20,7 +20,14 @@ param_groups_layer_decay = pytest.importorskip("timm.optim").param_groups_layer_
 
 FAMILIES = [
     *("test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_byobnet", "swin_tiny_patch4_window7_224"),
-    *("deit_tiny_distilled_patch16_224", "poolformer_s12", "densenet121", "vgg11", "beit_base_patch16_224"),
+    *(
+        "deit_tiny_distilled_patch16_224",
+        "pit_ti_224",
+        "poolformer_s12",
+        "densenet121",
+        "vgg11",
+        "beit_base_patch16_224",
+    ),
 ]
 SIZE = {"image_size": (32, 32), "num_classes": 7}
 
@@ -42,7 +49,7 @@ def test_families_are_summarized_and_described(model_config, variant):
     config = model_config(name="timm", variant=variant)
     summary = summarize(config, **SIZE)
     with torch.device("meta"):
-        model, images = create_model(config, **SIZE).eval(), torch.empty(1, 3, 32, 32)
+        model, images = create_model(config, **SIZE).eval().requires_grad_(False), torch.empty(1, 3, 32, 32)
     assert summary.total_parameters == sum(parameter.numel() for parameter in model.parameters())
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         assert model(images).shape == (1, 7)

@@ -23,17 +23,16 @@ def wander(model: nn.Module, generator: torch.Generator) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
 
-@pytest.mark.parametrize("warmup", [True, False])
-def test_against_the_closed_form(warmup: bool) -> None:
+def test_against_the_closed_form() -> None:
     """average_n = sum over t of w_t x_t, with w_t = (1 - d_t) prod_{s > t} d_s, in float64."""
     model, decay, generator = network(), 0.97, torch.Generator().manual_seed(1)
-    ema = AveragedWeights(model, decay, warmup)
+    ema = AveragedWeights(model, decay)
     history = [model[0].weight.detach().double()]
     for _ in range(400):
         wander(model, generator)
         ema.update()
         history.append(model[0].weight.detach().double())
-    decays = [min(decay, (1 + t) / (10 + t)) if warmup else decay for t in range(400)]
+    decays = [min(decay, (1 + t) / (10 + t)) for t in range(400)]
     weights = torch.ones(401, dtype=torch.float64)
     for t, d in enumerate(decays, 1):
         weights[:t] *= d
@@ -100,7 +99,7 @@ def test_wrapped_models_use_the_averages_of_the_bare_one(
 
 def test_half_precision_parameters_are_averaged_in_fp32_and_restored_exactly() -> None:
     model, generator = network().bfloat16(), torch.Generator().manual_seed(1)
-    ema = AveragedWeights(model, 0.9, warmup=False)
+    ema = AveragedWeights(model, 0.9)
     for _ in range(50):
         wander(model, generator)
         ema.update()
@@ -155,7 +154,7 @@ def test_shared_parameters_stay_shared() -> None:
 
 def test_averages_of_another_model_are_refused() -> None:
     model = network()
-    ema = AveragedWeights(model)
+    ema = AveragedWeights(model, 0.9)
     state = dict(ema.state_dict())
     state["9.weight"] = state.pop("0.weight")
     state["2.bias"] = torch.zeros(7)

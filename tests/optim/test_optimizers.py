@@ -97,7 +97,7 @@ def test_muon_is_that_of_torch_for_matrices_with_adamw_for_the_rest() -> None:
     expected = train(theirs, [muon, adamw])
     for name, value in train(ours, [optimizer]).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
-    assert {optimizer.names[p] for p in optimizer.parts[0].param_groups[0]["params"]} == {"fc1.weight", "fc2.weight"}
+    assert set(optimizer.parts[0].param_groups[0]["param_names"]) == {"fc1.weight", "fc2.weight"}
 
 
 def test_a_step_of_muon_is_orthogonal_and_as_large_as_adamws() -> None:
@@ -118,9 +118,8 @@ def test_a_step_of_muon_is_orthogonal_and_as_large_as_adamws() -> None:
 def test_interface(name: str) -> None:
     model = body()
     optimizer = create(name, model, weight_decay=DECAY)
-    assert sorted(optimizer.names.values()) == sorted(name for name, _ in model.named_parameters())
-    assert all(dict(model.named_parameters())[n] is p for p, n in optimizer.names.items())
-    assert len(optimizer.parameters) == len(list(model.parameters()))
+    optimized = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, optimized)) == sorted(map(id, model.parameters()))
     optimizer.param_groups[0]["lr_scale"] = 0.5
     optimizer.set_lr(0.3)
     lrs = [group["lr"] for part in optimizer.parts for group in part.param_groups]
@@ -128,9 +127,6 @@ def test_interface(name: str) -> None:
     backward(model, 0)
     optimizer.zero_grad()
     assert all(p.grad is None for p in model.parameters())
-    backward(model, 0)
-    optimizer.zero_grad(set_to_none=False)
-    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS.table)
@@ -150,8 +146,9 @@ def test_state_by_name_resumes_bit_for_bit(name: str) -> None:
     first = body()
     optimizer = create(name, first)
     train(first, [optimizer], range(4))
+    names = {parameter: name for name, parameter in first.named_parameters()}
     by_name = {
-        optimizer.names[parameter]: {key: value.clone() for key, value in state.items() if isinstance(value, Tensor)}
+        names[parameter]: {key: value.clone() for key, value in state.items() if isinstance(value, Tensor)}
         for part in optimizer.parts
         for parameter, state in part.state.items()
     }
@@ -160,8 +157,8 @@ def test_state_by_name_resumes_bit_for_bit(name: str) -> None:
     resumed = create(name, second)
     for part in resumed.parts:
         for group in part.param_groups:
-            for parameter in group["params"]:
-                part.state[parameter] = by_name[resumed.names[parameter]]
+            for parameter_name, parameter in zip(group["param_names"], group["params"], strict=True):
+                part.state[parameter] = by_name[parameter_name]
     for parameter_name, value in train(second, [resumed], range(4, 8)).items():
         assert torch.equal(value, expected[parameter_name])
 
@@ -202,7 +199,7 @@ def test_scaler_skips_all_parts_at_one_infinite_gradient(name: str) -> None:
 
 
 def test_models_that_an_optimizer_cannot_train() -> None:
-    with pytest.raises(UserError, match=r"optim\.name=muon needs matrices"):
+    with pytest.raises(UserError, match=r"optim\.name=muon needs hidden matrices"):
         create("muon", nn.Sequential(nn.Conv2d(3, 4, 1)))
     with pytest.raises(UserError, match="all of them are frozen"):
         create("adamw", body().requires_grad_(False))

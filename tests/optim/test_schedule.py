@@ -123,10 +123,10 @@ def test_describe() -> None:
         ({"floor": 2.0}, "between 0 and the peak"),
         ({"warmup_start": 1.5}, "between 0 and the peak"),
         ({"total_steps": 0}, "at least 1"),
-        ({"warmup_steps": 101}, "longer than the training"),
-        ({"milestones": (50, 49)}, "must be in order"),
-        ({"milestones": (50, 101)}, "must lie after"),
-        ({"milestones": (10,), "warmup_steps": 10}, "must lie after"),
+        ({"warmup_steps": 101}, "longer than the run"),
+        ({"milestones": (50, 49)}, "must be in ascending order"),
+        ({"milestones": (50, 101)}, "must be after the warmup"),
+        ({"milestones": (10,), "warmup_steps": 10}, "must be after the warmup"),
     ],
 )
 def test_lrs_and_lengths_that_contradict_each_other(change: dict[str, Any], message: str) -> None:

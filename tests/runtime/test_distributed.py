@@ -120,7 +120,7 @@ def test_a_rank_that_is_stuck_behind_a_dead_peer_is_ended_once_its_save_is_done(
 def test_alone_there_is_no_group_and_no_waiting(monkeypatch):
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
-    with Distributed.start("cpu") as alone:
+    with Distributed.start("cpu", 60.0) as alone:
         assert not torch.distributed.is_initialized()
         assert (alone.rank, alone.world_size, alone.is_main) == (0, 1, True)
         assert alone.agree_any(True)
@@ -151,11 +151,11 @@ def test_an_environment_that_is_not_torchruns_is_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
         pytest.raises(UserError, match=r"no MASTER_ADDR\. Start the processes with torchrun"),
-        Distributed.start("cpu"),
+        Distributed.start("cpu", 60.0),
     ):
         pass
     monkeypatch.setenv("WORLD_SIZE", "two")
-    with pytest.raises(UserError, match="WORLD_SIZE='two'"), Distributed.start("cpu"):
+    with pytest.raises(UserError, match="WORLD_SIZE='two'"), Distributed.start("cpu", 60.0):
         pass
 
 

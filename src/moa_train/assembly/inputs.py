@@ -11,6 +11,7 @@ from moa_train.data.loader import EvalLoader, TrainLoader
 from moa_train.data.mix import Mixer
 from moa_train.data.order import Order
 from moa_train.data.source import Source
+from moa_train.data.tree import compare_classes
 from moa_train.interfaces import Batch
 from moa_train.runtime.device import available_cores
 from moa_train.runtime.distributed import Distributed
@@ -26,6 +27,8 @@ def open_splits(config: RunConfig, distributed: Distributed) -> tuple[dict[str, 
     sources = {split: open_split(data, split) for split in available_splits(data)}
     if "val" in sources and not len(sources["val"]):  # the classes are so small that the fraction holds out no image
         del sources["val"]
+    for source in sources.values():
+        compare_classes(sources["train"].place, sources["train"].classes, source.place, source.classes)
     if choice == "auto":
         choice = "val" if "val" in sources else "none"
     if choice not in (*sources, "none"):

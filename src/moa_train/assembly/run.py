@@ -12,7 +12,7 @@ from moa_train.assembly.evaluation import build_validation
 from moa_train.assembly.inputs import build_train_loader, open_splits
 from moa_train.assembly.timeline import build_plan, build_schedule
 from moa_train.assembly.training import build_state, build_train_step
-from moa_train.assembly.validation import check_batch_size, check_config, check_same_data, resolve
+from moa_train.assembly.validation import check_batch_size, check_config, check_same_data, resolve, training_record
 from moa_train.data.augment import Normalize
 from moa_train.data.loader import TrainLoader
 from moa_train.data.source import Source
@@ -84,7 +84,7 @@ def build_run(
     newest = distributed.on_main(lambda: getattr(store.newest(until=config.replay), "step", None))
     # With a checkpoint, the initial weights are no longer needed, and their file may be gone.
     state = build_state(config, len(train.classes), schedule.peak, precision, fresh=newest is None)
-    record: dict[str, Any] = {"config": to_dict(config), "classes": train.classes, "fingerprint": train.fingerprint}
+    record: dict[str, Any] = {"config": to_dict(config), **training_record(train)}
     starts = [] if newest is None else _restore(state, store.at(newest), record, distributed)
     if rolled_back is not None:
         state.nonfinite, state.lr_factor = rolled_back.nonfinite, rolled_back.lr_factor
@@ -120,7 +120,7 @@ def build_run(
         stop=stop,
         distributed=distributed,
         record=record,
-        metadata={"format": "1", **{name: json.dumps(record[name]) for name in ("config", "classes", "origin")}},
+        metadata={"format": "1", **{name: json.dumps(value) for name, value in record.items()}},
     )
     return Run(config, trainer, state.model, sources, "test" if "test" in sources else choice, loader)
 

@@ -46,12 +46,12 @@ def run_session(config: RunConfig, changed: list[str], arguments: list[str] | No
         rolled_back = None
         while True:
             run = build(rolled_back=rolled_back)
-            if run.trainer.state.step < run.trainer.plan.total_steps:
-                distributed.on_main(partial(write_record, run, run_dir, origin))
-            else:  # its records describe what was trained, and stay
-                refuse_untrained_changes(run, changed)
-            run.trainer.tracker.say(banner(run, distributed, changed))
             try:
+                if run.trainer.state.step < run.trainer.plan.total_steps:
+                    distributed.on_main(partial(write_record, run, run_dir, origin))
+                else:  # its records describe what was trained, and stay
+                    refuse_untrained_changes(run, changed)
+                run.trainer.tracker.say(banner(run, distributed, changed))
                 return train(run, distributed)
             except RollBack as request:
                 run.trainer.tracker.say(str(request))

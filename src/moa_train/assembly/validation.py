@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import numpy as np
+
+from moa_train.data.source import Source
 from moa_train.model.registry import check_model
 from moa_train.optim.duration import Duration
 from moa_train.runtime.distributed import Distributed
@@ -63,8 +66,14 @@ def check_batch_size(config: RunConfig, images: int) -> None:
         )
 
 
-def check_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare the classes and training images that a checkpoint recorded with those of this run.
+def training_record(train: Source) -> dict[str, Any]:
+    """Return what checkpoints record of the training images: JSON types."""
+    counts = np.bincount(train.labels, minlength=len(train.classes)).tolist()
+    return {"classes": train.classes, "fingerprint": train.fingerprint, "counts": counts}
+
+
+def check_same_data(before: dict[str, Any], now: dict[str, Any], remedy: str = "Start a new run with init=.") -> None:
+    """Compare the training images that a checkpoint recorded, as `training_record` does, with those of this run.
 
     Raises:
         UserError: the classes, their order or the images differ.
@@ -77,7 +86,11 @@ def check_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
             f"{first}: {old[first : first + 1]} -> {new[first : first + 1]}. Use the data set it was trained on."
         )
     if before["fingerprint"] != now["fingerprint"]:
+        counts = zip(new, before.get("counts", now["counts"]), now["counts"], strict=True)
+        changes = [f"{name}: {old} -> {new} images" for name, old, new in counts if old != new]
         raise UserError(
             f"The training images are not those of the checkpoint (fingerprint {before['fingerprint']} -> "
-            f"{now['fingerprint']}): images were added, removed or relabeled. Start a new run with init=."
+            f"{now['fingerprint']}): images were added, removed, renamed or relabeled"
+            + (f" ({'; '.join(changes[:5])}{'; ...' if len(changes) > 5 else ''})" if changes else "")
+            + f". {remedy}"
         )

@@ -123,9 +123,11 @@ def _stages(
         paths = [Path(source.name(index)) for index in draw.index]
         files, numbers = [path.read_bytes() for path in paths], view.numbers(keys)
         stages["read"] = (partial(_each, Path.read_bytes, paths), size)
-        stages["decode"] = (partial(_each, lambda data: EncodedImage(data).decode(), files), size)
+        stages["decode"] = (partial(_each, lambda data: EncodedImage(data, source.decoding).decode(), files), size)
         stages["decode, crop, resize"] = (
-            partial(_each, lambda place: view(EncodedImage(files[place]), numbers[place]), range(size)),
+            partial(
+                _each, lambda place: view(EncodedImage(files[place], source.decoding), numbers[place]), range(size)
+            ),
             size,
         )
     else:

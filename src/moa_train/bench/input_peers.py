@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from moa_train.data.arrays import ArraySource
+from moa_train.data.image import open_image
 from moa_train.data.source import Source
 from moa_train.plugins import DATASETS
 from moa_train.schema import DataConfig, RunConfig, image_shape
@@ -55,7 +56,7 @@ class PillowImages(Dataset):
         if self.source.in_memory:
             return Image.fromarray(self.pixels[index])
         with Path(self.source.name(index)).open("rb") as file:
-            return Image.open(file).convert("RGB")
+            return open_image(file).convert("RGB")
 
 
 def statistics(config: DataConfig) -> tuple[list[float], list[float]]:

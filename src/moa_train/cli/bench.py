@@ -17,7 +17,7 @@ from moa_train.cli.compose import typed
 from moa_train.plugins import DATASETS
 from moa_train.runtime.errors import UserError, choose
 from moa_train.runtime.signals import Exit
-from moa_train.schema import RunConfig, to_dict
+from moa_train.schema import PRECISIONS, RunConfig, to_dict
 
 if TYPE_CHECKING:
     from moa_train.bench.report import Table
@@ -117,7 +117,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--batch", nargs="+", type=_count, default=[], help="step, input: images (default: as configured)"
     )
-    result.add_argument("--precision", nargs="+", default=[], help="step: bf16, fp16, fp32 (default: as configured)")
+    result.add_argument(
+        "--precision", nargs="+", default=[], choices=PRECISIONS, help="step: bf16, fp16, fp32 (default: as configured)"
+    )
     switch: dict[str, Any] = {"nargs": "+", "default": ["off"], "choices": ("off", "on")}
     result.add_argument("--compile", **switch, help="step: torch.compile (default: off)")
     result.add_argument("--checkpointing", **switch, help="step: recompute activations in training (default: off)")

@@ -1,4 +1,4 @@
-"""moa-data: look after data sets."""
+"""moa-data: pack and check data sets, and compute their statistics."""
 
 import argparse
 import json
@@ -6,14 +6,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
 from moa_train.schema import DataConfig
 
+if TYPE_CHECKING:
+    from moa_train.data.image import Decoding
+
 FOUND = 1
-"""Exit code of `moa-data check` when it found something."""
+"""Exit code of `moa-data check` if there are findings."""
 
 EXAMPLES = """examples:
   moa-data pack cifar100_images data/cifar100     once; then: moa-train data=cifar100
@@ -23,7 +27,7 @@ EXAMPLES = """examples:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; exit with 0, with 1 if a check found something, with 2 after a mistake of the user."""
+    """Run the command; exit with 0, with 1 if a check has findings, with 2 after an error that the user can fix."""
     protect_output()
     options = parser().parse_args(arguments)
     try:
@@ -31,57 +35,88 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         print(f"moa-data: {error}", file=sys.stderr)
         sys.exit(Exit.USER_ERROR)
+    except OSError as error:
+        print(f"moa-data: {error.filename or 'the output'}: {error.strerror or error}.", file=sys.stderr)
+        sys.exit(Exit.USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(Exit.INTERRUPTED)
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    root = "folder that holds train/, val/ or test/, each with class folders of images or packed"
+    root = "folder that holds train/, val/ or test/, each with class folders of images, or their packs"
     result = argparse.ArgumentParser(
         "moa-data", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = result.add_subparsers(required=True, metavar="COMMAND")
 
-    pack = _command(commands, "pack", run_pack, "write small images of one size as memory-mapped arrays")
+    pack = _command(
+        commands, "pack", run_pack, "write small images of equal size as arrays that training maps into memory"
+    )
     pack.add_argument("source", metavar="SRC", type=Path, help=root)
-    pack.add_argument("out", metavar="OUT", type=Path, help="folder for pack-train.npy and so on; may be SRC")
+    pack.add_argument(
+        "out", metavar="OUT", type=Path, help="folder for pack-train.npy, pack-val.npy, pack-test.npy; may be SRC"
+    )
+    _add_decoding(pack)
 
-    check = _command(commands, "check", run_check, "find unreadable, duplicate and leaking images; exit with 1 if any")
-    check.add_argument("root", metavar="ROOT", type=Path, help=root + "; or a folder of class folders")
-    check.add_argument("--workers", type=_whole, default=0, help="processes that decode (default: 0, none)")
-    check.add_argument("--show", type=_whole, default=10, help="findings printed of each kind (default: 10)")
-    check.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this file")
+    check = _command(
+        commands, "check", run_check, "find unreadable, duplicate and leaked images; exit with 1 if there are any"
+    )
+    check.add_argument("root", metavar="ROOT", type=Path, help=root + "; or a folder that holds class folders")
+    check.add_argument(
+        "--workers",
+        type=_whole,
+        default=0,
+        help="number of processes that decode images (default: 0, decode in the main process)",
+    )
+    check.add_argument("--show", type=_whole, default=10, help="number of findings to print of each kind (default: 10)")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this JSON file")
+    _add_decoding(check)
 
-    stats = _command(commands, "stats", run_stats, "compute the mean and deviation of each channel over train")
+    stats = _command(
+        commands, "stats", run_stats, "compute the mean and standard deviation of each channel over the training images"
+    )
     stats.add_argument("root", metavar="ROOT", type=Path, help=root)
-    stats.add_argument("--image-size", type=_whole, default=224, help="side of the central crop (default: 224)")
-    stats.add_argument("--samples", type=_whole, default=10_000, help="images used at most (default: 10000; 0: all)")
-    stats.add_argument("--workers", type=_whole, default=0, help="processes that decode (default: 0, none)")
+    stats.add_argument(
+        "--image-size", type=_whole, default=224, help="side of the center crop in pixels (default: 224)"
+    )
+    stats.add_argument(
+        "--samples", type=_whole, default=10_000, help="largest number of images to use (default: 10000; 0: all)"
+    )
+    stats.add_argument(
+        "--workers",
+        type=_whole,
+        default=0,
+        help="number of processes that decode images (default: 0, decode in the main process)",
+    )
+    _add_decoding(stats)
     return result
 
 
 def run_pack(options: argparse.Namespace) -> int:
     """Pack every split of a class-folder tree."""
-    from moa_train.data.dataset import SPLITS
     from moa_train.data.pack import pack_tree
-    from moa_train.data.tree import scan_split
+    from moa_train.data.tree import check_split_names, compare_classes, scan_split
+    from moa_train.schema import SPLITS
 
     splits = [split for split in SPLITS if (options.source / split).is_dir()]
     if not splits:
-        raise UserError(f"{options.source}: no folder {', '.join(SPLITS[:-1])} or {SPLITS[-1]} in it.")
-    for split in splits:
-        tree = scan_split(options.source, split)
-        pack_tree(tree, options.out, split)
+        raise UserError(f"{options.source} has no folder {', '.join(SPLITS[:-1])} or {SPLITS[-1]}.")
+    check_split_names(options.source)
+    trees = [scan_split(options.source, split) for split in splits]
+    for tree in trees[1:]:
+        compare_classes(str(trees[0].root), trees[0].classes, str(tree.root), tree.classes)
+    for split, tree in zip(splits, trees, strict=True):
+        pack_tree(tree, options.out, split, _decoding(options))
         print(f"{options.out}/pack-{split}.npy: {len(tree.files):,} images of {len(tree.classes)} classes")
     return Exit.FINISHED
 
 
 def run_check(options: argparse.Namespace) -> int:
-    """Scan a data set and print what is wrong with it."""
+    """Check a data set and print the findings."""
     from moa_train.data.check import check
 
-    report = check(options.root, options.workers, _progress())
+    report = check(options.root, options.workers, _progress(), _decoding(options))
     if options.json:
         options.json.write_text(json.dumps(asdict(report), indent=1) + "\n")
     for split, count in report.images.items():
@@ -91,7 +126,10 @@ def run_check(options: argparse.Namespace) -> int:
         "unreadable images": report.unreadable,
         "groups of equal images within a split": report.duplicates,
         "groups of equal images in different splits": report.leaks,
-        "of those groups, with different classes": report.conflicts,
+        "of these groups whose images have different classes": report.conflicts,
+        "images with hardly any contrast": report.flat,
+        "links that lead nowhere or to a folder that contains them": report.broken,
+        "images that differ from those in the pack": report.stale,
     }
     for kind, findings in kinds.items():
         print(f"{len(findings):10,} {kind}")
@@ -111,13 +149,19 @@ def run_stats(options: argparse.Namespace) -> int:
     from moa_train.data.statistics import channel_statistics
 
     if not options.image_size:
-        raise UserError("--image-size 0: must be at least 1. Usual: 224.")
-    config = DataConfig(name="folder", root=str(options.root), image_size=options.image_size)
+        raise UserError("--image-size=0: must be at least 1. Usual: 224.")
+    config = DataConfig(
+        name="folder",
+        root=str(options.root),
+        image_size=options.image_size,
+        max_pixels=options.max_pixels,
+        range=options.range,
+    )
     source = open_split(config, "train")
     if 0 < options.samples < len(source):
         source = source.subset(np.linspace(0, len(source) - 1, options.samples).astype(np.int64), source.title)
     mean, std = channel_statistics(EvalLoader(source, batch_size=64, workers=options.workers))
-    print(f"# {len(source):,} training images of {options.root}, central crops of {options.image_size} pixels")
+    print(f"# {len(source):,} training images of {options.root}, center crops of {options.image_size} pixels")
     print(f"data.mean=[{','.join(f'{value:.4f}' for value in mean)}]")
     print(f"data.std=[{','.join(f'{value:.4f}' for value in std)}]")
     return Exit.FINISHED
@@ -134,6 +178,28 @@ def _command(
     return command
 
 
+def _add_decoding(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--range",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="gray levels of black and white in images of more than 8 bits per channel, as data.range",
+    )
+    command.add_argument(
+        "--max-pixels",
+        type=_whole,
+        default=100_000_000,
+        help="images with more pixels are unreadable, as data.max_pixels (default: 100000000)",
+    )
+
+
+def _decoding(options: argparse.Namespace) -> "Decoding":
+    from moa_train.data.image import Decoding
+
+    return Decoding.of(DataConfig(max_pixels=options.max_pixels, range=options.range))
+
+
 def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
@@ -141,7 +207,7 @@ def _whole(text: str) -> int:
 
 
 def _progress() -> Callable[[int], None]:
-    """Return a function that shows a count where the output of errors is a terminal."""
+    """Return a function that prints a count to standard error if that is a terminal."""
     shown = sys.stderr.isatty()
 
     def show(images: int) -> None:

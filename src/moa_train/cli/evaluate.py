@@ -32,6 +32,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     from moa_train.assembly.evaluation import build_evaluation
     from moa_train.assembly.outcome import describe
     from moa_train.assembly.process import set_up_process
+    from moa_train.data.source import align
     from moa_train.engine.find_weights import find_weights
     from moa_train.model.load import load_weights
     from moa_train.model.registry import create_model
@@ -46,10 +47,13 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
         return
     run = overlay(described(metadata, found.path), config)
     check_trusted(own_code(run), config.code, str(found.path))
-    with Distributed.start(config.device) as distributed:
+    with Distributed.start(config.device, run.runtime.timeout) as distributed:
         set_up_process(run.runtime, distributed)
         source = open_split(run.data, config.split)
+        check_held_out(run.data, config.split, metadata, found)
         classes = json.loads(metadata["classes"])
+        if metadata.get("named") != "false" and set(source.classes) <= set(classes):
+            source = align(source, classes)
         # Published weights do not name their classes: then their number has to do.
         if source.classes != classes and (metadata.get("named") != "false" or len(classes) != len(source.classes)):
             raise UserError(
@@ -70,17 +74,39 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
 
 def open_split(data: DataConfig, split: str) -> "Source":
     """Open the split to evaluate, with the messages of this command."""
-    from moa_train.data.dataset import available_splits
+    from moa_train.data.dataset import available_splits, create_dataset
     from moa_train.data.dataset import open_split as open_source
 
-    splits = available_splits(data)
+    splits, root = available_splits(data), create_dataset(data).root.absolute()
+    if data.root and not root.is_dir():
+        raise UserError(f"{root}: there is no such folder. Set root= to the folder of the data set.")
     if split not in splits:
         hint = " (its folder val/, the benchmark's, is split=test)" if data.name == "imagenet" else ""
-        raise UserError(f"split={split}: these weights left {data.name} with {' and '.join(splits)} only{hint}.")
+        where = f" in {root}" if data.root else ""
+        raise UserError(f"split={split}: {data.name} has only {' and '.join(splits)}{where}{hint}.")
     try:
         return open_source(data, split)
     except UserError as error:  # they are written for moa-train, where the key is a longer one
         raise UserError(str(error).replace("data.root", "root")) from error
+
+
+def check_held_out(data: DataConfig, split: str, metadata: dict[str, str], found: "FoundWeights") -> None:
+    """Check that a validation split is held out of the images that the weights were trained on.
+
+    Raises:
+        UserError: the training images have changed since, and how.
+    """
+    from moa_train.assembly.validation import check_same_data, training_record
+    from moa_train.data.dataset import open_split as open_source
+
+    names = {"classes", "fingerprint", "counts"} & set(metadata)
+    before: dict[str, Any] = {name: json.loads(metadata[name]) for name in names}
+    if "fingerprint" not in before and found.checkpoint is not None:  # of an older version
+        before = found.checkpoint.state
+    if split == "val" and data.val_fraction and "fingerprint" in before:
+        remedy = "The split val is held out of them: restore them (root=FOLDER), or evaluate another split."
+        limit = json.loads(metadata["config"])["data"].get("limit")
+        check_same_data(before, training_record(open_source(replace(data, limit=limit), "train")), remedy)
 
 
 def described(metadata: dict[str, str], path: Path) -> RunConfig:

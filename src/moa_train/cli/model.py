@@ -66,7 +66,7 @@ def convert(source: Path, target: Path, image_size: int | None = None) -> int:
     else:
         from moa_train.engine.tensorfile import write_tensors
         from moa_train.model.load import load_weights
-        from moa_train.model.pickled import read_state_dict
+        from moa_train.model.pth_file import read_state_dict
         from moa_train.model.published_weights import published_model
         from moa_train.model.registry import create_model
 

@@ -1,4 +1,4 @@
-"""Sources of small images in one array, gathered as whole batches."""
+"""Sources whose images are small and in one array; whole batches are gathered at once."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from moa_train.data.resample import resample
 
 
 class ArraySource:
-    """Images of one native size in an array, usually memory-mapped; whole batches are gathered at once.
+    """Images of one native size in an array that is usually memory-mapped.
 
     Args:
         title: data set and split, as in ``cifar100/train``.
@@ -21,8 +21,9 @@ class ArraySource:
         labels: N class indices.
         classes: names of the classes.
         image_size: size of the batches; other native sizes are resampled (bicubic, antialiased).
-        rows: the elements of ``images`` and ``labels`` that belong to this source; all by default.
-        content: hash of the pixels, if one is known.
+        rows: indices of the elements of ``images`` and ``labels`` that belong to this source (default: all).
+        content: hash of the pixels, if it is known.
+        files: paths of the files that the elements of ``images`` were made of, as in ``ClassTree``, if known.
     """
 
     in_memory = True
@@ -36,9 +37,10 @@ class ArraySource:
         image_size: tuple[int, int],
         rows: NDArray[np.int64] | None = None,
         content: str = "",
+        files: NDArray[np.bytes_] | None = None,
     ) -> None:
         self.title, self.images, self.classes, self.image_size = title, images, list(classes), image_size
-        self.content, self._all_labels = content, np.asarray(labels, np.int64)
+        self.content, self._all_files, self._all_labels = content, files, np.asarray(labels, np.int64)
         self.rows = np.arange(len(images)) if rows is None else rows
         self.labels = self._all_labels[self.rows]
         self.fingerprint = fingerprint(title, self.classes, self.labels, self.rows, images.shape[1:], content)
@@ -51,7 +53,7 @@ class ArraySource:
         return f"{self.title}/{self.rows[index]}"
 
     def subset(self, rows: NDArray[np.int64], title: str) -> "ArraySource":
-        """Return the source of these samples, sharing the memory."""
+        """Return a source of these samples that shares the memory."""
         return ArraySource(
             title,
             self.images,
@@ -60,7 +62,25 @@ class ArraySource:
             self.image_size,
             self.rows[rows],
             self.content,
+            self._all_files,
         )
+
+    def relabeled(self, table: NDArray[np.int64], classes: Sequence[str]) -> "ArraySource":
+        """Return the source with label k replaced by ``table[k]``, the position of its class in ``classes``."""
+        labels = table[self._all_labels]
+        return ArraySource(
+            self.title, self.images, labels, classes, self.image_size, self.rows, self.content, self._all_files
+        )
+
+    @property
+    def place(self) -> str:
+        """File that holds the images, or the title if they are only in memory."""
+        return str(self.images.filename) if isinstance(self.images, np.memmap) else self.title
+
+    @property
+    def files(self) -> NDArray[np.bytes_] | None:
+        """Paths of the files that the samples were made of, if known."""
+        return None if self._all_files is None else self._all_files[self.rows]
 
     def gather(self, index: NDArray[np.int64]) -> Tensor:
         """Return the images at these indices: uint8, B 3 H W."""
@@ -70,7 +90,7 @@ class ArraySource:
         return x_BCHW.repeat(1, 3, 1, 1) if x_BCHW.shape[1] == 1 else x_BCHW
 
     def describe(self) -> dict[str, Any]:
-        """Return facts for a run's record."""
+        """Return a description for the records of a run, in JSON types."""
         return {
             "name": self.title,
             "samples": len(self),

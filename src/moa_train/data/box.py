@@ -21,20 +21,20 @@ class Box(NamedTuple):
 
 
 def box_numbers(keys: Hashes, purpose: Purpose) -> Floats:
-    """Draw what ``random_box`` needs, for samples with these keys: float64, B 10 4."""
+    """Draw the random numbers of ``random_box`` for samples with these keys: float64, B 10 4."""
     return uniform(keys[:, None, None], purpose, *np.ogrid[:_TRIES, :4])
 
 
 def random_box(size: tuple[int, int], scale: Range, ratio: Range, numbers: Floats) -> Box:
     """Choose a rectangle of random area and shape in an image.
 
-    Of ten tries it is the first that fits, else the largest central one whose shape is in range.
+    The result is the first of ten tries that fits, otherwise the largest centered one whose shape is in range.
 
     Args:
         size: height and width of the image.
-        scale: range of the area as a part of the image's; uniform.
-        ratio: range of width / height; uniform in the logarithm.
-        numbers: of ``box_numbers`` for one sample, 10 4.
+        scale: range of the area relative to the image's, drawn uniformly.
+        ratio: range of width / height, drawn uniformly in the logarithm.
+        numbers: the result of ``box_numbers`` for one sample, 10 4.
     """
     for area, shape, y, x in numbers.tolist():
         pixels = size[0] * size[1] * (scale[0] + area * (scale[1] - scale[0]))

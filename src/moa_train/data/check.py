@@ -1,46 +1,57 @@
-"""Scan a data set before a long run: unreadable images, duplicates, images shared by training and test."""
+"""Check a data set before a long run: unreadable images, duplicates, images that training and test share."""
 
 import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
 
-from moa_train.data.dataset import SPLITS
-from moa_train.data.image import EncodedImage, reading
-from moa_train.data.pack import is_packed, read_pack, verify_pack
-from moa_train.data.tree import same_classes, scan
+from moa_train.data.arrays import ArraySource
+from moa_train.data.image import Decoding, EncodedImage, reading
+from moa_train.data.pack import check_classes, check_origin, is_packed, read_pack, verify_pack
+from moa_train.data.tree import ClassTree, check_plausible, check_split_names, scan, scan_split
 from moa_train.runtime.errors import UserError
+from moa_train.schema import SPLITS
+
+MIN_CONTRAST = 16
+"""Images with less between their lowest and highest value (of 255) are reported."""
 
 
 @dataclass
 class Report:
-    """What a scan found. Images are equal if their decoded pixels are.
+    """The findings of a check. Images are equal if their decoded pixels are.
 
     Attributes:
         images: number of images in each split.
-        ignored: files that are no images, in each split.
+        ignored: number of files in each split that are not images.
+        broken: links that lead nowhere or to a folder that contains them.
         unreadable: a message for each image that cannot be decoded.
         duplicates: groups of equal images of one split.
         leaks: groups of equal images of different splits.
         conflicts: those of the groups above whose images have different classes.
+        flat: images with hardly any contrast, for example if 12-bit values are stored as 16-bit ones.
+        stale: images whose pixels in a pack differ from those of the file.
     """
 
     images: dict[str, int] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)
     leaks: list[list[str]] = field(default_factory=list)
     conflicts: list[list[str]] = field(default_factory=list)
+    flat: list[str] = field(default_factory=list)
+    stale: list[str] = field(default_factory=list)
 
     @property
     def clean(self) -> bool:
-        """Say whether nothing was found."""
-        return not (self.unreadable or self.duplicates or self.leaks)
+        """Return whether there are no findings."""
+        return not (self.broken or self.unreadable or self.duplicates or self.leaks or self.flat or self.stale)
 
 
 @dataclass(frozen=True)
@@ -50,26 +61,49 @@ class _Item:
     name: str
 
 
-def check(root: Path, workers: int = 0, progress: Callable[[int], None] = lambda images: None) -> Report:
+@dataclass(frozen=True)
+class _Pixels:
+    """A hash of an image's pixels, and the difference between its highest and lowest value."""
+
+    digest: bytes
+    contrast: int
+
+    @classmethod
+    def of(cls, image: np.ndarray) -> "_Pixels":
+        digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(image).data)
+        return cls(digest.digest(), int(image.max()) - int(image.min()))
+
+
+def check(
+    root: Path,
+    workers: int = 0,
+    progress: Callable[[int], None] = lambda images: None,
+    decoding: Decoding | None = None,
+) -> Report:
     """Decode and compare every image below ``root``.
 
     Args:
         root: folder with class-folder trees or packs of splits, or one class-folder tree.
-        workers: processes that decode; 0 decodes here.
+        workers: number of processes that decode; 0 decodes in this one.
         progress: called with the number of images done.
+        decoding: limits and value range, as in training.
 
     Raises:
-        UserError: there is no data set, a class folder is empty, the splits' classes differ, or a pack is damaged.
+        UserError: there is no data set, it is not likely to be one, a class folder is empty, the splits' classes
+            differ, or a pack is damaged or was made of other files.
     """
+    check_split_names(root)
     splits = [split for split in SPLITS if is_packed(root, split) or (root / split).is_dir()]
     report, equal, done = Report(), defaultdict[bytes, list[_Item]](list), 0
     for split in splits or [""]:
         report.images[split or root.name] = 0
-        for item, digest in _digests(root, split, workers, report):
-            if isinstance(digest, bytes):
-                equal[digest].append(item)
+        for item, pixels in _split(root, split, workers, report, decoding):
+            if isinstance(pixels, _Pixels):
+                equal[pixels.digest].append(item)
+                report.flat += [item.name] if pixels.contrast < MIN_CONTRAST else []
             else:
-                report.unreadable.append(digest)
+                report.unreadable.append(pixels)
             report.images[split or root.name] += 1
             done += 1
             progress(done)
@@ -82,36 +116,58 @@ def check(root: Path, workers: int = 0, progress: Callable[[int], None] = lambda
     return report
 
 
-def _digests(root: Path, split: str, workers: int, report: Report) -> Iterator[tuple[_Item, bytes | str]]:
+def _split(
+    root: Path, split: str, workers: int, report: Report, decoding: Decoding | None
+) -> Iterator[tuple[_Item, _Pixels | str]]:
+    """Yield the images of a split; if it is packed and the files are there as well, compare the two."""
+    pack, tree = None, None
     if split and is_packed(root, split):
         verify_pack(root, split)
         pack = read_pack(root, split, f"{root.name}/{split}", (1, 1))
-        for row, image in enumerate(pack.images):
-            yield _Item(split, pack.classes[pack.labels[row]], pack.name(row)), _digest(image)
+        check_classes(root, split, pack.classes)
+    if not split:
+        check_plausible(root, split)
+        tree = scan(root)
+    elif (root / split).is_dir():
+        tree = scan_split(root, split)
+        if pack is not None:
+            check_origin(root, split, tree)
+        check_classes(root, split, tree.classes)
+    if tree is None:
+        assert pack is not None
+        yield from _of_pack(pack, split)
         return
-    if split not in ("", "train") and (root / "train").is_dir():
-        same_classes(root / "train", root / split)
-    tree = scan(root / split)
     report.ignored[split or root.name] = tree.ignored
+    report.broken += tree.broken
+    packed = _of_pack(pack, split) if pack is not None else None
+    for item, pixels in _of_tree(tree, split, workers, decoding):
+        if packed is not None and next(packed)[1] != pixels:
+            report.stale.append(item.name)
+        yield item, pixels
+
+
+def _of_pack(pack: ArraySource, split: str) -> Iterator[tuple[_Item, _Pixels]]:
+    for row, image in enumerate(pack.images):
+        yield _Item(split, pack.classes[pack.labels[row]], pack.name(row)), _Pixels.of(image)
+
+
+def _of_tree(
+    tree: ClassTree, split: str, workers: int, decoding: Decoding | None
+) -> Iterator[tuple[_Item, _Pixels | str]]:
     items = (_Item(split, tree.classes[label], str(tree.path(row))) for row, label in enumerate(tree.labels))
     paths = (os.fspath(tree.path(row)) for row in range(len(tree.files)))
+    pixels_of = partial(_pixels_of_file, decoding)
     if not workers:
-        yield from zip(items, map(_digest_file, paths), strict=True)
+        yield from zip(items, map(pixels_of, paths), strict=True)
         return
     with Pool(workers) as pool:
-        yield from zip(items, pool.imap(_digest_file, paths, chunksize=32), strict=True)
+        yield from zip(items, pool.imap(pixels_of, paths, chunksize=32), strict=True)
 
 
-def _digest_file(path: str) -> bytes | str:
-    """Return the hash of a file's pixels, or why it cannot be decoded."""
+def _pixels_of_file(decoding: Decoding | None, path: str) -> _Pixels | str:
+    """Return the pixels of a file, or the reason why it cannot be decoded."""
     try:
         with reading(Path(path)):
-            return _digest(EncodedImage(Path(path).read_bytes()).decode().numpy())
+            return _Pixels.of(EncodedImage.of(Path(path), decoding).decode().numpy())
     except UserError as error:
         return str(error)
-
-
-def _digest(image: np.ndarray) -> bytes:
-    digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(image).data)
-    return digest.digest()

@@ -1,7 +1,8 @@
 """CIFAR-10 and CIFAR-100 from their archives (Krizhevsky 2009).
 
-The archives are the binary versions, records of label bytes and pixels, because the Python versions are pickles. They
-are read in place, and only if they have the MD5 published on https://www.cs.toronto.edu/~kriz/cifar.html.
+The archives are the binary versions (records of label bytes and pixels), because the Python versions are pickles.
+Archives are read without extracting them, and only if they have the MD5 published on
+https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
 import hashlib
@@ -23,14 +24,14 @@ _PIXELS = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class Archive:
-    """Where an archive is from and how its records look.
+    """Address and layout of an archive.
 
     Attributes:
-        url: of the archive.
-        md5: of the archive.
+        url: address of the archive.
+        md5: its MD5.
         splits: members that hold the records of each split.
         names: member that lists the classes.
-        label_bytes: bytes before the pixels; the last one is the class.
+        label_bytes: number of bytes before the pixels; the last one is the class.
     """
 
     url: str
@@ -46,23 +47,26 @@ class Archive:
 
 
 class Cifar(DataSet):
-    """Images of 32 x 32 pixels: a pack, class folders, or the original archive, which ``data.download`` fetches."""
+    """Images of 32 x 32 pixels: a pack, class folders, or the original archive, which can be downloaded."""
 
     archive: Archive
     downloads = True
+    holds_out_by_name = False  # published numbers depend on the rows
 
     def read(self, split: str) -> "Source":
-        """Open the pack of a split, after making it from class folders or the archive where there is none yet."""
-        from moa_train.data.pack import check_origin, is_packed, pack_tree, read_pack
+        """Open the pack of a split. If there is none, make it from the class folders or the archive first."""
+        from moa_train.data.image import Decoding
+        from moa_train.data.pack import check_classes, check_origin, is_packed, pack_tree, read_pack
         from moa_train.data.tree import scan_split
 
         root, archive = self.root, self.archive
         tree = scan_split(root, split) if (root / split).is_dir() else None
         if is_packed(root, split):
             if tree is not None:
-                check_origin(root, split, tree.fingerprint)
+                check_origin(root, split, tree)
         elif tree is not None:
-            pack_tree(tree, root, split)
+            check_classes(root, split, tree.classes)
+            pack_tree(tree, root, split, Decoding.of(self.config))
         elif (root / archive.filename).is_file():
             pack_archive(archive, root / archive.filename, root)
         elif self.config.download:
@@ -110,21 +114,21 @@ class Cifar100(Cifar):
 
 
 def fetch(archive: Archive, root: Path) -> Path:
-    """Fetch an archive into ``root``.
+    """Download an archive into ``root``.
 
     Raises:
-        UserError: there is no network, or what came is not the archive. Says what to fetch and where to put it.
+        UserError: there is no network, or the download is not the archive. Says what to download and where to put it.
     """
     from torchvision.datasets.utils import download_url
 
     partial = root / f".{archive.filename}.{os.getpid()}"
     try:
         download_url(archive.url, str(root), partial.name, archive.md5)
-        partial.replace(root / archive.filename)  # only what is whole gets the name
+        partial.replace(root / archive.filename)  # only a complete download gets the name
     except (OSError, RuntimeError) as error:  # no network, or another MD5
         raise UserError(
-            f"{archive.url} could not be downloaded ({error}). Fetch it elsewhere (MD5 {archive.md5}) and put it "
-            f"there: {root / archive.filename}. The next start will use it."
+            f"{archive.url} could not be downloaded ({error}). Download it on another machine (MD5 {archive.md5}) and "
+            f"copy it to {root / archive.filename}. The next start will use it."
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -147,7 +151,8 @@ def pack_archive(archive: Archive, path: Path, root: Path) -> None:
         md5 = hashlib.file_digest(file, "md5").hexdigest()
     if md5 != archive.md5:
         raise UserError(
-            f"{path} has MD5 {md5}, expected {archive.md5}: damaged or another file. Delete it and fetch {archive.url}."
+            f"{path} has MD5 {md5}, expected {archive.md5}: it is damaged or another file. Delete it and download "
+            f"{archive.url}."
         )
     with tarfile.open(path) as tar:
         classes = _member(tar, archive.names).decode().split()

@@ -46,6 +46,7 @@ class DataSet(ABC):
         mean: channel means of values in 0..1, used for normalization unless ``data.mean`` is given.
         std: channel standard deviations, likewise.
         num_classes: number of classes if it is known without opening the data.
+        holds_out_by_name: whether ``data.hold_out=name`` applies, if the images have names.
         needs_root: whether ``data.root`` must be given.
         downloads: whether `read` obeys ``data.download=true`` (``self.config.download``). Rank 0 then reads train
             before the other ranks start to read.
@@ -59,6 +60,7 @@ class DataSet(ABC):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     num_classes: int | None = None
     needs_root = False
+    holds_out_by_name = True
     downloads = False
 
     def __init__(self, config: DataConfig) -> None:
@@ -131,7 +133,7 @@ class DataSet(ABC):
         labels: "Sequence[int] | NDArray[np.integer[Any]]",
         classes: Sequence[str],
     ) -> "Source":
-        """Return a split whose images are the given files, in any format that Pillow reads.
+        """Return a split whose images are the given files, in one of the ``FORMATS`` of moa_train.data.image.
 
         Args:
             split: name of the split.
@@ -142,12 +144,13 @@ class DataSet(ABC):
         import numpy as np
 
         from moa_train.data.files import FileSource
+        from moa_train.data.image import Decoding
         from moa_train.data.tree import ClassTree
 
         labels = self._checked(split, labels, len(files), classes)
         names = np.array([os.fsencode(file) for file in files])
-        tree = ClassTree(self.root, list(classes), names, labels, ignored=0)
-        return FileSource(f"{self.name}/{split}", tree, self.image_size)
+        tree = ClassTree(self.root, list(classes), names, labels)
+        return FileSource(f"{self.name}/{split}", tree, self.image_size, decoding=Decoding.of(self.config))
 
     def from_folders(self, split: str, folder: str | None = None) -> "Source":
         """Return a split whose images are in class folders, ``self.root/SPLIT/CLASS/NAME.jpg``.
@@ -157,17 +160,21 @@ class DataSet(ABC):
             folder: name of its folder below ``self.root`` (default: the same).
         """
         from moa_train.data.files import FileSource
-        from moa_train.data.tree import scan_split
+        from moa_train.data.image import Decoding
+        from moa_train.data.tree import check_split_names, scan_split
 
         root, folder = self.root, folder or split
+        check_split_names(root)
         if not (root / folder).is_dir():
             found = [other for other in SPLITS if (root / other).is_dir()]
             raise UserError(
                 f"{root / folder}: there is no such folder. "
                 + (f"{root} has {', '.join(found)}. " if found else "Set data.root to the folder of the data set. ")
+                + (f"Did you mean data.root={root.parent}? " if root.name in SPLITS and not found else "")
                 + f"Images are expected as {root / folder}/CLASS/NAME.jpg."
             )
-        return FileSource(f"{self.name}/{split}", scan_split(root, folder), self.image_size)
+        tree, decoding = scan_split(root, folder), Decoding.of(self.config)
+        return FileSource(f"{self.name}/{split}", tree, self.image_size, decoding=decoding)
 
     def _checked(self, split: str, labels: Any, count: int, classes: Sequence[str]) -> "NDArray[np.int64]":
         import numpy as np
@@ -217,7 +224,7 @@ def open_split(config: DataConfig, split: str) -> "Source":
     folder   root/train                                root/val, or held out   root/test
     ======== ========================================= ======================= ==========================
 
-    ``data.val_fraction`` of the training images are held out: stratified, and the same whatever the run's seed.
+    ``data.val_fraction`` of the training images are held out: stratified, and the same for every seed of a run.
 
     Raises:
         UserError: the data is missing, empty, inconsistent or damaged, or there is no such split.
@@ -228,7 +235,7 @@ def open_split(config: DataConfig, split: str) -> "Source":
 
 
 def _open(dataset: DataSet, config: DataConfig, split: str) -> "Source":
-    from moa_train.data.split import hold_out
+    from moa_train.data.split import hold_out, hold_out_by_name
 
     if split not in SPLITS:
         raise UserError(choose("split", split, SPLITS))
@@ -242,7 +249,10 @@ def _open(dataset: DataSet, config: DataConfig, split: str) -> "Source":
         return dataset.read(split)
     train = dataset.read("train")
     if fraction:
-        kept, held = hold_out(train.labels, fraction)
+        if config.hold_out == "name" and dataset.holds_out_by_name and train.files is not None:
+            kept, held = hold_out_by_name(train.files.tolist(), train.labels, fraction)
+        else:
+            kept, held = hold_out(train.labels, fraction)
         return train.subset(kept if split == "train" else held, f"{dataset.name}/{split}")
     if split == "val":
         raise UserError(

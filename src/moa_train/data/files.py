@@ -1,20 +1,21 @@
-"""Sources of image files, read one by one."""
+"""Sources whose images are files, which are read one by one."""
 
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moa_train.data.counter import Floats, sample_keys
 from moa_train.data.fingerprint import fingerprint
-from moa_train.data.image import EncodedImage, reading
+from moa_train.data.image import Decoding, EncodedImage, reading
 from moa_train.data.order import Draw, Indices
 from moa_train.data.tree import ClassTree
 from moa_train.data.view import View
 from moa_train.runtime.errors import UserError
 
-_NEIGHBOURS = 100  # files tried in place of an unreadable one
+_MAX_TRIES = 100  # files tried in place of an unreadable one
 
 
 class FileSource:
@@ -24,13 +25,22 @@ class FileSource:
         title: data set and split, as in ``imagenet/train``.
         tree: the files.
         image_size: height and width of the images that loaders make.
-        rows: the files that belong to this source; all by default.
+        rows: indices of the files that belong to this source (default: all).
+        decoding: limits and value range.
     """
 
     in_memory = False
 
-    def __init__(self, title: str, tree: ClassTree, image_size: tuple[int, int], rows: Indices | None = None) -> None:
+    def __init__(
+        self,
+        title: str,
+        tree: ClassTree,
+        image_size: tuple[int, int],
+        rows: Indices | None = None,
+        decoding: Decoding | None = None,
+    ) -> None:
         self.title, self.tree, self.image_size, self.classes = title, tree, image_size, tree.classes
+        self.decoding = decoding or Decoding()
         self.rows = np.arange(len(tree.files)) if rows is None else rows
         self.labels = tree.labels[self.rows]
         self.fingerprint = fingerprint(title, self.classes, self.labels, self.rows, tree.fingerprint)
@@ -42,12 +52,22 @@ class FileSource:
         """Return the path of the file."""
         return str(self.tree.path(self.rows[index]))
 
+    @property
+    def place(self) -> str:
+        """Folder that holds the images."""
+        return str(self.tree.root)
+
+    @property
+    def files(self) -> NDArray[np.bytes_]:
+        """Paths of the files, relative to the folder of the split."""
+        return self.tree.files[self.rows]
+
     def subset(self, rows: Indices, title: str) -> "FileSource":
-        """Return the source of these samples."""
-        return FileSource(title, self.tree, self.image_size, self.rows[rows])
+        """Return a source of these samples."""
+        return FileSource(title, self.tree, self.image_size, self.rows[rows], self.decoding)
 
     def describe(self) -> dict[str, Any]:
-        """Return facts for a run's record."""
+        """Return a description for the records of a run, in JSON types."""
         return {
             "name": self.title,
             "samples": len(self),
@@ -64,21 +84,21 @@ class FileSource:
 
         Args:
             draw: B samples.
-            seed: of the run.
-            view: makes pixels of ``image_size`` of a file.
-            substitute: put the next readable file in the place of an unreadable one.
+            seed: seed of the run.
+            view: turns a file into pixels of ``image_size``.
+            substitute: read the next readable file in place of an unreadable one.
 
         Returns:
-            Images, uint8 B 3 H W; the indices really read; a message for each unreadable file met.
+            Images, uint8 B 3 H W; the indices that were read; a message for each unreadable file.
 
         Raises:
-            UserError: a file is unreadable and ``substitute`` is False, or a hundred in a row are.
+            UserError: a file is unreadable and ``substitute`` is False, or a hundred files in a row are unreadable.
         """
         x_BCHW = torch.empty(len(draw), 3, *self.image_size, dtype=torch.uint8)
         numbers = view.numbers(sample_keys(seed, draw.epoch, draw.index, draw.repeat))
         index, failures = draw.index.copy(), list[str]()
         for place in range(len(draw)):
-            for _ in range(_NEIGHBOURS):
+            for _ in range(_MAX_TRIES):
                 try:
                     x_BCHW[place] = self._read(index[place], view, numbers[place])
                     break
@@ -88,10 +108,10 @@ class FileSource:
                     failures.append(str(error))
                     index[place] = (index[place] + 1) % len(self)
             else:
-                raise UserError(f"{_NEIGHBOURS} files in a row are unreadable. The last: {failures[-1]}")
+                raise UserError(f"{_MAX_TRIES} files in a row are unreadable. The last one: {failures[-1]}")
         return x_BCHW, index, failures
 
     def _read(self, index: int, view: View, numbers: Floats) -> Tensor:
         path = self.tree.path(self.rows[index])
         with reading(path):
-            return view(EncodedImage(path.read_bytes()), numbers)
+            return view(EncodedImage.of(path, self.decoding), numbers)

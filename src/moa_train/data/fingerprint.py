@@ -1,4 +1,4 @@
-"""Fingerprints: to notice that a run resumes on other data."""
+"""Fingerprints of data: a run that resumes on other data is noticed."""
 
 import hashlib
 import json

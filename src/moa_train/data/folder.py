@@ -22,9 +22,12 @@ class ClassFolders(DataSet):
 
     def read(self, split: str) -> "Source":
         """Open the pack of a split if there is one, else its class folders."""
-        from moa_train.data.pack import is_packed, read_pack
+        from moa_train.data.pack import check_origin, is_packed, read_pack
+        from moa_train.data.tree import scan_split
 
         if is_packed(self.root, split):
+            if (self.root / split).is_dir():
+                check_origin(self.root, split, scan_split(self.root, split))
             return read_pack(self.root, split, f"{self.name}/{split}", self.image_size)
         return self.from_folders(split)
 

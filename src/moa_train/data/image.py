@@ -1,13 +1,20 @@
-"""Image files: from bytes to uint8 pixels, whatever the format and colour mode."""
+"""Image files: from bytes to uint8 pixels, for every supported format and color mode.
+
+Files come from strangers. Pillow would hand some formats to other programs (PostScript to Ghostscript) or to handlers
+that other packages register, so images are opened by their content and only in formats that are decoded in process.
+This is the only module that opens image files.
+"""
 
 import io
-import warnings
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -16,54 +23,142 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from moa_train.runtime.errors import UserError
+from moa_train.schema import DataConfig
 
-MAX_REDUCTION = 8  # of a JPEG decoder that leaves out high frequencies
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Formats that are decoded in process. JPEG 2000, WebP and AVIF need a Pillow that was built with them."""
+
+MAX_REDUCTION = 8  # the JPEG decoder can return images up to this factor smaller
+
+_MAX_SCANS = 30  # of a progressive JPEG of the largest size: each scan costs a pass over all pixels
+_STRIP = 1 << 20  # pixels copied at a time
+_BYTES_PER_PIXEL = 8  # of an uncompressed file: 4 channels of 16 bits
+_TILE_WIDTH, _TILE_LENGTH, _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 322, 323, 262, 258, 339  # tags of TIFF
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Settings of decoding.
+
+    Attributes:
+        max_pixels: images with more pixels are refused before their pixels are decoded.
+        value_range: gray levels of black and white in images of more than 8 bits. By default they are those of the
+            unsigned integer; images whose range is not known (floating point, 32 bits, signed) are then refused.
+    """
+
+    max_pixels: int = DataConfig.max_pixels
+    value_range: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "Decoding":
+        """Return the settings of a configuration."""
+        return cls(config.max_pixels, (config.range[0], config.range[1]) if config.range else None)
+
+    def __post_init__(self) -> None:
+        if self.max_pixels < 1:
+            raise UserError(f"max_pixels={self.max_pixels}: must be at least 1. Default: 100000000.")
+        if self.value_range and not -np.inf < self.value_range[0] < self.value_range[1] < np.inf:
+            raise UserError(f"range={list(self.value_range)}: must be two numbers, LOW < HIGH. Usual: [0,1].")
 
 
 class EncodedImage:
-    """An image whose header has been read and whose pixels have not.
+    """An image whose header has been read and whose pixels have not been decoded.
 
-    Pixels are what Pillow's ``convert("RGB")`` makes of them, except that 16-bit grey is scaled to 8 bits instead of
-    clipped. Orientation tags are not applied, as is the field's habit with these data sets.
+    Pixels are those of Pillow's ``convert("RGB")``, except that gray images of more than 8 bits are scaled to 8 bits
+    and not clipped. Of animations, the first frame is decoded. Orientation tags are not applied, as is usual for the
+    common data sets.
 
     Attributes:
         height: in pixels.
         width: in pixels.
     """
 
-    def __init__(self, data: bytes) -> None:
-        with warnings.catch_warnings():  # half of Pillow's limit for decompression bombs only warns; refuse it too
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            self._image = Image.open(io.BytesIO(data))
-        self._data = data
+    def __init__(self, data: bytes, decoding: Decoding | None = None) -> None:
+        self._decoding = decoding or Decoding()
+        self._data, file = data, io.BytesIO(data)
+        self._image = open_image(file)
         self.width, self.height = self._image.size
+        self._check_limits(file.tell())
+
+    @classmethod
+    def of(cls, path: Path, decoding: Decoding | None = None) -> "EncodedImage":
+        """Read a file and its header."""
+        decoding = decoding or Decoding()
+        with path.open("rb") as file:
+            status, most = os.fstat(file.fileno()), (1 << 20) + _BYTES_PER_PIXEL * decoding.max_pixels
+            if stat.S_ISCHR(status.st_mode) or status.st_size > most:  # devices may never end
+                raise UserError(f"a device or a file of more bytes than {_too_many(decoding)} take")
+            return cls(file.read(most if stat.S_ISFIFO(status.st_mode) else status.st_size), decoding)
 
     def decode(self, reduction: int = 1) -> Tensor:
-        """Return uint8 pixels, 3 H W in the memory format of channels last.
+        """Return uint8 pixels, 3 H W in channels-last memory format.
 
         Args:
-            reduction: the sides may be up to this power of two smaller; JPEGs are decoded faster like that.
+            reduction: a power of two. The sides of a JPEG may become up to this factor smaller, which is faster.
         """
         pixels_HWC = None
         if self._image.format == "JPEG":
             if reduction > 1:
                 self._image.draft("RGB", (self.width // reduction, self.height // reduction))
             elif self._image.mode in ("RGB", "L"):
-                pixels_HWC = _decode_jpeg(self._data)
+                pixels_HWC = _decode_jpeg(self._data, self.height, self.width)
         if pixels_HWC is None:
-            pixels_HWC = np.array(_to_rgb(self._image))
+            pixels_HWC = _copy(_to_rgb(self._image, self._decoding.value_range))
         return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
 
+    def _check_limits(self, header_end: int) -> None:
+        tags, pixels = _tags(self._image), self.width * self.height
+        if max(pixels, tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0)) > self._decoding.max_pixels:
+            raise UserError(f"{self.width} x {self.height} pixels are more than {_too_many(self._decoding)}")
+        if self._image.format in ("JPEG", "MPO") and not self._has_one_scan(header_end):
+            scans = self._data.count(b"\xff\xda")
+            if scans * pixels > _MAX_SCANS * self._decoding.max_pixels:
+                raise UserError(f"{scans} scans of {pixels:,} pixels would take very long to decode")
 
-def _decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
-    """Return the pixels that Pillow would give, a third faster, or None if Pillow must be asked.
+    def _has_one_scan(self, header_end: int) -> bool:
+        """Return whether the first scan of a JPEG, whose header ends there, is sequential and has all components."""
+        channels = len(self._image.getbands())
+        start = b"\xff\xda" + (6 + 2 * channels).to_bytes(2, "big") + bytes([channels])
+        return "progressive" not in self._image.info and self._data.startswith(start, header_end - 2 * channels - 8)
 
-    That is where simplejpeg is not installed, and for files that it finds fault with: Pillow draws the line between
-    blemished and unreadable.
+
+def open_image(file: IO[bytes]) -> Image.Image:
+    """Return Pillow's image of a file, in one of ``FORMATS`` by its content.
+
+    Raises:
+        UnidentifiedImageError: the file has none of these formats.
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Decoding.max_pixels holds in its place
+    try:
+        return Image.open(file, formats=_formats())
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _too_many(decoding: Decoding) -> str:
+    return f"data.max_pixels={decoding.max_pixels} (moa-data: --max-pixels)"
+
+
+def _tags(image: Image.Image) -> Any:
+    return image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
+
+
+def _decode_jpeg(data: bytes, height: int, width: int) -> NDArray[np.uint8] | None:
+    """Return the same pixels as Pillow, a third faster, or None if Pillow has to decode the file.
+
+    Pillow has to where simplejpeg is not installed, and for files with errors: it decides which of them are readable.
     """
     if (simplejpeg := _simplejpeg()) is None:
         return None
     try:
+        if simplejpeg.decode_jpeg_header(data)[:2] != (height, width):
+            return None
         return simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:
         return None
@@ -77,23 +172,64 @@ def _simplejpeg() -> Any:
         return None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.int64).clip(0, 0xFFFF)
-        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
+def _to_rgb(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
+    tags = _tags(image)
+    if image.mode[0] in "IF":
+        return Image.fromarray(_to_8_bits(image, tags, value_range)).convert("RGB")
+    if set(tags.get(_SAMPLE_FORMAT, ())) - {1, 4}:  # not unsigned; Pillow reads them as if they were
+        raise UserError("signed 8-bit values are not supported; convert them to unsigned values")
+    if image.mode == "RGB":
+        image.load()
+        return image  # convert would return a copy
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # without this step Pillow warns
     return image.convert("RGB")
 
 
+def _to_8_bits(image: Image.Image, tags: Any, value_range: tuple[float, float] | None) -> NDArray[np.uint8]:
+    """Return the gray levels of an image of mode I or F, scaled to 0..255."""
+    values = np.asarray(image)
+    if value_range:
+        low, high = value_range
+        values = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low)) + np.float32(0.5)
+        if not np.isfinite(values).all():
+            raise UserError("some of its values are infinite or not a number")
+        result = values.clip(0, 255).astype(np.uint8)
+    elif image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        kind = "floating-point" if image.mode == "F" else "32-bit or signed"
+        raise UserError(
+            f"the range of its {kind} values is not known. Set the values of black and white: data.range=[LOW,HIGH], "
+            "for example [0,1] (moa-data: --range LOW HIGH)"
+        )
+    else:
+        white = (1 << tags.get(_BITS, (16,))[0]) - 1
+        result = (values.clip(0, white).astype(np.uint32) * 255 // white).astype(np.uint8)
+    return 255 - result if tags.get(_PHOTOMETRIC) == 0 else result  # 0: white is zero
+
+
+def _copy(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the pixels of an RGB image, copied in strips: all at once would take three times the memory."""
+    width, height = image.size
+    rows = max(1, _STRIP // width)
+    if rows >= height:
+        return np.array(image)
+    pixels_HWC = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        bottom = min(height, top + rows)
+        pixels_HWC[top:bottom] = np.asarray(image.crop((0, top, width, bottom)))
+    return pixels_HWC
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn whatever goes wrong while ``path`` is read into a UserError that names it."""
+    """Turn every error that occurs while ``path`` is read into a UserError that names the file."""
     try:
         yield
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
-        reason = "no known format" if isinstance(error, UnidentifiedImageError) else str(error).partition("\n")[0]
-        raise UserError(
-            f"{path}: unreadable image ({reason or type(error).__name__}). Repair or remove it; "
-            "`moa-data check ROOT` lists all such files."
-        ) from error
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"not a valid file of a supported format: {', '.join(FORMATS)}"
+        else:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+        message = f"unreadable image ({reason}). Repair or remove it; `moa-data check ROOT` lists all such files."
+        # Names of files may not be UTF-8, and messages are written to files.
+        raise UserError(f"{path}: {message}".encode(errors="backslashreplace").decode()) from error

@@ -22,7 +22,7 @@ from moa_train.data.order import Draw, Order, micro_batches
 from moa_train.data.source import Source
 from moa_train.data.view import CentreCrop, View
 from moa_train.runtime.errors import UserError
-from moa_train.schema import DataConfig
+from moa_train.schema import DataConfig, RuntimeConfig
 
 _POLL = 5.0
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class TrainLoader:
         world_size: int = 1,
         workers: int = 0,
         pin_memory: bool = False,
-        timeout: float = 600.0,
+        timeout: float = RuntimeConfig.timeout,
     ) -> None:
         self.order, self.micro_batch_size = order, micro_batch_size
         self._share = micro_batches(order.batch_size, micro_batch_size, rank, world_size)
@@ -124,7 +124,7 @@ class EvalLoader:
         workers: int = 0,
         crop_ratio: float = 0.875,
         pin_memory: bool = False,
-        timeout: float = 600.0,
+        timeout: float = RuntimeConfig.timeout,
     ) -> None:
         self.source, self.batch_size = source, batch_size
         self._chunks = range(rank, -(-len(source) // batch_size), world_size)

@@ -1,8 +1,9 @@
 """Packs: a split of small images in one memory-mapped array, with a JSON file that describes it.
 
-``pack-<split>.npy`` holds uint8 N C H W, ``pack-<split>.json`` labels, classes and the SHA-256 of the array file.
-Both are written under temporary names and renamed, the array first: a pack whose JSON exists is complete, and
-processes that pack at the same time replace each other's equal files.
+``pack-<split>.npy`` holds uint8 N C H W. ``pack-<split>.json`` holds labels, classes, the SHA-256 of the array file,
+and the fingerprint and the names of the files that the pack was made of. Both are written under temporary names and
+renamed, the array first: if the JSON file exists, the pack is complete. Processes that pack at the same time replace
+each other's files with equal ones.
 """
 
 import hashlib
@@ -16,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moa_train.data.arrays import ArraySource
-from moa_train.data.image import EncodedImage, reading
-from moa_train.data.tree import ClassTree
+from moa_train.data.image import Decoding, EncodedImage, reading
+from moa_train.data.tree import ClassTree, class_folders, compare_classes
 from moa_train.runtime.errors import UserError
 
 FORMAT = 1
@@ -30,7 +31,7 @@ def pack_paths(root: Path, split: str) -> tuple[Path, Path]:
 
 
 def is_packed(root: Path, split: str) -> bool:
-    """Say whether the folder holds a complete pack of the split."""
+    """Return whether the folder holds a complete pack of the split."""
     return pack_paths(root, split)[1].is_file()
 
 
@@ -41,16 +42,18 @@ def write_pack(
     labels: NDArray[np.int64],
     classes: Sequence[str],
     origin: str = "",
+    files: NDArray[np.bytes_] | None = None,
 ) -> None:
     """Write uint8 images N C H W with their labels as a pack.
 
     Args:
-        root: folder; made if it is missing.
+        root: folder; created if it does not exist.
         split: name of the split.
         images: uint8, N C H W.
         labels: int64, N.
         classes: names of the classes.
-        origin: fingerprint of what was packed.
+        origin: fingerprint of the tree that was packed, if it was one.
+        files: paths of its files.
     """
     array_path, json_path = pack_paths(root, split)
     temporary = [path.with_name(f".{path.name}.{os.getpid()}") for path in (array_path, json_path)]
@@ -69,14 +72,15 @@ def write_pack(
             "origin": origin,
             "classes": list(classes),
             "labels": np.asarray(labels).tolist(),
+            "files": None if files is None else [os.fsdecode(name) for name in files.tolist()],
         }
         temporary[1].write_text(json.dumps(description))
         for source, target in zip(temporary, (array_path, json_path), strict=True):
             source.replace(target)
     except OSError as error:
         raise UserError(
-            f"{root}: the pack of {split!r} cannot be written ({error.strerror}). Pack into a folder that can be "
-            f"written, `moa-data pack {root} OUT`, and give data.root=OUT."
+            f"{root}: the pack of {split!r} cannot be written ({error.strerror}). Write it to another folder with "
+            f"`moa-data pack {root} OUT` and set data.root=OUT."
         ) from error
     finally:
         for path in temporary:
@@ -84,7 +88,7 @@ def write_pack(
                 path.unlink()
 
 
-def pack_tree(tree: ClassTree, root: Path, split: str) -> None:
+def pack_tree(tree: ClassTree, root: Path, split: str, decoding: Decoding | None = None) -> None:
     """Decode a class-folder tree of equally sized small images, and write it as a pack.
 
     Raises:
@@ -95,7 +99,7 @@ def pack_tree(tree: ClassTree, root: Path, split: str) -> None:
     for row in range(len(tree.files)):
         path = tree.path(row)
         with reading(path):
-            image = EncodedImage(path.read_bytes()).decode().numpy()
+            image = EncodedImage.of(path, decoding).decode().numpy()
         if images is None:
             images = np.empty((len(tree.files), *image.shape), np.uint8)
         if image.shape != images.shape[1:]:
@@ -105,7 +109,7 @@ def pack_tree(tree: ClassTree, root: Path, split: str) -> None:
             )
         images[row] = image
     assert images is not None  # scan never returns an empty tree
-    write_pack(root, split, images, tree.labels, tree.classes, origin=tree.fingerprint)
+    write_pack(root, split, images, tree.labels, tree.classes, tree.fingerprint, tree.files)
 
 
 def read_pack(root: Path, split: str, title: str, image_size: tuple[int, int]) -> ArraySource:
@@ -120,8 +124,10 @@ def read_pack(root: Path, split: str, title: str, image_size: tuple[int, int]) -
         labels = np.asarray(facts["labels"], np.int64)
         classes = [str(name) for name in facts["classes"]]
         shape, checksum, version = tuple(facts["shape"]), str(facts["sha256"]), facts["format"]
+        names = facts.get("files")  # not in packs of older versions
+        files = None if names is None else np.array([os.fsencode(name) for name in names])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(json_path, f"is no description of a pack ({error!r})") from error
+        raise _damaged(json_path, f"does not describe a pack ({error!r})") from error
     if version != FORMAT:
         raise _damaged(json_path, f"has format {version}, this version reads {FORMAT}")
     try:
@@ -130,20 +136,49 @@ def read_pack(root: Path, split: str, title: str, image_size: tuple[int, int]) -
         raise _damaged(array_path, f"cannot be read ({error})") from error
     if images.dtype != np.uint8 or images.shape != shape or len(shape) != 4 or shape[1] not in (1, 3):
         raise _damaged(array_path, f"holds {images.dtype} {images.shape}, its description says uint8 {shape}")
+    if files is not None and len(files) != len(images):
+        raise _damaged(json_path, f"has {len(files)} file names for {len(images)} images")
     if len(labels) != len(images) or (len(labels) and not 0 <= labels.min() <= labels.max() < len(classes)):
         raise _damaged(json_path, f"has {len(labels)} labels of {len(classes)} classes for {len(images)} images")
-    return ArraySource(title, images, labels, classes, image_size, content=checksum)
+    return ArraySource(title, images, labels, classes, image_size, content=checksum, files=files)
 
 
-def check_origin(root: Path, split: str, origin: str) -> None:
-    """Check that a pack was made of the class-folder tree beside it.
+def packed_classes(root: Path, split: str) -> list[str]:
+    """Return the classes of a pack, without its images."""
+    return read_pack(root, split, split, (1, 1)).classes
+
+
+def check_classes(root: Path, split: str, classes: Sequence[str]) -> None:
+    """Check that the classes of a split are those of train in the same folder, whether train is packed or not.
 
     Raises:
-        UserError: it was made of another one, or the tree has changed since.
+        UserError: the names or their order differ.
     """
-    _, json_path = pack_paths(root, split)
-    if json.loads(json_path.read_text()).get("origin") != origin:
-        raise _damaged(json_path, f"was not made of the files that are now in {root / split}")
+    if is_packed(root, "train"):
+        compare_classes(str(root / "train"), packed_classes(root, "train"), str(root / split), classes)
+    elif (root / "train").is_dir():
+        compare_classes(str(root / "train"), class_folders(root / "train"), str(root / split), classes)
+
+
+def check_origin(root: Path, split: str, tree: ClassTree) -> None:
+    """Check that a pack was made of the files of the class-folder tree next to it.
+
+    Raises:
+        UserError: it was made of other files, or files were added, removed or renamed since; some of them are listed.
+    """
+    facts = json.loads(pack_paths(root, split)[1].read_text())
+    if facts.get("origin") == tree.fingerprint:
+        return
+    before, now = set(facts.get("files") or ()), {os.fsdecode(name) for name in tree.files.tolist()}
+    changes = [
+        f"{len(names):,} {what}: {', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''}"
+        for what, names in (("added", now - before), ("removed", before - now))
+        if before and names
+    ]
+    raise _damaged(
+        pack_paths(root, split)[1],
+        f"was not made of the files that are now in {root / split}" + (f" ({'; '.join(changes)})" if changes else ""),
+    )
 
 
 def verify_pack(root: Path, split: str) -> None:
@@ -165,4 +200,6 @@ def file_sha256(path: Path) -> str:
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} {what}. Delete pack-*.npy and pack-*.json there and pack again (moa-data pack SRC OUT).")
+    return UserError(
+        f"{path} {what}. Delete pack-*.npy and pack-*.json in this folder and pack again (moa-data pack SRC OUT)."
+    )

@@ -1,40 +1,59 @@
 """Class-folder trees: root/CLASS/image.jpg, possibly in deeper folders."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moa_train.data.fingerprint import Labels, fingerprint
 from moa_train.runtime.errors import UserError
+from moa_train.schema import SPLITS
 
-IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".tif", ".tiff"])
+IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".tif", ".tiff"])
+
+SYSTEM_FOLDERS = frozenset(
+    ["@eaDir", "#recycle", "@Recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"]
+)
+"""Folders that storage servers and operating systems leave in a tree, with thumbnails or deleted files in them."""
+
+OTHER_NAMES = {
+    **dict.fromkeys(["valid", "validation", "validate", "dev", "eval"], "val"),
+    **dict.fromkeys(["testing", "tests"], "test"),
+    **dict.fromkeys(["training"], "train"),
+    **{split: split for split in SPLITS},
+}
+"""Names that other programs use for the splits, in lower case."""
 
 
 @dataclass(frozen=True)
 class ClassTree:
     """The image files of one split.
 
-    A class is a folder below ``root``, its index the folder's place among the sorted names. Its samples are the files
-    with the suffix of an image (``IMAGE_SUFFIXES``, in capitals too) in it and in folders below it, in sorted order.
-    Everything else is left out and counted: hidden files and folders, other suffixes, files beside the class folders.
+    A class is a folder below ``root``; its index is the folder's position among the sorted names. Its samples are the
+    files in it and in folders below it whose suffix is one of ``IMAGE_SUFFIXES`` in lower or upper case, in sorted
+    order. Links to files and folders are followed. Everything else is ignored and counted: hidden files, other
+    suffixes, files next to the class folders, links that lead nowhere or to a folder that contains them.
 
     Attributes:
         root: folder of the split.
-        classes: names of the classes, sorted.
-        files: paths relative to ``root`` in the file system's bytes, N. (An array: workers that touch a million Python
-            strings would each come to own a copy of them.)
+        classes: sorted names of the classes.
+        files: paths relative to ``root`` in the file system's bytes, N. (An array, because every worker process would
+            end up with its own copy of a million Python strings.)
         labels: int64, N.
-        ignored: number of files left out.
+        ignored: number of files that are ignored.
+        broken: the links among them.
     """
 
     root: Path
     classes: list[str]
     files: NDArray[np.bytes_]
     labels: Labels
-    ignored: int
+    ignored: int = 0
+    broken: list[str] = field(default_factory=list)
 
     def path(self, index: int) -> Path:
         """Return the path of a file."""
@@ -54,73 +73,163 @@ def scan(root: Path) -> ClassTree:
     """
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder. Images are expected as {root}/CLASS/NAME.jpg.")
-    classes = _class_folders(root)
+    classes = class_folders(root)
     if not classes:
-        raise UserError(f"{root}: no class folders. Images are expected as {root}/CLASS/NAME.jpg.")
-    ignored = sum(path.is_file() for path in root.iterdir())
+        flat = sum(_is_image(entry.name) for entry in os.scandir(root))
+        raise UserError(
+            f"{root}: no class folders"
+            + (f", but {flat:,} images. Move each image into the folder of its class" if flat else "")
+            + f". Images are expected as {root}/CLASS/NAME.jpg."
+        )
+    beside = [entry for entry in os.scandir(root) if not _is_folder(entry)]
+    broken = [entry.path for entry in beside if entry.is_symlink() and not Path(entry).exists()]
+    ignored = sum(entry.is_file() for entry in beside) + len(broken)
     files: list[bytes] = []
     labels: list[int] = []
+    above = [_identity(folder) for folder in (root.resolve(), *root.resolve().parents)]
     for label, name in enumerate(classes):
-        found, others = _images(root / name)
+        found = others = 0
+        for path, kind in _images(root, name, above):
+            if kind == "image":
+                files.append(os.fsencode(path))
+                found += 1
+            else:
+                others += 1
+                broken += [str(root / path)] if kind == "broken" else []
         if not found:
             raise UserError(
                 f"{root / name}: no image in this class folder ({others} other files). Add images "
                 f"({', '.join(sorted(IMAGE_SUFFIXES))}) or delete the folder."
             )
-        files += [os.fsencode(os.path.relpath(path, root)) for path in found]
-        labels += [label] * len(found)
+        labels += [label] * found
         ignored += others
-    return ClassTree(root, classes, np.array(files), np.array(labels, np.int64), ignored)
+    return ClassTree(root, classes, np.array(files), np.array(labels, np.int64), ignored, broken)
 
 
 def scan_split(root: Path, split: str) -> ClassTree:
     """List the images of root/split.
 
     Raises:
-        UserError: it is missing or empty, or its classes are not those of root/train.
+        UserError: it is missing or empty, or its folders are not likely to be classes.
     """
-    if split != "train" and (root / "train").is_dir():
-        same_classes(root / "train", root / split)
+    check_plausible(root / split, split)
     return scan(root / split)
 
 
-def _class_folders(root: Path) -> list[str]:
+def class_folders(root: Path) -> list[str]:
+    """Return the sorted names of the class folders."""
     return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _images(folder: Path) -> tuple[list[str], int]:
-    found, ignored = [], 0
-    for directory, folders, names in os.walk(folder, onerror=_refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        images = sorted(name for name in names if _is_image(name))
-        found += [os.path.join(directory, name) for name in images]  # noqa: PTH118  # a million of them
-        ignored += len(names) - len(images)
-    return found, ignored
+def _images(root: Path, folder: str, above: list[tuple[int, int]]) -> Iterator[tuple[str, str]]:
+    """Yield (path, kind) of the files in a folder, then of those in its subfolders; kind: image, other or broken.
+
+    Args:
+        root: folder that the paths are relative to.
+        folder: path of the folder, a string because a tree may hold a million files.
+        above: identities of the folders that contain it. A link to one of them would never end.
+    """
+    here = _identity(root / folder)
+    if here in above:
+        yield folder, "broken"
+        return
+    folders = []
+    for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
+        path = f"{folder}/{entry.name}"
+        if _is_folder(entry):
+            if entry.name in SYSTEM_FOLDERS:
+                raise UserError(f"{entry.path}: this folder is not part of a data set. Delete it or move it elsewhere.")
+            if not entry.name.startswith("."):
+                folders.append(path)
+        elif _is_image(entry.name):
+            yield path, "image"
+        else:
+            yield path, "broken" if entry.is_symlink() and not (root / path).exists() else "other"
+    for path in folders:
+        yield from _images(root, path, [*above, here])
 
 
-def _refuse(error: OSError) -> None:
-    raise error  # by itself, os.walk passes over folders that it may not read
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    if entry.is_symlink():
+        return Path(entry).is_dir()  # entry.is_dir() raises an error for links in a circle
+    return entry.is_dir()
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _is_image(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
 
 
-def same_classes(one: Path, other: Path) -> None:
-    """Check that two splits have the same class folders.
+def check_plausible(root: Path, split: str) -> None:
+    """Check that the class folders of a split are likely to be classes.
 
     Raises:
-        UserError: they have not; some of the differing names are listed.
+        UserError: there is one class only, the classes are called train or val, or the system has made a folder. Says
+            what was probably meant.
     """
-    in_one, in_other = set(_class_folders(one)), set(_class_folders(other))
-    if in_one != in_other:
-        differences = ((one, sorted(in_one - in_other)), (other, sorted(in_other - in_one)))
+    classes = class_folders(root) if root.is_dir() else []
+    if system := sorted(SYSTEM_FOLDERS & set(classes)):
+        raise UserError(f"{root / system[0]}: this folder is not a class. Delete it or move it elsewhere.")
+    if classes and {name.lower() for name in classes} <= set(OTHER_NAMES):
         raise UserError(
-            f"{one} and {other} have different classes: "
-            + "; ".join(
-                f"only in {root.name}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
-                for root, names in differences
-                if names
-            )
-            + ". Labels are places in the sorted list of classes, so every split needs the same class folders."
+            f"{root} has no classes but the folders {', '.join(classes)}, which look like splits. "
+            f"Set data.root={root}, or move the class folders up to {root}/CLASS."
         )
+    if split == "train" and len(classes) == 1:
+        raise UserError(
+            f"{root} has a single class, {classes[0]}: there is nothing to learn. Images are expected as "
+            f"{root}/CLASS/NAME.jpg, with a folder for each of at least two classes."
+        )
+    forms: dict[str, str] = {}
+    for name in classes:
+        if (other := forms.setdefault(normalize("NFC", name), name)) != name:
+            raise UserError(
+                f"{root} has two class folders {name} whose names differ in their Unicode form (NFC, NFD) only: "
+                f"{other!a} and {name!a}. Move their images into one folder."
+            )
+
+
+def check_split_names(root: Path) -> None:
+    """Check that no folder in ``root`` is called like a split that is missing, but in another spelling.
+
+    Raises:
+        UserError: with the name that is expected.
+    """
+    for path in sorted(root.iterdir()) if root.is_dir() else ():
+        meant = OTHER_NAMES.get(path.name.lower())
+        if meant and path.name not in SPLITS and path.is_dir() and not (root / meant).exists():
+            raise UserError(
+                f"{path}: a folder of this name is not read. Rename it to {root / meant}, or move it elsewhere if "
+                "it should not be used."
+            )
+
+
+def compare_classes(one: str, its_classes: Sequence[str], other: str, classes: Sequence[str]) -> None:
+    """Check that two sources have the same classes in the same order.
+
+    Raises:
+        UserError: they do not; some of the names that differ are listed.
+    """
+    if list(its_classes) == list(classes):
+        return
+    differences = ((one, sorted(set(its_classes) - set(classes))), (other, sorted(set(classes) - set(its_classes))))
+    what = "; ".join(
+        f"only in {Path(name).name}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        for name, names in differences
+        if names
+    )
+    if sorted(normalize("NFC", name) for name in its_classes) == sorted(normalize("NFC", name) for name in classes):
+        what = (
+            "the names differ in their Unicode form (NFC, NFD) only, as after a copy from macOS: "
+            f"{', '.join(ascii(name) for _, names in differences for name in names[:1])}. Rename the folders"
+            if what
+            else "their order differs"
+        )
+    raise UserError(
+        f"{one} and {other} have different classes: {what}. Labels are positions in the sorted list of classes, so "
+        "every split needs the same classes."
+    )

@@ -1,4 +1,4 @@
-"""Stage 1: from an image file to uint8 pixels of the model's size. Runs in workers, one sample at a time."""
+"""Stage 1 of augmentation: from an image file to uint8 pixels of the model's size. Workers run it, per sample."""
 
 import math
 from dataclasses import dataclass
@@ -11,17 +11,22 @@ from moa_train.data.box import Box, box_numbers, random_box
 from moa_train.data.counter import Floats, Hashes, Purpose
 from moa_train.data.image import MAX_REDUCTION, EncodedImage
 from moa_train.data.resample import resample
+from moa_train.schema import AugmentConfig, DataConfig
+
+_LARGE = 16  # largest enlarged image, relative to the area of size / ratio; larger ones are cropped first
+_CHOICE = 16  # number of pixels among which the position of a cut is chosen
+_MARGIN = 4  # pixels around a part that its enlargement depends on; a bicubic filter reaches 2
 
 
 class View(Protocol):
-    """Turns an image into pixels of one size."""
+    """Interface of the classes that turn an image into pixels of a fixed size."""
 
     def numbers(self, keys: Hashes) -> Floats:
-        """Draw what samples with these keys need, for B samples at once."""
+        """Draw the random numbers that B samples with these keys need."""
         ...
 
     def __call__(self, image: EncodedImage, numbers: Floats) -> Tensor:
-        """Return the pixels of one sample, given its numbers: uint8, 3 H W."""
+        """Return the pixels of one sample, given its random numbers: uint8, 3 H W."""
         ...
 
 
@@ -31,18 +36,18 @@ class RandomResizedCrop:
 
     Attributes:
         size: height and width of the result.
-        scale: range of the rectangle's area, as a part of the image's; uniform.
-        ratio: range of its width / height; uniform in the logarithm.
+        scale: range of the rectangle's area relative to the image's, drawn uniformly.
+        ratio: range of its width / height, drawn uniformly in the logarithm.
         interpolation: bilinear or bicubic.
     """
 
     size: tuple[int, int]
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: str = "bicubic"
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    interpolation: str = AugmentConfig.interpolation
 
     def numbers(self, keys: Hashes) -> Floats:
-        """Draw the numbers of the rectangles: B 10 4."""
+        """Draw the random numbers of the rectangles: B 10 4."""
         return box_numbers(keys, Purpose.FILE_CROP)
 
     def __call__(self, image: EncodedImage, numbers: Floats) -> Tensor:
@@ -53,44 +58,73 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """Resize an image so that it covers the crop's surroundings, then cut out its centre.
+    """Resize an image so that it just covers an area of size / ratio, then cut out its center.
 
-    For square sizes that is the usual evaluation: shorter side to size / ratio (224 / 0.875 = 256), centre crop.
+    For square sizes this is the usual evaluation: the shorter side is resized to size / ratio (224 / 0.875 = 256).
 
     Attributes:
         size: height and width of the result.
-        ratio: side of the crop over the side that the image is resized to.
+        ratio: side of the crop relative to the side that the image is resized to.
         interpolation: bilinear or bicubic.
     """
 
     size: tuple[int, int]
-    ratio: float = 0.875
-    interpolation: str = "bicubic"
+    ratio: float = DataConfig.eval_crop
+    interpolation: str = AugmentConfig.interpolation
 
     def numbers(self, keys: Hashes) -> Floats:
-        """Nothing is random here: B 0."""
+        """Return no random numbers: B 0."""
         return np.empty((len(keys), 0))
 
     def __call__(self, image: EncodedImage, numbers: Floats) -> Tensor:
         """Resize and cut out: uint8, 3 H W."""
         cover = [math.floor(side / self.ratio) for side in self.size]
         x_CHW = image.decode()
-        # in whole numbers: the side that decides becomes its cover, the other is rounded down (as in torchvision)
+        # In integers, as torchvision does: the side that decides gets its cover's length, the other is rounded down.
         if cover[0] * image.width >= cover[1] * image.height:
-            height, width = cover[0], cover[0] * image.width // image.height
+            resized = cover[0], cover[0] * image.width // image.height
         else:
-            height, width = cover[1] * image.height // image.width, cover[1]
-        x_CHW = resample(x_CHW[None], (height, width), self.interpolation)[0]
-        top, left = round((height - self.size[0]) / 2), round((width - self.size[1]) / 2)
-        return x_CHW[:, top : top + self.size[0], left : left + self.size[1]]
+            resized = cover[1] * image.height // image.width, cover[1]
+        start = [round((whole - side) / 2) for whole, side in zip(resized, self.size, strict=True)]
+        if math.prod(resized) > max(image.height * image.width, _LARGE * math.prod(cover)):
+            x_CHW, resized, start = _crop_before(x_CHW, resized, start, self.size)
+        x_CHW = resample(x_CHW[None], resized, self.interpolation)[0]
+        return x_CHW[:, start[0] : start[0] + self.size[0], start[1] : start[1] + self.size[1]]
+
+
+def _crop_before(
+    x_CHW: Tensor, resized: tuple[int, int], start: list[int], size: tuple[int, int]
+) -> tuple[Tensor, tuple[int, int], list[int]]:
+    """Cut out the part of a long, narrow image that is visible after enlargement and cropping.
+
+    The cuts are at positions that fall nearly on pixel edges of the enlarged image, so the result differs from that of
+    enlarging the whole image by a small fraction of an enlarged pixel.
+
+    Returns:
+        The part, the size to resize it to, and the position of the crop in it.
+    """
+    parts, sizes, starts = list[slice](), list[int](), list[int]()
+    for whole, full, first, side in zip(x_CHW.shape[1:], resized, start, size, strict=True):
+        scale = full / whole
+        low, high = math.floor(first / scale) - _MARGIN, math.ceil((first + side) / scale) + _MARGIN
+        low = _nearest_edge(range(max(0, low - _CHOICE), max(0, low) + 1), scale)
+        high = low + _nearest_edge(range(min(whole, high) - low, min(whole, high + _CHOICE) - low + 1), scale)
+        parts.append(slice(low, high))
+        sizes.append(round((high - low) * scale))
+        starts.append(first - round(low * scale))
+    return x_CHW[:, parts[0], parts[1]], (sizes[0], sizes[1]), starts
+
+
+def _nearest_edge(places: range, scale: float) -> int:
+    return min(places, key=lambda place: abs(place * scale - round(place * scale)))
 
 
 def resized_crop(image: EncodedImage, box: Box, size: tuple[int, int], interpolation: str) -> Tensor:
-    """Decode a rectangle of an image at the size asked for: uint8, 3 H W.
+    """Decode a rectangle of an image and resize it: uint8, 3 H W.
 
-    A JPEG whose rectangle has several times the pixels asked for is decoded at a half, a quarter or an eighth of its
-    size, as long as twice the pixels a side remain to resample. The result differs from a full decode by as much as
-    one good filter does from another.
+    If the rectangle is much larger than the result, a JPEG is decoded at a half, a quarter or an eighth of its size, as
+    long as each side keeps at least twice the pixels of the result. The difference from a full decode is similar to
+    that between two good filters.
     """
     spare = min(box.height // (2 * size[0]), box.width // (2 * size[1]), MAX_REDUCTION)
     x_CHW = image.decode(reduction=1 << max(0, spare.bit_length() - 1))

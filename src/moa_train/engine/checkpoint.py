@@ -34,6 +34,7 @@ from moa_train.engine.snapshot import Snapshot
 from moa_train.engine.tensorfile import CheckpointError, UnreadableError
 from moa_train.runtime import faults
 from moa_train.runtime.files import file_type
+from moa_train.schema import EngineConfig
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,13 @@ class CheckpointStore:
     valid ones only, and removes nothing but files of the known names in folders of the known names.
     """
 
-    def __init__(self, run_dir: Path, *, keep_last: int = 2, keep: Callable[[int], bool] = lambda step: False) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        keep_last: int = EngineConfig.keep_last,
+        keep: Callable[[int], bool] = lambda step: False,
+    ) -> None:
         self.directory = run_dir / "checkpoints"
         self.keep_last, self.keep = max(1, keep_last), keep
         self._executor: ThreadPoolExecutor | None = None

@@ -81,7 +81,7 @@ def evaluate(
     total = sum(share[0] for share in shares)
     totals = _add_up([share[1] for share in shares if share[0]])
     counts = {name: int(value) for name, value in totals.items() if value.dtype == torch.int64 and value.dim() == 0}
-    values = {name: metrics[name].value(value, total) for name, value in totals.items()}
+    values = {name: float(metrics[name].value(value, total)) for name, value in totals.items()}
     return Evaluation(values, counts, total)
 
 

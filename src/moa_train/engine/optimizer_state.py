@@ -46,13 +46,10 @@ def unpack_optimizers(
     tensors: Mapping[str, Tensor],
     packed: Sequence[Mapping[str, Any]],
     keep: Collection[str] = (),
-) -> dict[str, tuple[Any, Any]]:
+) -> None:
     """Restore what `pack_optimizers` returned into newly created optimizers, in place.
 
     Hyperparameters are restored as well, except for those named in ``keep``.
-
-    Returns:
-        All hyperparameters that differ: ``{"AdamW.groups[0].weight_decay": (in the checkpoint, now)}``.
 
     Raises:
         CheckpointError: classes, groups or parameters differ, or state is missing or unexpected. The message lists the
@@ -73,10 +70,8 @@ def unpack_optimizers(
         more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
         listed = "\n  ".join(problems[:8] + more)
         raise CheckpointError(f"The optimizer state in the checkpoint does not fit this run:\n  {listed}")
-    changes: dict[str, tuple[Any, Any]] = {}
     for optimizer, entry in zip(optimizers, packed, strict=True):
-        changes |= _load(optimizer, entry, names, tensors, keep)
-    return changes
+        _load(optimizer, entry, names, tensors, keep)
 
 
 def _group_problems(optimizer: Optimizer, entry: Mapping[str, Any], names: Mapping[int, str]) -> list[str]:
@@ -104,17 +99,12 @@ def _load(
     names: Mapping[int, str],
     tensors: Mapping[str, Tensor],
     keep: Collection[str],
-) -> dict[str, tuple[Any, Any]]:
-    """Restore one optimizer, after all checks, and return the hyperparameters that differ."""
+) -> None:
+    """Restore one optimizer, after all checks."""
     state_dict = optimizer.state_dict()
-    changes = {}
-    for index, (group, old) in enumerate(zip(state_dict["param_groups"], entry["groups"], strict=True)):
-        for key in old.keys() - {"params"}:
-            before = tuple(old[key]) if isinstance(group[key], tuple) else old[key]  # JSON has no tuples
-            if before != group[key]:
-                changes[f"{entry['class']}.groups[{index}].{key}"] = (before, group[key])
-                if key not in keep:
-                    group[key] = before
+    for group, old in zip(state_dict["param_groups"], entry["groups"], strict=True):
+        for key in old.keys() - {"params", *keep}:
+            group[key] = tuple(old[key]) if isinstance(group[key], tuple) else old[key]  # JSON has no tuples
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     stored = {
         index: {key: tensors[f"{key}|{name}"] for key in entry["state"][name]}
@@ -126,7 +116,6 @@ def _load(
         state = optimizer.state[parameters[index]]
         for key, tensor in values.items():
             state[key] = _restored(tensor, state[key], parameters[index])
-    return changes
 
 
 def _restored(tensor: Tensor, loaded: Tensor, parameter: Tensor) -> Tensor:

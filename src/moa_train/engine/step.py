@@ -26,6 +26,17 @@ class TrainStep:
     micro-batch contributes the *sum* of its losses divided by the global batch size, the ranks synchronize once, in
     the last backward pass, and the result is clipped once. Randomness in the model depends on (seed, step, micro-batch)
     only.
+
+    Args:
+        model: bare or compiled, on its final device.
+        transform: from a batch on the device and the step to images (B, C, H, W) and target distributions (B, K).
+        loss: from logits and targets, both (B, K), to the sum of the losses.
+        clip: clips gradients in place and returns their norm before clipping.
+        micro_batches: number of micro-batches per update on this rank.
+        batch_size: number of samples per update, over all ranks and micro-batches.
+
+    Attributes:
+        on_inputs: called once with the next images that the model sees, then reset.
     """
 
     def __init__(

@@ -82,7 +82,7 @@ class Trainer:
                 self.tracker.advance(state.step)
                 self.speed.tick(self.batch_size)
                 if plan.log.due(state.step) or state.step == plan.total_steps:
-                    self._log(lr)  # the host waits for the device only here
+                    self._log(lr)  # the host waits for the device here, and not in other steps
                 self.store.poll()  # raises if a background save has failed
                 self.stopping = self._stop_requested()
                 is_best = self._evaluate_if_due()

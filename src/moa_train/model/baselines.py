@@ -1,7 +1,7 @@
-"""Baselines to compare with: torchvision's Swin, ViT and ResNet, at any image size.
+"""Baselines: torchvision's Swin, ViT and ResNet, at any image size.
 
-Each is torchvision's own class. Added are ``forward_features``, activation checkpointing, a description of the
-parameters and, for small images, the usual stem. Differences in accuracy then come from the models alone.
+The classes are torchvision's own. This module adds ``forward_features``, activation checkpointing, the description of
+the parameters and the usual stem for small images, so that differences in accuracy come from the models alone.
 """
 
 import torch
@@ -17,7 +17,7 @@ from moa_train.schema import ModelConfig
 
 
 class Swin(Classifier, SwinTransformer):
-    """Swin Transformer (arXiv 2103.14030): windows that shift from block to block."""
+    """Swin Transformer (arXiv 2103.14030): windows that are shifted in every other block."""
 
     def __init__(self, config: ModelConfig, *, image_size: tuple[int, int], num_classes: int) -> None:
         super().__init__(
@@ -71,10 +71,10 @@ class Swin(Classifier, SwinTransformer):
         return self.head(self.forward_features(images_BCHW)[-1].mean((2, 3)))
 
     def forward_features(self, images_BCHW: Tensor) -> list[Tensor]:
-        """Return every stage's map (B, C, H, W), the last one after the LayerNorm."""
+        """Return every stage's map (B, C, H, W); the last one is normalized."""
         x_BHWC, maps = self.features[0](images_BCHW), []
         for layer in self.features[1:]:
-            if isinstance(layer, nn.Sequential):  # a stage; patch merging stands between the stages
+            if isinstance(layer, nn.Sequential):  # a stage; the other layers are patch merging
                 for block in layer:
                     x_BHWC = run_block(block, x_BHWC, recompute=self.checkpointing and self.training)
                 maps.append(x_BHWC)

@@ -1,4 +1,4 @@
-"""Loading weights into a model, also at another resolution or window size. Whatever does not match is an error."""
+"""Loading weights into a model, also at another resolution or window size. Any mismatch is an error."""
 
 import math
 from collections.abc import Mapping
@@ -11,22 +11,22 @@ from torch import Tensor
 
 from moa_train.runtime.errors import UserError
 
-SHOWN = 20  # lines of a complaint
+SHOWN = 20  # mismatches listed in an error
 
 
 @dataclass
 class Loaded:
-    """What `load_weights` did beyond copying; both lists are empty where the weights fitted as they were."""
+    """Changes that `load_weights` made; both lists are empty if it copied all weights as they were."""
 
     resized: list[str] = field(default_factory=list)  # "name: (27, 27, 3) -> (15, 15, 3)"
-    new: list[str] = field(default_factory=list)  # parameters of the head, which kept their fresh values
+    new: list[str] = field(default_factory=list)  # parameters of the classifier that kept their initial values
 
 
 def load_weights(model: Any, weights: Mapping[str, Tensor], *, head: str = "strict") -> Loaded:
     """Copy ``weights``, a state dict of the same architecture, into a model of `create_model`.
 
-    For another resolution or window, position tables are interpolated, and so are the kernels that the paper's MOA
-    block lays over its windows. Everything else has to match.
+    At another resolution or window size, position tables and the kernels of the paper's MOA block, which cover a
+    window, are interpolated. Everything else must match.
 
     Args:
         model: the model, changed in place.
@@ -34,7 +34,7 @@ def load_weights(model: Any, weights: Mapping[str, Tensor], *, head: str = "stri
         head: "strict" loads the classifier as well; "new" keeps the model's newly initialized one.
 
     Raises:
-        UserError: listing what is missing, unexpected or different. The model is unchanged then.
+        UserError: entries are missing, unexpected or different. The model is then unchanged.
     """
     own = model.state_dict()
     fresh = {name for name in own if head == "new" and name.startswith(f"{model.head_name}.")}
@@ -48,22 +48,22 @@ def load_weights(model: Any, weights: Mapping[str, Tensor], *, head: str = "stri
         if fitted[name].shape != own[name].shape:
             problems.append(f"different: {name} {_size(given[name])}, the model has {_size(own[name])}")
         elif name.endswith("relative_position_index") and not torch.equal(fitted[name], own[name]):
-            problems.append(f"different: {name} counts positions in another order")
+            problems.append(f"different: {name} numbers the positions in another order")
         elif fitted[name].shape != given[name].shape:
             result.resized.append(f"{name}: {_size(given[name])} -> {_size(own[name])}")
     if problems:
-        raise UserError(_complaint(problems, model, head))
+        raise UserError(_mismatch(problems, model, head))
     model.load_state_dict(fitted, strict=False)
     return result
 
 
 def fit(name: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Tensor:
-    """Return ``given[name]`` in the shape of ``own[name]`` if there is a way that keeps its meaning, else as it is."""
+    """Return ``given[name]``, interpolated to the shape of ``own[name]`` if it is a position table or a MOA kernel."""
     value, wanted = given[name], own[name]
     if value.shape == wanted.shape or value.dim() != wanted.dim():
         return value
     if name.endswith("relative_position_index"):
-        return wanted  # it follows from the geometry
+        return wanted  # it depends only on the geometry
     same_channels = value.shape[-1] == wanted.shape[-1]
     if name.endswith("relative_position_bias_table") and same_channels:
         index = name.replace("bias_table", "index")
@@ -76,20 +76,20 @@ def fit(name: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Te
 
 
 def offsets(table: Tensor, index: Tensor | None) -> tuple[int, int]:
-    """Return the numbers of vertical and horizontal offsets, 2h - 1 and 2w - 1, that a position table is for."""
+    """Return the numbers of vertical and horizontal offsets, 2h - 1 and 2w - 1, that a position table covers."""
     if table.dim() == 3:  # (2h - 1, 2w - 1, N)
         return table.shape[0], table.shape[1]
-    rows = table.shape[0]  # (2h - 1) (2w - 1): h and w are equal, or the index (L, L) tells
+    rows = table.shape[0]  # (2h - 1) (2w - 1): either h = w, or the index (L, L) determines them
     if index is None or index.dim() != 2 or math.isqrt(len(index)) ** 2 == len(index):
         return math.isqrt(rows), math.isqrt(rows)
-    # Along the first row of the grid the offset falls by one a position; it ends where that stops.
+    # Along the first row of the grid, the offset decreases by one per position. The row ends where this stops.
     falls = (index[0, 0] - index[0]).tolist()
     width = sum(fall == position for position, fall in enumerate(falls))
     return rows // (2 * width - 1), 2 * width - 1
 
 
 def resize_offsets(table: Tensor, old: tuple[int, int], shape: torch.Size, new: tuple[int, int]) -> Tensor:
-    """Interpolate a table of relative positions: the offset 0 stays the center, the farthest offsets the borders."""
+    """Interpolate a table of relative positions; offset 0 stays at the center, the largest offsets at the borders."""
     if math.prod(old) * table.shape[-1] != table.numel():
         return table
     grid_1NRR = table.view(*old, -1).permute(2, 0, 1)[None]
@@ -98,7 +98,7 @@ def resize_offsets(table: Tensor, old: tuple[int, int], shape: torch.Size, new: 
 
 
 def resize_positions(table_1LC: Tensor, length: int) -> Tensor:
-    """Interpolate ViT's absolute positions of a square grid, after the one of the class token."""
+    """Interpolate the absolute positions of a ViT on a square grid; the class token's comes first and is kept."""
     old, new = math.isqrt(table_1LC.shape[1] - 1), math.isqrt(length - 1)
     if old**2 + 1 != table_1LC.shape[1] or new**2 + 1 != length:
         return table_1LC
@@ -108,7 +108,7 @@ def resize_positions(table_1LC: Tensor, length: int) -> Tensor:
 
 
 def resize_kernel(weight_OIKK: Tensor, size: int) -> Tensor:
-    """Resample the kernel of a patch projection, so that a map that was resampled alike gives about the same tokens."""
+    """Resample the kernel of a patch projection, so that an equally resampled map yields nearly the same tokens."""
     old = weight_OIKK.shape[-1]
     resized_OIKK = F.interpolate(weight_OIKK, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
     return resized_OIKK * (old / size) ** 2
@@ -118,7 +118,7 @@ def _size(value: Tensor) -> str:
     return f"({', '.join(map(str, value.shape))})"
 
 
-def _complaint(problems: list[str], model: Any, head: str) -> str:
+def _mismatch(problems: list[str], model: Any, head: str) -> str:
     lines = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
     more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     hint = ""

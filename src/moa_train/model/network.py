@@ -1,4 +1,4 @@
-"""The MOA-Transformer as a whole: its stages are planned, then built in one of its two forms."""
+"""The MOA-Transformer: its stages are planned, then built in one of its two forms."""
 
 from collections.abc import Iterator
 
@@ -21,7 +21,7 @@ class MOATransformer(Classifier, nn.Module):
         num_classes: width of the head.
 
     Raises:
-        UserError: these settings cannot be built; nothing has been allocated yet.
+        UserError: these settings do not fit together. No memory has been allocated yet.
     """
 
     def __init__(self, config: ModelConfig, *, image_size: tuple[int, int], num_classes: int) -> None:
@@ -49,11 +49,11 @@ class MOATransformer(Classifier, nn.Module):
         return self.head(last_BHWC.mean((1, 2)))
 
     def forward_features(self, images_BCHW: Tensor) -> list[Tensor]:
-        """Return every stage's map (B, C, H, W), as it goes into patch merging; the last one after the LayerNorm."""
+        """Return every stage's map (B, C, H, W) before patch merging; the last one is normalized."""
         return [x_BHWC.permute(0, 3, 1, 2) for x_BHWC in self.stage_outputs(images_BCHW)]
 
     def stage_outputs(self, images_BCHW: Tensor) -> Iterator[Tensor]:
-        """Yield what `forward_features` returns, as (B, H, W, C)."""
+        """Yield the maps of `forward_features` as (B, H, W, C)."""
         assert images_BCHW.shape[2:] == self.image_size, f"built for {self.image_size}, got {images_BCHW.shape}"
         x_BHWC = self.pos_drop(self.patch_embed(images_BCHW))
         for layer in self.layers:
@@ -68,11 +68,11 @@ class MOATransformer(Classifier, nn.Module):
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
     def layer_names(self) -> list[str]:
-        """Return the patch embedding, every block, and the rest of every stage (MOA block, patch merging)."""
+        """Return the patch embedding, every block, and the rest of every stage but the last (MOA, patch merging)."""
         prefixes = ["patch_embed"]
         for index, stage in enumerate(self.stages):
             prefixes += [f"layers.{index}.blocks.{block}" for block in range(stage.depth)] + [f"layers.{index}"]
-        return [*prefixes, "norm"]
+        return [*prefixes[:-1], "norm"]
 
     def part_of(self, name: str) -> tuple[int, str]:
         """Return the stage and the part for the summary."""
@@ -91,7 +91,7 @@ class MOATransformer(Classifier, nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Draw projections from a normal distribution of std 0.02, zero the biases; LayerNorm starts as the identity."""
+    """Initialize projections from a normal distribution of std 0.02, and their biases with zeros."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -1,6 +1,6 @@
 """Checkpoints in the layout that the authors of MOA publish: deriving the architecture, and writing.
 
-Such a file is a pickle ``{"model": state dict, ...}``, which `pickled.read_state_dict` reads. Names and shapes are
+Such a file is a pickle ``{"model": state dict, ...}``, which `pth_file.read_state_dict` reads. Names and shapes are
 those of the published form in this package, so no tensor needs conversion.
 """
 
@@ -20,7 +20,7 @@ from moa_train.schema import MoaConfig, ModelConfig
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """The model that published weights belong to."""
+    """The architecture that published weights belong to."""
 
     config: ModelConfig
     image_size: tuple[int, int]
@@ -32,10 +32,10 @@ def published_model(weights: Mapping[str, Tensor], image_size: tuple[int, int] |
 
     Args:
         weights: the state dict.
-        image_size: (height, width), needed only if the weights have no global attention to derive it from.
+        image_size: (height, width); required only if the weights have no global attention, which determines it.
 
     Raises:
-        UserError: it is not the state dict of a published MOA-Transformer.
+        UserError: these are not the weights of a published MOA-Transformer.
     """
     try:
         return _model_of(weights, image_size)
@@ -44,16 +44,16 @@ def published_model(weights: Mapping[str, Tensor], image_size: tuple[int, int] |
 
 
 def write_published(path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write a state dict of the published form in the published layout, with ``config`` of plain values beside it.
+    """Write a state dict of the published form, and ``config``, which holds plain values only, in the published layout.
 
     Raises:
-        UserError: the weights are of another model or form, for which there is no published layout.
+        UserError: the weights belong to another model or form, which has no published layout.
     """
     foreign = [name for name in weights if not _PUBLISHED.fullmatch(name)]
     if foreign:
         raise UserError(
-            "Only the published form (model.moa.form=published) has a published layout; it has no place for "
-            f"{', '.join(foreign[:5])}{' ...' if len(foreign) > 5 else ''}."
+            "Only weights of model.moa.form=published can be written in the published layout, which has no entries "
+            f"for {', '.join(foreign[:5])}{' ...' if len(foreign) > 5 else ''}."
         )
     content = {"model": {name: value.detach().cpu().clone() for name, value in weights.items()}, "config": dict(config)}
     torch.save(content, path)

@@ -22,7 +22,7 @@ def create_model(config: ModelConfig, *, image_size: tuple[int, int], num_classe
         An ``nn.Module`` that is also a `Classifier`.
 
     Raises:
-        UserError: these settings cannot be built; nothing has been allocated yet.
+        UserError: these settings do not fit together. No memory has been allocated yet.
     """
     check_model(config, image_size)
     model = MODELS.create(

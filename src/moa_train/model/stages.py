@@ -1,4 +1,4 @@
-"""The stages of a MOA-Transformer in numbers, and checks of settings, before anything is built."""
+"""The stages of a MOA-Transformer in numbers, and checks of a model's settings before anything is built."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ class StagePlan:
     dim: int  # channels
     depth: int  # local blocks
     heads: int
-    window: int  # side of a window, cut to the map
+    window: int  # side of a window, at most that of the map
     moa: bool
 
     @property
     def windows(self) -> tuple[int, int]:
-        """Rows and columns of windows, those that reach into the padding included."""
+        """Rows and columns of windows, including those that extend into the padding."""
         return -(-self.map_size[0] // self.window), -(-self.map_size[1] // self.window)
 
     def __str__(self) -> str:
@@ -32,7 +32,7 @@ def plan_stages(config: ModelConfig, image_size: tuple[int, int]) -> list[StageP
     """Plan the stages of a MOA-Transformer for images of ``image_size`` = (height, width) pixels.
 
     Raises:
-        UserError: such a model cannot be built. The message names the nearest settings that can.
+        UserError: these settings do not fit together. The message names the nearest ones that do.
     """
     depths, heads, window, moa = config.depths, config.heads, config.window, config.moa
     check_image(image_size, config.patch_size)
@@ -94,7 +94,7 @@ def check_lists(depths: Sequence[int], heads: Sequence[int]) -> None:
 
 
 def check_mlp(config: ModelConfig) -> None:
-    """Raise `UserError` if the MLPs would have no channels."""
+    """Raise `UserError` if the hidden layers of the MLPs would have no channels."""
     if int(config.mlp_ratio * config.embed_dim) < 1:
         raise UserError(f"mlp_ratio={config.mlp_ratio} leaves the MLP no channels.")
 
@@ -135,7 +135,7 @@ def _check_moa(stage: StagePlan, moa: MoaConfig) -> None:
 
 
 def _check_published(image_size: tuple[int, int], patch_size: int, count: int, window: int) -> None:
-    """The published form reinterprets memory, so it cannot pad: every map must divide."""
+    """Raise `UserError` unless all maps divide: the published form reinterprets memory, so it cannot pad."""
     if _divides(image_size, patch_size, count, window):
         return
     height, width = image_size
@@ -146,7 +146,7 @@ def _check_published(image_size: tuple[int, int], patch_size: int, count: int, w
     maps = ", ".join(f"{h} x {w}" for h, w in stage_maps(image_size, patch_size, count))
     raise UserError(
         f"model.moa.form=published cannot pad: image_size={height} x {width} and patch_size={patch_size} give maps of "
-        f"{maps}, which must all divide into windows of {window} and, but for the last, be even. "
+        f"{maps}, which must all divide into windows of {window}, and all but the last must have even sides. "
         f"Nearest sizes that do: {', '.join(map(str, nearest_sides)) or 'none'}. model.moa.form=paper accepts any size."
     )
 

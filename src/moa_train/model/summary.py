@@ -39,7 +39,7 @@ class Summary:
         return sum(self.macs.values())
 
     def table(self) -> str:
-        """Lay the numbers out for reading: a block of rows for every stage."""
+        """Return the summary as a table with a row for every part."""
         lines = [f"{'stage':<7}{'map':<18}{'part':<14}{'parameters':>14}{'MACs an image':>16}"]
         for key in self.parameters:
             stage, part = key
@@ -57,7 +57,7 @@ def summarize(config: ModelConfig, *, image_size: tuple[int, int], num_classes: 
     and convolutions.
     """
     with torch.device("meta"):
-        model = create_model(config, image_size=image_size, num_classes=num_classes).eval()
+        model = create_model(config, image_size=image_size, num_classes=num_classes).eval().requires_grad_(False)
         image_BCHW = torch.empty(1, 3, *image_size)
     parameters: Counter[tuple[int, str]] = Counter()  # in the model's order
     for path, parameter in model.named_parameters():
@@ -101,7 +101,7 @@ def macs_by_module(model: nn.Module, images_BCHW: Tensor) -> Counter[str]:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Count the bytes of all tensors that are made while it is on, and the most that live at one time."""
+    """Track the bytes of all tensors that are created while it is active: how many are alive, and the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class PeakMemory(TorchDispatchMode):
         return result
 
     def note(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage, once, until it is freed."""
+        """Count a storage once, until it is freed."""
         key, size = storage._cdata, storage.nbytes()
         if key in self.alive:
             return
@@ -171,7 +171,7 @@ def training_memory(
 
 
 def _without_memory(model: nn.Module, device: str) -> None:
-    """Replace parameters and buffers by fake ones on ``device``, of the `FakeTensorMode` that is on."""
+    """Replace parameters and buffers by fake ones on ``device``, within the active `FakeTensorMode`."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from moa_train.interfaces import Classifier
 from moa_train.knobs import fill, knob
-from moa_train.model.pickled import read_state_dict
+from moa_train.model.pth_file import read_state_dict
 from moa_train.runtime.errors import UserError, nearest
 from moa_train.schema import ModelConfig
 
 RESERVED = {"num_classes", "in_chans", "img_size", "drop_rate", "drop_path_rate", "features_only", "checkpoint_path"}
-"""Arguments of timm.create_model that follow from other settings, besides all that concern pretrained weights."""
+"""Arguments of timm.create_model that other settings determine."""
 
 
 @dataclass
@@ -55,6 +55,8 @@ class TimmModel(Classifier, nn.Module):
             for name, module in self.net.named_modules()
             if any(module is head for head in (heads if isinstance(heads, list | tuple) else [heads]))
         ]
+        if not self.heads:
+            raise UserError(f"model.variant={config.variant} is not a classifier. Choose another model of timm.")
         self.head_name = self.heads[0]
         stages = getattr(self.net, "feature_info", None) if hasattr(self.net, "forward_intermediates") else None
         self.stages = [f"net.{stage['module']}" for stage in stages or []]

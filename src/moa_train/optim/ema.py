@@ -12,16 +12,15 @@ from moa_train.runtime.errors import UserError
 class AveragedWeights:
     """Exponential moving average of the parameters of the bare ``model`` (not wrapped by DDP or compile).
 
-    After update ``t``, counted from 0: average += (1 - d) (parameter - average), where d = ``decay`` or, with
-    ``warmup``, min(decay, (1 + t) / (10 + t)), so that the untrained weights soon lose their influence. The averages
-    start at the parameters' values and are stored once, in at least fp32. Buffers are the model's current ones. Every
-    rank computes its own averages, which are equal because the parameters are.
+    After update ``t``, counted from 0: average += (1 - d) (parameter - average), where d = min(decay, (1 + t) /
+    (10 + t)), so that the untrained weights soon lose their influence. The averages start at the parameters' values
+    and are stored once, in at least fp32. Buffers are the model's current ones. Every rank computes its own averages,
+    which are equal because the parameters are.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999, warmup: bool = True) -> None:
+    def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = model
         self.decay = decay
-        self.warmup = warmup
         self.updates = 0
         self._parameters = list(model.parameters())
         self._averages = [p.detach().to(_at_least_fp32(p), copy=True) for p in self._parameters]
@@ -32,7 +31,7 @@ class AveragedWeights:
 
         ``skipped`` is 1 on the device if the optimizers skipped that step. The averages then stay the same.
         """
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         current = [p.detach().to(_at_least_fp32(p)) for p in self._parameters]
         if skipped is None:
             torch._foreach_lerp_(self._averages, current, 1 - decay)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from moa_train.optim.groups import ParameterGroup, parameter_groups, split_matrices
@@ -16,27 +16,17 @@ from moa_train.schema import OptimConfig
 class Optimizers:
     """One or several torch optimizers (``parts``) over disjoint parameters, used as one.
 
-    ``names`` maps each parameter to its name in the model. Checkpoints hold the state of the ``parts``. A
-    ``GradScaler`` gets this object (``scaler.step(optimizers)``), so that an infinite gradient skips all parts.
+    Checkpoints hold the state of the ``parts``. A ``GradScaler`` gets this object (``scaler.step(optimizers)``), so
+    that one infinite gradient skips all parts.
     """
 
     def __init__(self, parts: list[Optimizer]) -> None:
         self.parts = parts
-        self.names: dict[Tensor, str] = {
-            parameter: name
-            for group in self.param_groups
-            for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        }
 
     @property
     def param_groups(self) -> list[ParameterGroup]:
         """All parts' groups, in order."""
         return [group for part in self.parts for group in part.param_groups]
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """All parameters that are optimized, in order."""
-        return list(self.names)
 
     def set_lr(self, lr: float) -> None:
         """Set every group's learning rate to ``lr`` times the group's ``lr_scale``."""
@@ -48,10 +38,10 @@ class Optimizers:
         for part in self.parts:
             part.step()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self) -> None:
         """Clear the gradients."""
         for part in self.parts:
-            part.zero_grad(set_to_none=set_to_none)
+            part.zero_grad()
 
 
 def create_optimizer(config: OptimConfig, model: nn.Module, lr: float) -> Optimizers:

@@ -61,7 +61,7 @@ class Distributed:
 
     @classmethod
     @contextmanager
-    def start(cls, device: str = "auto", timeout: float = 600.0) -> Iterator[Self]:
+    def start(cls, device: str, timeout: float) -> Iterator[Self]:
         """Join the processes that torchrun started, or be alone; leave them at the end.
 
         ``timeout`` in seconds bounds every wait for another process: a peer that hangs ends the run.

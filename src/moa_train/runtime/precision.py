@@ -9,12 +9,9 @@ from typing import Any, Self
 
 import torch
 
-from moa_train.runtime.errors import UserError, choose
+from moa_train.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
-
-OPTIONS = ("auto", "bf16", "fp16", "fp32")
-
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -44,8 +41,6 @@ class Precision:
 
         Raises UserError for what the device cannot do, with what it can.
         """
-        if name not in OPTIONS:
-            raise UserError(choose("precision", name, OPTIONS))
         cuda, bf16 = device.type == "cuda", has_bf16(device)
         if name == "auto":
             name = "bf16" if bf16 else "fp16" if cuda else "fp32"
@@ -96,8 +91,6 @@ def set_fp32_products(name: str) -> None:
     By torch's older switches, because they set the newer ones (``fp32_precision``) too. Not so the other way round:
     after the newer ones, reading an older one is an error, and torch.compile does that as late as torch 2.15.
     """
-    if name not in ("ieee", "tf32"):
-        raise UserError(choose("fp32_products", name, ("ieee", "tf32")))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch 2.9 recommends the newer ones
         torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")

@@ -1,9 +1,9 @@
-"""PyTorch's own checkpoint files read as data: nothing that they name is imported, called or executed.
+"""PyTorch's `.pth` files, read as data: nothing that they name is imported, called or executed.
 
-A `.pth` file is a program for Python's unpickler. Here a small interpreter follows the subset of its instructions that
-describes objects. What the file would have had imported becomes a `Name`, what it would have had called becomes a
-`Foreign` record of the name, the arguments and the state; only tensors are made, from bytes whose size is checked
-first. (`torch.load(weights_only=True)` is as careful, but refuses files that hold an object of a foreign class.)
+A `.pth` file is a program for Python's unpickler. The small interpreter in this module executes only the instructions
+that describe objects. An import becomes a `Name`, and a call becomes a `Foreign` record of the name, the arguments and
+the state. Only tensors are created, from bytes whose size is checked first. `torch.load(weights_only=True)` is equally
+safe, but it rejects files that contain an object of an unknown class.
 """
 
 import math
@@ -36,13 +36,13 @@ DTYPES = {
 NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
 TEXTS = {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
 LITERALS = NUMBERS | TEXTS | {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object of files written before PyTorch 1.6
-LARGEST_PROGRAM = 64 << 20  # bytes; the instructions of real checkpoints take well below one
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object in files of PyTorch before 1.6
+LARGEST_PROGRAM = 64 << 20  # bytes; real checkpoints need well below 1 MiB of instructions
 
 
 @dataclass(frozen=True)
 class Name:
-    """Something that the file would have had imported."""
+    """A class or function that unpickling the file would import."""
 
     module: str
     name: str
@@ -50,7 +50,7 @@ class Name:
 
 @dataclass(eq=False)
 class Foreign:
-    """An object of a class that is not known here: inert, to be looked at."""
+    """An inert record of an object of an unknown class."""
 
     name: Name
     arguments: tuple[Any, ...]
@@ -60,7 +60,7 @@ class Foreign:
 
 @dataclass(frozen=True)
 class Storage:
-    """Where the elements of tensors lie in the file."""
+    """A block of tensor elements in the file."""
 
     key: str
     dtype: torch.dtype
@@ -78,14 +78,14 @@ class TensorRecord:
 
 
 class DamagedFileError(UserError):
-    """The file is no PyTorch checkpoint, or was cut or changed."""
+    """The file is not a PyTorch checkpoint, or it was truncated or changed."""
 
 
 def read_checkpoint(path: Path) -> Any:
     """Return the content of a `.pth` file: dictionaries, lists, numbers, text, tensors and `Foreign` records.
 
     Raises:
-        UserError: the file is missing, damaged, or holds instructions that checkpoints have no need of.
+        UserError: the file is missing or damaged, or contains instructions that checkpoints never use.
     """
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
@@ -93,13 +93,13 @@ def read_checkpoint(path: Path) -> Any:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 return _read_zip(archive)
-        # Mapped, because a length in a damaged file would have an ordinary file reserve that much memory.
+        # Mapped, because a wrong length in a damaged file would make an ordinary read allocate that much memory.
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             return _read_legacy(mapped)
     except UserError as error:
         raise DamagedFileError(f"{path}: {error}") from None
     except (zipfile.BadZipFile, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise DamagedFileError(f"{path} is no PyTorch checkpoint, or is damaged ({error}).") from error
+        raise DamagedFileError(f"{path} is not a PyTorch checkpoint, or is damaged ({error}).") from error
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -127,7 +127,7 @@ def _read_zip(archive: zipfile.ZipFile) -> Any:
 
     def read(storage: Storage) -> bytes:
         entry = archive.getinfo(f"{prefix}data/{storage.key}")
-        # PyTorch stores, never compresses: what a compressed entry would unpack to is not known beforehand.
+        # PyTorch never compresses entries, and the size of a compressed entry is unknown before it is unpacked.
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != storage.elements * storage.dtype.itemsize:
             raise UserError(f"the size of storage {storage.key} contradicts its description")
         return archive.read(entry)
@@ -136,16 +136,16 @@ def _read_zip(archive: zipfile.ZipFile) -> Any:
     if order in archive.namelist() and (archive.getinfo(order).file_size > 6 or archive.read(order) != b"little"):
         raise UserError("it was written on a big-endian machine, which is not supported")
     if programs[0].file_size > LARGEST_PROGRAM or programs[0].compress_type != zipfile.ZIP_STORED:
-        raise UserError(f"its description takes {programs[0].file_size} bytes, too many to be one")
+        raise UserError(f"its data.pkl is compressed or too large ({programs[0].file_size} bytes)")
     content, storages = interpret(BytesIO(archive.read(programs[0])))
     return _with_tensors(content, {key: (storage, read(storage)) for key, storage in storages.items()})
 
 
 def _read_legacy(stream: mmap.mmap) -> Any:
     if interpret(stream)[0] != LEGACY_MAGIC:
-        raise UserError("it is a pickle, but not one that PyTorch wrote")
+        raise UserError("it is a pickle that PyTorch did not write")
     interpret(stream)  # version of the format
-    interpret(stream)  # the machine that wrote it
+    interpret(stream)  # properties of the machine that wrote it
     content, storages = interpret(stream)
     keys, _ = interpret(stream)
     data: dict[str, tuple[Storage, bytes]] = {}
@@ -159,9 +159,9 @@ def _read_legacy(stream: mmap.mmap) -> Any:
 
 
 def interpret(stream: BytesIO | mmap.mmap) -> tuple[Any, dict[str, Storage]]:
-    """Follow one pickle to its end, where the stream is left; return what it describes and the storages it names."""
+    """Read one pickle from the stream; return the object that it describes and the storages that it names."""
     machine = _Machine()
-    with warnings.catch_warnings(action="ignore"):  # about escapes in damaged text
+    with warnings.catch_warnings(action="ignore"):  # pickletools warns of invalid escapes in damaged text
         for opcode, argument, _ in pickletools.genops(cast(IO[bytes], stream)):
             machine.step(opcode.name, argument)
     return machine.stack.pop(), machine.storages
@@ -177,7 +177,7 @@ class _Machine:
         self.storages: dict[str, Storage] = {}
 
     def step(self, opcode: str, argument: Any) -> None:
-        """Follow one instruction, under its name in `pickletools`."""
+        """Execute one instruction, given its name in `pickletools`."""
         push = self.stack.append
         match opcode:
             case "PROTO" | "FRAME" | "STOP":
@@ -216,15 +216,15 @@ class _Machine:
                 push(described(*self.pop(2)))
             case "BUILD":
                 (state,) = self.pop(1)
-                if isinstance(self.stack[-1], Foreign):  # on others, only the version that state dicts carry
+                if isinstance(self.stack[-1], Foreign):  # on other objects it is only the version of a state dict
                     self.stack[-1].state = state
             case _ if opcode in LITERALS:
                 push(argument)
             case _:
-                raise UserError(f"it holds the instruction {opcode}, which checkpoints have no need of")
+                raise UserError(f"it contains the pickle instruction {opcode}, which checkpoints never use")
 
     def pop(self, count: int) -> list[Any]:
-        """Take the topmost ``count`` objects, the deepest first."""
+        """Remove and return the topmost ``count`` objects, the deepest first."""
         start = len(self.stack) - count
         if start < 0:
             raise UserError("its description is incomplete")
@@ -233,11 +233,11 @@ class _Machine:
         return taken
 
     def pop_marked(self) -> list[Any]:
-        """Take everything above the last mark."""
+        """Remove and return everything above the last mark."""
         return self.pop(len(self.stack) - self.marks.pop())
 
     def extend(self, values: list[Any]) -> None:
-        """Add to the list or set on top."""
+        """Add values to the list or set on top of the stack."""
         top = self.stack[-1]
         if isinstance(top, list):
             top.extend(values)
@@ -246,28 +246,28 @@ class _Machine:
         elif isinstance(top, Foreign):
             top.items.update(enumerate(values, len(top.items)))
         else:
-            raise UserError("it adds elements to what is no list")
+            raise UserError("it appends to an object that is not a list")
 
     def update(self, pairs: list[Any]) -> None:
-        """Set items of the dictionary on top; ``pairs`` are keys and values in turn."""
+        """Set items of the dictionary on top of the stack; ``pairs`` alternates keys and values."""
         top = self.stack[-1].items if isinstance(self.stack[-1], Foreign) else self.stack[-1]
         if not isinstance(top, dict):
-            raise UserError("it sets items of what is no dictionary")
+            raise UserError("it sets items of an object that is not a dictionary")
         top.update(zip(pairs[::2], pairs[1::2], strict=True))
 
     def storage(self, description: Any) -> Storage:
-        """Note a storage: ("storage", its type, its key, the device that it was on, its number of elements, ...)."""
+        """Register a storage, given as ("storage", type, key, device, number of elements, ...)."""
         match description:
             case ("storage", Name(name=kind), str(key), _, int(elements), *_) if kind in DTYPES and elements >= 0:
                 self.storages[key] = Storage(key, DTYPES[kind], elements)
                 return self.storages[key]
-        raise UserError("it holds elements of a kind that is not known")
+        raise UserError("it contains a storage of an unknown type")
 
 
 def described(name: Any, arguments: Any) -> Any:
-    """Return what a call in the file describes. The few calls that checkpoints consist of are understood."""
+    """Return the object that a call in the file describes: a `Foreign` record, except for the calls PyTorch writes."""
     if not isinstance(name, Name) or not isinstance(arguments, tuple):
-        raise UserError("it calls what is no function")
+        raise UserError("it calls an object that is not a function")
     match name.module, name.name:
         case "collections", "OrderedDict":
             return dict(*arguments)
@@ -284,7 +284,7 @@ def described(name: Any, arguments: Any) -> Any:
 
 
 def _with_tensors(content: Any, data: dict[str, tuple[Storage, bytes]]) -> Any:
-    """Put tensors in the place of their records. Every container is visited once, however often it occurs."""
+    """Replace the records of tensors by tensors. Each container is visited once, even if it occurs several times."""
     elements = {key: _elements(storage, raw) for key, (storage, raw) in data.items()}
     done: dict[int, Any] = {}
 
@@ -294,7 +294,7 @@ def _with_tensors(content: Any, data: dict[str, tuple[Storage, bytes]]) -> Any:
         if not isinstance(value, dict | list | tuple):
             return value
         if id(value) not in done:
-            done[id(value)] = value  # a container that contains itself stays as it is there
+            done[id(value)] = value  # a container that contains itself keeps its original there
             if isinstance(value, dict):
                 done[id(value)] = {key: visit(item) for key, item in value.items()}
             else:
@@ -311,9 +311,9 @@ def _elements(storage: Storage, raw: bytes) -> Tensor:
 def _tensor(record: TensorRecord, elements: Tensor) -> Tensor:
     numbers = (record.offset, *record.shape, *record.stride)
     if len(record.shape) != len(record.stride) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise UserError("a tensor has an impossible shape")
+        raise UserError("a tensor has an invalid shape")
     count = math.prod(record.shape)
     last = record.offset + sum((side - 1) * step for side, step in zip(record.shape, record.stride, strict=True))
     if count > len(elements) or (count and last >= len(elements)):
-        raise UserError("a tensor reaches beyond its storage")
+        raise UserError("a tensor extends beyond its storage")
     return elements.as_strided(record.shape, record.stride, record.offset)
