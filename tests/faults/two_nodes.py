@@ -44,9 +44,7 @@ def missing() -> str | None:
         with network():
             return None
     except (OSError, subprocess.CalledProcessError) as error:
-        return (
-            f"two nodes on one machine require the right to create network namespaces and a cable between them: {error}"
-        )
+        return f"two nodes on one machine require the right to create and connect network namespaces: {error}"
 
 
 def ip(*words: str) -> None:
