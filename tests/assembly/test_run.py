@@ -1,10 +1,18 @@
 """From a configuration to a run."""
 
+import json
+import shutil
 from pathlib import Path
 
+import pytest
+
+from moa_train.assembly.evaluation import measurement
 from moa_train.assembly.run import build_run
+from moa_train.data.dataset import open_split
+from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.signals import StopSignals
+from moa_train.tracking.jsonl import read_rows
 
 
 def test_without_a_validation_split_nothing_is_evaluated_during_training(tiny, tmp_path: Path):
@@ -14,3 +22,56 @@ def test_without_a_validation_split_nothing_is_evaluated_during_training(tiny, t
     run.trainer.tracker.close()
     assert run.trainer.evaluate is None
     assert (run.trainer.eval_split, run.final_split) == ("none", "test")
+
+
+CHANGED = {
+    "split": {"engine__eval_split": "test"},
+    "mean": {"data__mean": "[0.1,0.1,0.1]"},
+}
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+def test_the_best_is_sought_anew_where_scores_are_measured_differently(straight, train, tmp_path, capsys, changed):
+    run_dir = shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    assert train(run_dir, resume=True, schedule__duration="16 steps", **CHANGED[changed]) == 0
+    out = capsys.readouterr().out
+    assert "The best checkpoint is sought anew from step 12 on, because its score" in out
+    assert f" measured differently: {changed} " in out
+    result = json.loads((run_dir / "result.json").read_text())
+    split = result["measured"]["split"]
+    rows = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("split") == split and "best" in row]
+    anew = {row["step"]: row for row in rows if row["step"] >= 12}  # of step 12, the later row
+    best = max(anew.values(), key=lambda row: (row["top1"], -row["step"]))
+    assert (result["step"], result[split]["top1"]) == (best["step"], best["top1"])
+    found = CheckpointStore(run_dir).best()
+    assert found is not None
+    assert (found.step, found.score) == (best["step"], best["top1"])
+    assert found.state["measured"]["split"] == split
+
+
+def test_equal_measurements_keep_the_best(straight, train, tmp_path, capsys):
+    run_dir = shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    before = json.loads((run_dir / "result.json").read_text())
+    assert train(run_dir, resume=True, engine__eval_split="val", engine__eval_batch_size=7) == 0  # it was auto
+    assert "anew" not in capsys.readouterr().out
+    after = json.loads((run_dir / "result.json").read_text())
+    assert [after[key] for key in ("step", "val", "measured")] == [before[key] for key in ("step", "val", "measured")]
+
+
+def test_what_a_score_depends_on(tiny):
+    def measured(changes):
+        config = tiny(changes)
+        return measurement(config, "val", {"val": open_split(config.data, "val")})
+
+    usual = measured({})
+    for key, value in (
+        ("data.eval_crop", 0.5),
+        ("data.std", "[0.1,0.1,0.1]"),
+        ("data.val_fraction", 0.2),
+        ("engine.ema_decay", 0),
+        ("engine.best_by", "loss"),
+        ("runtime.eval_precision", "bf16"),
+    ):
+        assert measured({key: value}) != usual
+    for key, value in (("engine.eval_batch_size", 7), ("runtime.precision", "bf16"), ("data.workers", 3)):
+        assert measured({key: value}) == usual

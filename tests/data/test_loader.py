@@ -26,6 +26,7 @@ from moa_train.data.source import Source
 from moa_train.data.tree import scan
 from moa_train.data.view import CentreCrop, RandomResizedCrop
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.signals import StopRequestedError
 from moa_train.schema import DataConfig
 
 STEPS = 4
@@ -216,12 +217,23 @@ def test_a_killed_worker_is_an_error_at_the_next_batch(files: FileSource) -> Non
 def test_storage_that_hangs_is_an_error_in_bounded_time(files: FileSource) -> None:
     before = set(workers_of(os.getpid()))
     hang(Path(files.name(7)))
-    with pytest.raises(UserError, match="timed out"):
-        first(train(files, workers=2, timeout=1.0), 100)
+    for workers in (0, 2):
+        with pytest.raises(UserError, match=r"No images could be read for 1 s: the storage hangs"):
+            first(train(files, workers=workers, timeout=1.0), 100)
     deadline = time.monotonic() + 5
     while set(workers_of(os.getpid())) - before:
         assert time.monotonic() < deadline
         active_children()  # also reaps dead processes
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.usefixtures("impatient")
+def test_a_stop_ends_the_wait_for_storage_that_hangs(files: FileSource, workers: int) -> None:
+    hang(Path(files.name(7)))
+    asked = threading.Event()
+    threading.Timer(0.5, asked.set).start()
+    with pytest.raises(StopRequestedError):
+        first(train(files, workers=workers, stop=asked.is_set), 100)
 
 
 @pytest.mark.usefixtures("impatient")

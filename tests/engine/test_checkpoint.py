@@ -471,3 +471,20 @@ def test_tensors_on_the_gpu_are_saved_as_they_were(store, background):
     newest = store.newest()
     assert newest is not None
     assert newest.tensors("model")["weight"].unique().tolist() == [4.0]
+
+
+def test_scores_that_were_measured_differently_do_not_compete(tmp_path):
+    def state(step, measured, best):
+        return {"train": {"step": step, "best": {"step": best}}, **({"measured": measured} if measured else {})}
+
+    with CheckpointStore(tmp_path, keep_last=9) as store:
+        for step, score, measured, best in (
+            (1, 90.0, None, 1),  # of an older version, which did not record it
+            (2, 80.0, "test", 2),
+            (3, 50.0, "val", 3),
+            (4, 40.0, "val", 3),
+        ):
+            store.save(step, {"model": {"w": torch.zeros(1)}}, state(step, measured, best), score=score)
+        assert store.best().step == 3
+        store.save(5, {"model": {"w": torch.zeros(1)}}, state(5, "val", 1))  # an older version's best still counts
+        assert store.best().step == 1

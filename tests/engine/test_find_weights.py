@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 
@@ -84,3 +86,32 @@ def test_what_holds_no_weights_is_a_clean_error(run_dir, tmp_path):
         find_weights(tmp_path / "w.pth").load()
     write_tensors(tmp_path / "w.pth", {"w": torch.ones(1)})
     assert find_weights(tmp_path / "w.pth").load()[0]["w"].item() == 1.0  # the content decides
+
+
+def test_last_and_best_are_found_by_looking(run_dir, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)  # follows links, as do cp -L, rsync -L and zip
+    checkpoints = copy / "checkpoints"
+    assert not (checkpoints / "last").is_symlink()
+    shutil.copytree(run_dir / "checkpoints/step-00000001", checkpoints / "own")
+    with CheckpointStore(run_dir, keep_last=9) as store:
+        store.save(5, {"model": {"w": torch.tensor([5, 0])}}, {}, metadata={"config": "{}"}, score=80.0)
+    shutil.copytree(run_dir / "checkpoints/step-00000005", checkpoints / "step-00000005")
+    assert taken(checkpoints / "last") == taken(checkpoints / "best") == [5, 0]
+    assert taken(checkpoints / "last/model.safetensors") == [5, 0]
+    assert taken(checkpoints / "own") == [1, 0]
+    with CheckpointStore(copy, keep_last=1) as store:
+        store.save(6, {"model": {"w": torch.tensor([6, 0])}}, {}, metadata={"config": "{}"})
+    assert {name: (checkpoints / name).readlink().name for name in ("last", "best")} == {
+        "last": "step-00000006",
+        "best": "step-00000005",
+    }
+
+
+def test_a_copied_link_without_its_checkpoint_stays(run_dir, tmp_path):
+    alone = tmp_path / "alone/checkpoints"
+    shutil.copytree(run_dir / "checkpoints/best", alone / "best")
+    assert taken(alone / "best") == [2, 0]
+    with CheckpointStore(alone.parent) as store:
+        store.save(5, {"model": {"w": torch.tensor([5, 0])}}, {}, metadata={"config": "{}"})
+    assert (alone / "best/model.safetensors").is_file()  # it may be the only copy

@@ -1,17 +1,19 @@
 """Evaluation of a model on a split, and of a run's state on the split that chooses the best checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import TextIO
+from typing import Any, TextIO
 
 from torch import nn
 
 from moa_train.assembly.inputs import build_eval_loader, build_eval_transform
+from moa_train.data.augment import Normalize
 from moa_train.data.source import Source
 from moa_train.engine.evaluate import Evaluation, evaluate
 from moa_train.engine.metrics import create_metrics
 from moa_train.engine.state import TrainState
+from moa_train.plugins import short_name
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
 from moa_train.schema import RunConfig
@@ -34,7 +36,7 @@ def build_evaluation(
     precision = Precision.resolve(config.runtime.eval_precision, distributed.device)
     return partial(
         evaluate,
-        batches=build_eval_loader(config, source, distributed),
+        batches=build_eval_loader(config, source, distributed, stop),
         transform=build_eval_transform(config),
         metrics=create_metrics(config.engine),
         autocast=precision.evaluation,
@@ -42,6 +44,23 @@ def build_evaluation(
         stop=stop,
         advance=progress,
     )
+
+
+def measurement(config: RunConfig, split: str, sources: Mapping[str, Source]) -> dict[str, Any]:
+    """Return what a score depends on in addition to the weights, as JSON: only scores of equal measurements compare."""
+    engine = config.engine
+    mean, std = Normalize.statistics(config.data)
+    return {
+        "split": split,
+        "images": sources[split].fingerprint if split in sources else None,
+        "metric": engine.best_by,
+        "metric_args": engine.args.get(short_name(engine.best_by), {}),
+        "weights": "ema" if engine.ema_decay else "model",
+        "eval_crop": config.data.eval_crop,
+        "mean": list(mean),
+        "std": list(std),
+        "eval_precision": config.runtime.eval_precision,
+    }
 
 
 def build_validation(

@@ -1,6 +1,6 @@
 """Data: splits, loaders, and the transforms of batches on the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from moa_train.schema import DataConfig, RunConfig
 
 def open_splits(config: RunConfig, distributed: Distributed) -> tuple[dict[str, Source], str]:
     """Open all splits of the data set, and return them with the split that chooses the best checkpoint (or "none")."""
-    data, choice = config.data, config.engine.eval_split
+    data = config.data
     if data.download:  # by one rank, before the others open it
         distributed.on_main(lambda: len(open_split(data, "train")))
     sources = {split: open_split(data, split) for split in available_splits(data)}
@@ -29,8 +29,7 @@ def open_splits(config: RunConfig, distributed: Distributed) -> tuple[dict[str, 
         del sources["val"]
     for source in sources.values():
         compare_classes(sources["train"].place, sources["train"].classes, source.place, source.classes)
-    if choice == "auto":
-        choice = "val" if "val" in sources else "none"
+    choice = validation_split(config, sources)
     if choice not in (*sources, "none"):
         raise UserError(
             f"engine.eval_split={choice}, but {data.name} has only {', '.join(sources)}. Hold out "
@@ -40,7 +39,15 @@ def open_splits(config: RunConfig, distributed: Distributed) -> tuple[dict[str, 
     return sources, choice
 
 
-def build_train_loader(config: RunConfig, source: Source, distributed: Distributed) -> TrainLoader:
+def validation_split(config: RunConfig, splits: Container[str]) -> str:
+    """Return the split that chooses the best checkpoint, or "none"."""
+    choice = config.engine.eval_split
+    return ("val" if "val" in splits else "none") if choice == "auto" else choice
+
+
+def build_train_loader(
+    config: RunConfig, source: Source, distributed: Distributed, stop: Callable[[], bool] = lambda: False
+) -> TrainLoader:
     """Return this rank's micro-batches of every step."""
     engine = config.engine
     return TrainLoader(
@@ -53,10 +60,13 @@ def build_train_loader(config: RunConfig, source: Source, distributed: Distribut
         world_size=distributed.world_size,
         workers=workers(config.data, distributed),
         pin_memory=distributed.device.type == "cuda",
+        stop=stop,
     )
 
 
-def build_eval_loader(config: RunConfig, source: Source, distributed: Distributed) -> EvalLoader:
+def build_eval_loader(
+    config: RunConfig, source: Source, distributed: Distributed, stop: Callable[[], bool] = lambda: False
+) -> EvalLoader:
     """Return this rank's batches of an evaluation."""
     return EvalLoader(
         source,
@@ -66,6 +76,7 @@ def build_eval_loader(config: RunConfig, source: Source, distributed: Distribute
         workers=workers(config.data, distributed),
         crop_ratio=config.data.eval_crop,
         pin_memory=distributed.device.type == "cuda",
+        stop=stop,
     )
 
 

@@ -30,6 +30,7 @@ def report(run: Run, distributed: Distributed) -> str | None:
     outcome: dict[str, Any] = {"step": checkpoint.step, "weights": str(checkpoint.path)}
     if state.best:
         outcome[trainer.eval_split] = state.best
+        outcome["measured"] = trainer.record["measured"]
     rows = {"weights": checkpoint.path, "logs": f"{run_dir}/metrics.jsonl; tensorboard --logdir {run_dir}"}
     if unreadable := quarantined(run, distributed):
         rows["unreadable"] = f"{unreadable} training images were replaced: {run_dir}/{UNREADABLE}"

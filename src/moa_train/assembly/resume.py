@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moa_train.engine.checkpoint import CheckpointStore
+from moa_train.engine.find_weights import resolve_link
 from moa_train.engine.state import check_form
 from moa_train.knobs import knobs
 from moa_train.plugins import check_trusted
@@ -34,6 +35,8 @@ def resolve_resume(config: RunConfig, with_overrides: Callable[[RunConfig], RunC
     if config.resume is None:
         refuse_other_run(Path(folder))
         return config, []
+    if config.resume != "auto":
+        folder = str(run_of(Path(folder)))
     newest = CheckpointStore(Path(folder)).newest()
     if newest is None:
         if config.resume != "auto":
@@ -47,6 +50,27 @@ def resolve_resume(config: RunConfig, with_overrides: Callable[[RunConfig], RunC
     if now.engine.micro_batch_size is None:
         now.engine.micro_batch_size = before.engine.micro_batch_size
     return now, changes(before, now)
+
+
+def run_of(path: Path) -> Path:
+    """Return the run folder that ``path``, itself or a folder of checkpoints in it, belongs to.
+
+    Raises:
+        UserError: ``path`` is a checkpoint other than the newest one.
+    """
+    absolute = path.absolute()
+    if absolute.name == "checkpoints":
+        return absolute.parent
+    if absolute.parent.name != "checkpoints":
+        return path
+    run_dir = absolute.parent.parent
+    newest = CheckpointStore(run_dir).newest()
+    if newest is not None and resolve_link(path).name != newest.path.name:
+        raise UserError(
+            f"resume={path}: a run is resumed from its newest checkpoint, step {newest.step}, with resume={run_dir}. "
+            f"To start a new run from the weights of another checkpoint: init={path}."
+        )
+    return run_dir
 
 
 def refuse_other_run(folder: Path) -> None:

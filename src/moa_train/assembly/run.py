@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from moa_train.assembly.evaluation import build_validation
-from moa_train.assembly.inputs import build_train_loader, open_splits
+from moa_train.assembly.evaluation import build_validation, measurement
+from moa_train.assembly.inputs import build_train_loader, open_splits, validation_split
 from moa_train.assembly.timeline import build_plan, build_schedule
 from moa_train.assembly.training import build_state, build_train_step
 from moa_train.assembly.validation import check_batch_size, check_config, check_same_data, resolve, training_record
@@ -28,7 +28,7 @@ from moa_train.plugins import LOGGERS, short_name
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.signals import StopSignals
-from moa_train.schema import RunConfig, to_dict
+from moa_train.schema import RunConfig, from_dict, to_dict
 from moa_train.tracking.tracker import Tracker, open_tracker
 
 
@@ -72,7 +72,7 @@ def build_run(
     sources, choice = open_splits(config, distributed)
     train = sources["train"]
     check_batch_size(config, len(train))
-    loader = build_train_loader(config, train, distributed)
+    loader = build_train_loader(config, train, distributed, lambda: stop.requested)
 
     length = len(train) * config.augment.repeats
     schedule, to_steps = build_schedule(config, length)
@@ -85,7 +85,12 @@ def build_run(
     # With a checkpoint, the initial weights are no longer needed, and their file may be gone.
     state = build_state(config, len(train.classes), schedule.peak, precision, fresh=newest is None)
     record: dict[str, Any] = {"config": to_dict(config), **training_record(train)}
-    starts = [] if newest is None else _restore(state, store.at(newest), record, distributed)
+    record["measured"] = measurement(config, choice, sources)
+    starts: list[dict[str, Any]] = []
+    anew = None
+    if newest is not None:
+        starts, before = _restore(state, store.at(newest), record, distributed)
+        anew = _seek_best_anew(state, before, record["measured"], sources)
     if rolled_back is not None:
         state.nonfinite, state.lr_factor = rolled_back.nonfinite, rolled_back.lr_factor
     record["origin"] = [*starts, {**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}]
@@ -94,6 +99,8 @@ def build_run(
         config, train, state, weak_from=weak_from, total_steps=plan.total_steps, distributed=distributed
     )
     tracker = Tracker() if config.replay is not None else _build_tracker(config, run_dir, plan, state.step, distributed)
+    if anew:
+        tracker.say(anew)
     if state.step == 0 and config.tracking.images and distributed.is_main:
         _show_inputs(train_step, tracker, config)
     validation = None
@@ -127,14 +134,38 @@ def build_run(
 
 def _restore(
     state: TrainState, checkpoint: Checkpoint, record: dict[str, Any], distributed: Distributed
-) -> list[dict[str, Any]]:
-    """Restore a checkpoint after checking that it belongs to these data; return the starts that led to it."""
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Restore a checkpoint after checking that it belongs to these data.
+
+    Returns:
+        The starts that led to it, and the whole content of its state.json.
+    """
     distributed.check_same(f"the files of {checkpoint.path}", checkpoint.digest)
     before = check_form(checkpoint)
     check_same_data(before, record)
     state.restore(checkpoint, distributed.rank)
-    starts: list[dict[str, Any]] = before["origin"]
-    return starts
+    return before["origin"], before
+
+
+def _seek_best_anew(
+    state: TrainState, before: dict[str, Any], now: dict[str, Any], sources: dict[str, Source]
+) -> str | None:
+    """Forget the best score if scores were measured differently before this start; return a message if so."""
+    old = before.get("measured")
+    if old is None:  # of an older version
+        config: RunConfig = from_dict(before["config"])
+        old = measurement(config, validation_split(config, sources), sources)
+    if old == now:
+        return None
+    best, state.best, state.evaluated_step = state.best, {}, 0
+    score = best.get(short_name(now["metric"]))
+    changed = ", ".join(f"{key} {old.get(key)} -> {value}" for key, value in now.items() if old.get(key) != value)
+    if score is None:
+        return None
+    return (
+        f"The best checkpoint is sought anew from step {state.step} on, because its score ({score:.4g} at step "
+        f"{best['step']}) was measured differently: {changed}."
+    )
 
 
 def _show_inputs(train_step: TrainStep, tracker: Tracker, config: RunConfig) -> None:

@@ -15,7 +15,7 @@ from moa_train.engine.nonfinite import RollBack
 from moa_train.optim.scaling import explain_lr
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
-from moa_train.runtime.signals import Exit, StopSignals
+from moa_train.runtime.signals import Exit, StopRequestedError, StopSignals
 from moa_train.schema import RunConfig, to_dict
 from moa_train.tracking import provenance
 from moa_train.tracking.console import block
@@ -56,6 +56,11 @@ def run_session(config: RunConfig, changed: list[str], arguments: list[str] | No
             except RollBack as request:
                 run.trainer.tracker.say(str(request))
                 rolled_back = request
+            except StopRequestedError as error:  # where it could be answered without the other ranks, it was
+                raise UserError(
+                    f"{error} The newest checkpoint is of step {run.trainer.saved_step}. To resume: "
+                    f"moa-train resume={config.run_dir}"
+                ) from error
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"{distributed.device} ran out of memory with {config.engine.micro_batch_size} images per forward "

@@ -79,8 +79,13 @@ class Normalize:
     @classmethod
     def of(cls, config: DataConfig) -> "Normalize":
         """Return the normalization with the configured statistics, by default those of the data set."""
+        return cls(*cls.statistics(config))
+
+    @staticmethod
+    def statistics(config: DataConfig) -> tuple[Sequence[float], Sequence[float]]:
+        """Return the means and standard deviations of the channels."""
         known = DATASETS.load(config.name)
-        return cls(config.mean or known.mean, config.std or known.std)
+        return config.mean or known.mean, config.std or known.std
 
     def __call__(self, images: Tensor, out: Tensor | None = None) -> Tensor:
         """Return uint8 images (B, C, H, W) as normalized float32, written into ``out`` if it is given."""

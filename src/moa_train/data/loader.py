@@ -1,16 +1,21 @@
 """Loaders: micro-batches of uint8 images from a source, for training and evaluation."""
 
 import atexit
+import contextlib
+import ctypes
 import logging
 import signal
+import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from queue import Empty, SimpleQueue
 
 import numpy as np
 import torch
@@ -22,9 +27,14 @@ from moa_train.data.order import Draw, Order, micro_batches
 from moa_train.data.source import Source
 from moa_train.data.view import CentreCrop, View
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.signals import StopRequestedError
 from moa_train.schema import DataConfig, RuntimeConfig
 
-_POLL = 5.0
+_POLL = 3.0
+"""Seconds between looks at dead workers and requests to stop while a batch is awaited."""
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_GRACE = 3.0
+"""Seconds after which workers are killed that do not end on request."""
 _log = logging.getLogger(__name__)
 
 
@@ -45,7 +55,8 @@ class TrainLoader:
         world_size: number of ranks.
         workers: processes that read files; 0: this process reads them. Not used for sources in memory.
         pin_memory: whether to return batches in page-locked memory.
-        timeout: seconds to wait for a worker.
+        timeout: seconds to wait for a batch.
+        stop: whether to give up waiting for storage that does not answer, which raises `StopRequestedError`.
     """
 
     def __init__(
@@ -61,13 +72,14 @@ class TrainLoader:
         workers: int = 0,
         pin_memory: bool = False,
         timeout: float = RuntimeConfig.timeout,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.order, self.micro_batch_size = order, micro_batch_size
         self._share = micro_batches(order.batch_size, micro_batch_size, rank, world_size)
         self.view = view
         self._read = _Reader(source, order.seed, view, substitute=config.unreadable == "quarantine")
         self._budget, self._unreadable = config.unreadable_budget, dict[str, None]()
-        self._start = partial(_start, self._read, workers=workers, pin_memory=pin_memory, timeout=timeout)
+        self._start = partial(_start, self._read, workers=workers, pin_memory=pin_memory, wait=_Wait(timeout, stop))
 
     @property
     def quarantined(self) -> list[str]:
@@ -79,6 +91,7 @@ class TrainLoader:
 
         Raises:
             UserError: an image cannot be read, the budget of unreadable images is exceeded, or a worker died or hangs.
+            StopRequestedError: a stop was requested while the storage did not answer.
         """
         for batch in self._start(_Requests(self.order, self._share, self.micro_batch_size, start_step)):
             for message in batch.unreadable:
@@ -111,7 +124,8 @@ class EvalLoader:
         workers: processes that read files, started for each pass; 0: this process reads them.
         crop_ratio: files: side of the center crop relative to the side of the resized image.
         pin_memory: whether to return batches in page-locked memory.
-        timeout: seconds to wait for a worker.
+        timeout: seconds to wait for a batch.
+        stop: whether to give up waiting for storage that does not answer, which raises `StopRequestedError`.
     """
 
     def __init__(
@@ -125,12 +139,13 @@ class EvalLoader:
         crop_ratio: float = 0.875,
         pin_memory: bool = False,
         timeout: float = RuntimeConfig.timeout,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.source, self.batch_size = source, batch_size
         self._chunks = range(rank, -(-len(source) // batch_size), world_size)
         self.view = CentreCrop(source.image_size, crop_ratio)
         read = _Reader(source, 0, self.view, substitute=False)
-        self._start = partial(_start, read, workers=workers, pin_memory=pin_memory, timeout=timeout)
+        self._start = partial(_start, read, workers=workers, pin_memory=pin_memory, wait=_Wait(timeout, stop))
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -194,23 +209,89 @@ class _Reader(Dataset):
         )
 
 
+@dataclass(frozen=True)
+class _Wait:
+    """Waits for batches, but not forever.
+
+    Attributes:
+        timeout: seconds to wait for a batch.
+        stop: whether the trainer was asked to stop.
+    """
+
+    timeout: float
+    stop: Callable[[], bool]
+
+    def __call__(self, receive: Callable[[], Batch | Exception]) -> Batch:
+        """Return what ``receive`` returns; it raises TimeoutError or Empty every `_POLL` seconds until then.
+
+        Raises:
+            UserError: ``receive`` returned it, or the storage hangs.
+            StopRequestedError: a stop was requested while the storage did not answer.
+        """
+        waited = 0.0
+        while True:
+            try:
+                result = receive()
+                break
+            except (TimeoutError, Empty):
+                waited += _POLL
+            if self.stop():
+                raise StopRequestedError("A stop was requested while the storage of the images did not answer.")
+            if waited >= self.timeout:
+                raise UserError(
+                    f"No images could be read for {self.timeout:.0f} s: the storage hangs, or is very slow. Check that "
+                    "it answers, then resume the run."
+                )
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
 def _start(
-    reader: _Reader, requests: Iterable[_Request], *, workers: int, pin_memory: bool, timeout: float
+    reader: _Reader, requests: Iterable[_Request], *, workers: int, pin_memory: bool, wait: _Wait
 ) -> Iterator[Batch]:
     if workers > 0 and not reader.source.in_memory:
-        return _in_workers(reader, requests, workers, pin_memory, timeout)
-    return (batch.pin_memory() if pin_memory else batch for batch in map(_unwrap, map(reader.__getitem__, requests)))
+        return _in_workers(reader, requests, workers, pin_memory, wait)
+    batches: Iterator[Batch] = map(_unwrap, map(reader.__getitem__, requests))
+    if not reader.source.in_memory:
+        batches = _in_thread(reader, requests, wait)
+    return (batch.pin_memory() if pin_memory else batch for batch in batches)
+
+
+def _in_thread(reader: _Reader, requests: Iterable[_Request], wait: _Wait) -> Iterator[Batch]:
+    """Read in a thread, one batch at a time, so that this thread can answer a stop while the storage hangs."""
+    wanted, results = SimpleQueue[_Request | None](), SimpleQueue[Batch | Exception]()
+
+    def read() -> None:
+        for request in iter(wanted.get, None):
+            try:
+                results.put(reader[request])
+            except Exception as error:  # for the thread that waits
+                results.put(error)
+
+    threading.Thread(target=read, name="images", daemon=True).start()
+    try:
+        for request in requests:
+            wanted.put(request)
+            yield wait(partial(results.get, timeout=_POLL))
+    finally:
+        wanted.put(None)
 
 
 def _in_workers(
-    reader: _Reader, requests: Iterable[_Request], workers: int, pin_memory: bool, timeout: float
+    reader: _Reader, requests: Iterable[_Request], workers: int, pin_memory: bool, wait: _Wait
 ) -> Iterator[Batch]:
     def results() -> Generator[Batch, None, None]:
         others = set(active_children())
         loader = _start_workers(reader, requests, workers, pin_memory)
         processes = set(active_children()) - others
         try:
-            yield from map(_unwrap, _patiently(loader, timeout))
+            while True:
+                try:
+                    batch = wait(partial(_receive, loader))
+                except StopIteration:
+                    return
+                yield batch
         except RuntimeError as error:
             if "DataLoader" not in str(error):
                 raise
@@ -220,18 +301,36 @@ def _in_workers(
                 "the main process reads the images."
             ) from error
         finally:
+            killer = threading.Timer(_GRACE, _kill, [processes])  # torch waits 5 s for each that hangs
+            killer.daemon = True
+            with contextlib.suppress(RuntimeError):  # newer Pythons start no thread while they exit
+                killer.start()
             del loader  # ends all workers that still respond
-            for process in processes:
-                process.kill()
+            killer.cancel()
+            _kill(processes)
 
     batches = results()
     atexit.register(_close, weakref.ref(batches))
     return batches
 
 
+def _receive(loader: Iterator[Batch | Exception]) -> Batch | Exception:
+    try:
+        return next(loader)
+    except RuntimeError as error:
+        if "timed out" in str(error):
+            raise TimeoutError from None
+        raise
+
+
+def _kill(processes: Iterable[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
+
+
 def _start_workers(
     reader: _Reader, requests: Iterable[_Request], workers: int, pin_memory: bool
-) -> Iterator[Batch | UserError]:
+) -> Iterator[Batch | Exception]:
     on_child_death = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # the user chose the number of workers
@@ -252,23 +351,6 @@ def _start_workers(
     return batches
 
 
-def _patiently(loader: Iterator[Batch | UserError], timeout: float) -> Iterator[Batch | UserError]:
-    """Yield batches; wait up to ``timeout`` seconds for each, and check every ``_POLL`` seconds for dead workers."""
-    waited = 0.0
-    while True:
-        try:
-            result = next(loader)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            waited += _POLL
-            if "timed out" not in str(error) or waited >= timeout:
-                raise
-            continue
-        waited = 0.0
-        yield result
-
-
 def _close(batches: weakref.ref[Generator[Batch, None, None]]) -> None:
     """End the workers before the interpreter exits, because they ignore the signal that it sends."""
     if (generator := batches()) is not None:
@@ -282,6 +364,11 @@ def _unwrap(result: Batch | UserError) -> Batch:
 
 
 def _leave_signals_to_trainer(worker: int) -> None:
-    """Ignore signals that a terminal or a scheduler sends to all processes; the trainer ends its workers itself."""
+    """Ignore signals that a terminal or a scheduler sends to all processes; the trainer ends its workers itself.
+
+    Where it cannot, because it is killed or leaves at once, the kernel ends them, even if they wait for storage.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -96,8 +96,17 @@ class CheckpointStore:
         return None
 
     def best(self) -> Checkpoint | None:
-        """Return the valid checkpoint of the highest score (of equals the earliest), or None if none was evaluated."""
-        scored = [(found.score, -found.step, found) for found in self._openable() if found.score is not None]
+        """Return the valid checkpoint of the highest score (of equals the earliest), or None if none was evaluated.
+
+        Scores count if they were measured like those of the newest checkpoint: on the same split, and so on.
+        """
+        openable = list(self._openable())
+        now = next((state for state in map(_state, openable) if state is not None), {})
+        scored = [
+            (found.score, -found.step, found)
+            for found in openable
+            if found.score is not None and _comparable(_state(found), now)
+        ]
         for _, _, checkpoint in sorted(scored, key=lambda entry: entry[:2], reverse=True):
             if self._is_valid(checkpoint):
                 return checkpoint
@@ -322,6 +331,7 @@ class CheckpointStore:
             replaced.rename(current)
 
     def _prune(self) -> None:
+        self._remove_copied_links()
         last = list(islice(filter(self._is_valid, self._openable()), self.keep_last))
         kept = {found.path for found in last}
         if (best := self.best()) is not None:
@@ -332,6 +342,14 @@ class CheckpointStore:
             if path not in kept and step <= last[0].step and not self.keep(step):
                 remove_folder(path)
         self._point_links()
+
+    def _remove_copied_links(self) -> None:
+        """Remove folders in the place of links, which tools that follow links leave, if they equal a checkpoint."""
+        known = {found.digest for found in self._openable()}
+        for path in (self.directory / "last", self.directory / "best"):
+            with contextlib.suppress(OSError, CheckpointError):
+                if not path.is_symlink() and Checkpoint.open(path).digest in known:
+                    remove_folder(path)
 
     def _point_links(self) -> None:
         newest, best = next(self._openable(), None), self.best()
@@ -346,3 +364,21 @@ class CheckpointStore:
                 else:
                     temporary.symlink_to(target.path.name)
                     temporary.replace(link)
+
+
+def _state(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return the content of a checkpoint's state.json, or None if it is damaged or was just removed."""
+    try:
+        return checkpoint.state
+    except UnreadableError:
+        raise
+    except CheckpointError:
+        return None
+
+
+def _comparable(state: dict[str, Any] | None, now: dict[str, Any]) -> bool:
+    """Return whether a score saved with ``state`` was measured like those saved with the state ``now``."""
+    if state is None or "measured" in state or "measured" not in now:
+        return state is None or state.get("measured") == now.get("measured")
+    # An older version saved it. It counts as long as the newest state knows it as the best.
+    return bool(now["train"]["best"].get("step") == state["train"]["step"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moa_train.interfaces import Batch, Batches, Metric
 from moa_train.runtime import faults
 from moa_train.runtime.distributed import Distributed
+from moa_train.runtime.signals import StopRequestedError
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ def evaluate(
                     sums[name] = sums.get(name, 0) + counted
                 samples += len(batch)
             advance(done, rounds)
+    except StopRequestedError:
+        if distributed.world_size > 1:
+            raise  # the other ranks wait for this one's next batch
+        return None
     finally:
         model.train(was_training)
     shares = distributed.gather_objects([samples, {name: value.tolist() for name, value in sums.items()}])

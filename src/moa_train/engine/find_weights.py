@@ -32,6 +32,7 @@ def find_weights(path: Path, parts: Sequence[str] = ("ema", "model")) -> FoundWe
     Of a run folder that is the best checkpoint, else the newest; of a checkpoint the first of ``parts`` that it has:
     averaged weights before plain ones. Raises CheckpointError if there is none.
     """
+    path = resolve_link(path)
     if path.is_file():
         if path.name == "optimizer.safetensors":
             raise CheckpointError(
@@ -52,6 +53,21 @@ def find_weights(path: Path, parts: Sequence[str] = ("ema", "model")) -> FoundWe
         raise CheckpointError(f"{found.path} has no {' or '.join(parts)} weights.")
     kind = "averaged weights" if part == "ema" else "weights"
     return FoundWeights(found.path / f"{part}.safetensors", found, f"{kind} of the {which}, step {found.step}")
+
+
+def resolve_link(path: Path) -> Path:
+    """Replace ``checkpoints/last`` or ``checkpoints/best`` in a path by the checkpoint that is the newest or the best.
+
+    They are links, but copies of a run may have folders in their place, which stay behind as the run continues.
+    """
+    absolute = path.absolute()
+    for link in (absolute, absolute.parent):
+        if link.name in ("last", "best") and link.parent.name == "checkpoints":
+            store = CheckpointStore(link.parent.parent)
+            found = store.newest() if link.name == "last" else store.best()
+            if found is not None:
+                return found.path / absolute.relative_to(link)
+    return path
 
 
 def _of_run(path: Path) -> tuple[Checkpoint, str]:

@@ -17,6 +17,7 @@ from moa_train.runtime import faults
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.seed import reseed
+from moa_train.runtime.signals import StopRequestedError
 
 
 class TrainStep:
@@ -92,7 +93,13 @@ class TrainStep:
             if number and stop():
                 self._abandon()
                 return None
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except StopRequestedError:
+                self._abandon()
+                if self.distributed.world_size > 1:
+                    raise  # the other ranks are in the middle of the update, and cannot agree to abandon it
+                return None
             assert batch.step == step, f"the loader delivered step {batch.step} at step {step}"
             last = number == self.micro_batches - 1
             with nullcontext() if last else self.distributed.no_sync(self.model):

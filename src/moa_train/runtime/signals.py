@@ -28,6 +28,10 @@ class Exit(IntEnum):
     """Ctrl-C, in training the second one: left at once (128 + SIGINT, as shells have it), without saving."""
 
 
+class StopRequestedError(Exception):
+    """A stop was requested while this process waited for something that may never come."""
+
+
 class StopSignals:
     """While it is entered, the first signal of ``HANDLED`` sets ``requested`` and a second SIGINT leaves at once.
 
