@@ -456,7 +456,8 @@ def main() -> int:
 
     def keep(found: list[Row]) -> None:
         rows.extend(found)
-        (options.out / "GPU.json").write_text(json.dumps({"runs": [{**header(options.small), "rows": rows}]}, indent=1) + "\n")
+        runs = {"runs": [{**header(options.small), "rows": rows}]}
+        (options.out / "GPU.json").write_text(json.dumps(runs, indent=1) + "\n")
 
     def left() -> float:
         return min(options.limit, options.budget - (time.monotonic() - start))
