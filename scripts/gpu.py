@@ -486,8 +486,6 @@ def header(small: bool) -> Row:
     """Describe the machine."""
     import torch
 
-    from moa_train.bench import report
-
     return report.header(torch.device("cpu" if small else "cuda"), sys.orig_argv)
 
 

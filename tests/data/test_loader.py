@@ -18,7 +18,7 @@ from PIL import Image
 from moa_train.data import loader
 from moa_train.data.batch import Batch
 from moa_train.data.dataset import open_split
-from moa_train.data.files import FileSource
+from moa_train.data.file_source import FileSource
 from moa_train.data.image import EncodedImage
 from moa_train.data.loader import EvalLoader, TrainLoader
 from moa_train.data.order import Order
@@ -262,7 +262,7 @@ def hang(path: Path) -> None:
 SCRIPT = """
 import signal, sys, time
 from pathlib import Path
-from moa_train.data.files import FileSource
+from moa_train.data.file_source import FileSource
 from moa_train.data.loader import TrainLoader
 from moa_train.data.order import Order
 from moa_train.data.tree import scan

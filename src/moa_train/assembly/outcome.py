@@ -6,14 +6,14 @@ from typing import Any
 
 from moa_train.assembly.evaluation import build_evaluation
 from moa_train.assembly.run import Run
-from moa_train.engine.evaluate import Evaluation
+from moa_train.engine.evaluator import Evaluation
 from moa_train.engine.manifest import Checkpoint
 from moa_train.engine.tensorfile import CheckpointError
 from moa_train.engine.trainer import Trainer
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_whole
 from moa_train.tracking.console import block
-from moa_train.tracking.files import write_whole
 from moa_train.tracking.jsonl import read_rows
 
 UNREADABLE = "unreadable.txt"

@@ -15,11 +15,11 @@ from moa_train.engine.nonfinite import RollBack
 from moa_train.optim.scaling import explain_lr
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_whole
 from moa_train.runtime.signals import Exit, StopRequestedError, StopSignals
 from moa_train.schema import RunConfig, to_dict
 from moa_train.tracking import provenance
 from moa_train.tracking.console import block
-from moa_train.tracking.files import write_whole
 
 
 def run_session(config: RunConfig, changed: list[str], arguments: list[str] | None, stop: StopSignals) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from moa_train.data.arrays import ArraySource
+from moa_train.data.array_source import ArraySource
 from moa_train.data.batch import Batch
 from moa_train.data.order import Draw, Order, micro_batches
 from moa_train.data.source import Source

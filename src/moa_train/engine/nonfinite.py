@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from moa_train.optim.optimizers import Optimizers
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_whole
 from moa_train.runtime.precision import Precision
-from moa_train.tracking.files import write_whole
 
 
 class RollBack(Exception):  # noqa: N818 a request, not an error

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moa_train.runtime.device import pick_device
 from moa_train.runtime.errors import LostRankError, UserError
 from moa_train.runtime.launcher import end_stuck_launcher
-from moa_train.runtime.peers import PeerWatch, connect
+from moa_train.runtime.peer_watch import PeerWatch, connect
 from moa_train.runtime.rendezvous import agree_on_attempt, choose_gloo_interface
 
 FORWARD_BUFFERS = "forward_sync_buffers"
