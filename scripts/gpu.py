@@ -486,7 +486,9 @@ def header(small: bool) -> Row:
     """Describe the machine."""
     import torch
 
-    return report.header(torch.device("cpu" if small else "cuda"), sys.orig_argv)
+    from moa_train.bench import tables
+
+    return tables.header(torch.device("cpu" if small else "cuda"), sys.orig_argv)
 
 
 if __name__ == "__main__":
