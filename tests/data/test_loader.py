@@ -1,4 +1,5 @@
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -224,6 +225,17 @@ def test_storage_that_hangs_is_an_error_in_bounded_time(files: FileSource) -> No
     while set(workers_of(os.getpid())) - before:
         assert time.monotonic() < deadline
         active_children()  # also reaps dead processes
+
+
+def test_shared_memory_that_is_too_small_is_named_at_once(files: FileSource) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    batches = train(files, workers=1).batches()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # also of files in /dev/shm
+    try:
+        with pytest.raises(UserError, match=r"in shared memory \(.*\)\. /dev/shm has .*--shm-size=8g.*data.workers=0"):
+            next(batches)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
