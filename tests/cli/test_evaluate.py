@@ -159,6 +159,11 @@ def test_splits_and_folders_that_are_not_there_are_named_in_the_words_of_this_co
         run(ckpt=tmp_path / "x.safetensors")
 
 
+def test_a_folder_for_the_result_that_does_not_exist_is_named_first(tmp_path):
+    with pytest.raises(UserError, match=r"output=.*x\.json: there is no folder .*nowhere"):
+        evaluate(EvalConfig(ckpt="not looked at", output=str(tmp_path / "nowhere" / "x.json")), [])
+
+
 def test_the_command_prints_json_alone(copy):
     done = subprocess.run(
         [sys.executable, "-m", "moa_train.cli.evaluate", f"ckpt={copy}", "device=cpu"], capture_output=True, text=True
