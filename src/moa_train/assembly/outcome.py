@@ -29,9 +29,9 @@ def report(run: Run, distributed: Distributed) -> str | None:
     trainer, state, run_dir = run.trainer, run.trainer.state, Path(run.config.run_dir or "")
     checkpoint = final_checkpoint(run)
     outcome: dict[str, Any] = {"step": checkpoint.step, "weights": str(checkpoint.path)}
+    outcome["measured"] = trainer.record["measured"]
     if state.best:
         outcome[trainer.eval_split] = state.best
-        outcome["measured"] = trainer.record["measured"]
     rows = {
         "weights": checkpoint.path,
         "logs": f"{run_dir}/metrics.jsonl; tensorboard --logdir {shlex.quote(str(run_dir))}",
