@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train test torture lint format clean
+.PHONY: help train test gpu torture lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -24,6 +24,9 @@ train: $(READY) ## set up .venv, train a small MOA on handwritten digits (a minu
 
 test: lint ## set up .venv, run all checks and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+gpu: $(READY) ## on a machine with a CUDA GPU: check and measure what needs one, write docs/GPU.json (up to an hour)
+	$(BIN)/python scripts/gpu.py $(ARGS)
 
 torture: $(READY) ## inject random faults into real runs, and print how many were handled
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/torture.py $(ARGS)

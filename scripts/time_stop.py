@@ -1,10 +1,10 @@
-"""Measure how long a run takes to save and exit: the seconds from the signal to the end of all processes.
+"""Measure how long a run takes to save and exit: the seconds from a signal until all processes have ended.
 
     python scripts/time_stop.py --times 6 --ranks 2 experiment=cifar100_cpu data.root=CIFAR100
     python scripts/time_stop.py --times 6 engine.eval_every='1 step'     # mostly evaluating
 
-SIGTERM, SIGINT and SIGUSR1 are sent in turn, at a random moment in the first seconds of the training loop. With several
-ranks, they are sent to torchrun.
+The script sends SIGTERM, SIGINT and SIGUSR1 in turn, each at a random time within the first seconds of the training
+loop. With several ranks, it sends them to torchrun.
 """
 
 import argparse
@@ -38,18 +38,23 @@ def stop_once(number: signal.Signals, delay: float, ranks: int, overrides: list[
         process.send_signal(number)
         process.wait()
         seconds = time.monotonic() - start
-        said = log.read_text()
-        if "Stopped at step" not in said:
-            raise SystemExit(f"The run did not stop and save. End of its output:\n{said[-3000:]}")
+        output = log.read_text()
+        if "Stopped at step" not in output:
+            raise SystemExit(f"The run did not save and stop. End of its output:\n{output[-3000:]}")
         return seconds
 
 
 def main() -> None:
-    """Print the median and the range in one line."""
+    """Print the median and range of the seconds in one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=6, help="number of stops; the three signals are sent in turn")
-    parser.add_argument("--ranks", type=int, default=1, help="number of processes")
-    parser.add_argument("--within", type=float, default=3.0, help="latest signal, seconds after the first step")
+    parser.add_argument("--times", type=int, default=6, help="number of runs to stop (default: 6)")
+    parser.add_argument("--ranks", type=int, default=1, help="number of processes per run (default: 1)")
+    parser.add_argument(
+        "--within",
+        type=float,
+        default=3.0,
+        help="send the signal at most this many seconds after the first step (default: 3)",
+    )
     options, overrides = parser.parse_known_args()
     draw = random.Random(0)
     seconds = [

@@ -1,9 +1,10 @@
-"""Run the fault catalogue repeatedly, each time with a different seed; print how many faults were injected and passed.
+"""Run the fault catalogue repeatedly with different seeds, and print how many injected faults the runs survived.
 
-    python scripts/torture.py                      three rounds from a random seed
+    python scripts/torture.py                      three rounds, starting at a random seed
     python scripts/torture.py --rounds 10 --seed 1 -k "killed or stop"
 
-The seed of each round is printed; pytest tests/faults --fault-seed SEED repeats that round.
+The seed of each round is printed. To repeat a round: pytest tests/faults --fault-seed SEED. Other options are passed to
+pytest.
 """
 
 import argparse
@@ -22,7 +23,7 @@ ROW = re.compile(r"^\| (\d+) \| (.+) \| (\d+) \| (\d+) \|$", re.MULTILINE)
 def main() -> int:
     """Print a Markdown table and return 1 if any test failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="number of times to run the catalogue")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (default: 3)")
     parser.add_argument("--seed", type=int, default=None, help="seed of the first round (default: random)")
     options, further = parser.parse_known_args()  # passed to pytest
     first = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed

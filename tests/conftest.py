@@ -1,4 +1,4 @@
-"""Tiny real trainings: a MOA-Transformer of some 50,000 parameters on scikit-learn's digits, a few steps long."""
+"""Fixtures for tiny real trainings: a MOA-Transformer with 50,000 parameters, scikit-learn's digits, a few steps."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-# In the background or under nohup, this process and its children would ignore these two signals.
+# When pytest runs in the background or under nohup, it and its child processes would ignore these two signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -51,12 +51,12 @@ def overrides(changes: dict[str, Any]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def no_waits() -> Callable[[], AbstractContextManager[None]]:
-    """A context in which whatever makes the host wait for the GPU raises."""
+    """A context manager in which every operation that makes the host wait for the GPU raises an error."""
     import torch
 
     def set_mode(name: str) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # it calls itself a prototype
+            warnings.simplefilter("ignore", UserWarning)  # warns that this feature is a prototype
             torch.cuda.set_sync_debug_mode(name)
 
     @contextmanager
@@ -72,7 +72,7 @@ def no_waits() -> Callable[[], AbstractContextManager[None]]:
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Any]:
-    """A function from changes, such as ``{"optim.lr": 1e-4}``, to a tiny run's configuration."""
+    """A function that takes changes, such as ``{"optim.lr": 1e-4}``, and returns the configuration of a tiny run."""
     from moa_train.cli.train import with_overrides
     from moa_train.schema import RunConfig
 
@@ -81,7 +81,7 @@ def tiny() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def train(tiny: Callable[..., Any]) -> Callable[..., int]:
-    """A function that does what moa-train does, in this process: from a run folder and changes to the exit code."""
+    """A function that runs moa-train in this process: it takes a run folder and changes, and returns the exit code."""
     import torch
 
     from moa_train.cli.train import train as run
@@ -109,7 +109,7 @@ def train(tiny: Callable[..., Any]) -> Callable[..., int]:
 
 @pytest.fixture(scope="session")
 def outcome() -> Callable[..., dict[str, Any]]:
-    """A function from a run folder to all that must be the same in a repetition, of its newest or another step."""
+    """A function that returns everything that a repetition of a run must reproduce, for the newest or a given step."""
     from moa_train.engine.checkpoint import CheckpointStore
     from moa_train.tracking.jsonl import MACHINE_FIELDS, read_rows
 
@@ -133,7 +133,7 @@ def outcome() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def straight(train: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished tiny run, for reading only."""
+    """The folder of a finished tiny run; tests must not change it."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     assert train(run_dir) == 0
     return run_dir
@@ -141,7 +141,7 @@ def straight(train: Callable[..., int], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def two_ranks(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that one process and two gloo ranks filled; see engine/two_ranks.py."""
+    """The folder with the results of engine/two_ranks.py: runs on one process and on two gloo ranks."""
     from moa_train.schema import to_dict
 
     folder = tmp_path_factory.mktemp("two_ranks")
@@ -160,7 +160,7 @@ def two_ranks(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def make_classes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """A function that writes a tree of PNG files of the first so many digits, with train/, val/ and test/."""
+    """A function that writes a tree of PNG files with the given number of classes, and returns its root."""
     from PIL import Image
     from sklearn.datasets import load_digits
 

@@ -1,4 +1,4 @@
-"""Every file that ships in conf/ composes over the typed schema, passes its checks, and says what it claims to say."""
+"""Every file in conf/ composes with the schema, is valid, and has the effect that it describes."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,13 +17,13 @@ from moa_train.schema import EvalConfig, RunConfig, image_shape
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = {
     folder.relative_to(CONF).as_posix(): sorted(path.stem for path in folder.glob("*.yaml"))
-    for folder in sorted(CONF.rglob("*"))  # not CONF itself: that is the commands
+    for folder in sorted(CONF.rglob("*"))  # without CONF itself, which has one file per command
     if list(folder.glob("*.yaml"))
 }
 PAIRS = [(group, option) for group, options in OPTIONS.items() for option in options if group != "model/at"]
 MODELS = OPTIONS["model"]
 
-# model.md: patch, width, depths, heads, window, stochastic depth.
+# patch size, width, depths, heads, window, drop path
 PUBLISHED = {
     ("moa_t", "imagenet"): (4, 96, [2, 2, 8], [3, 6, 12], 14, 0.2),
     ("moa_s", "imagenet"): (4, 96, [2, 2, 20], [3, 6, 12], 14, 0.3),
@@ -35,7 +35,7 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def composed() -> Iterator[Callable[..., DictConfig]]:
-    """A function from overrides to what Hydra makes of train.yaml."""
+    """A function that takes overrides and returns the configuration that Hydra composes."""
     for command, schema in (("train", RunConfig), ("eval", EvalConfig)):
         ConfigStore.instance().store(name=f"{command}_schema", node=schema)
         ConfigStore.instance().store(group="hydra/help", name=f"{command}_help", node={})
@@ -45,12 +45,12 @@ def composed() -> Iterator[Callable[..., DictConfig]]:
 
 @pytest.fixture(scope="module")
 def resolved(composed) -> Callable[..., Any]:
-    """A function from overrides to the typed, validated configuration."""
+    """A function that takes overrides and returns the validated configuration."""
     return lambda *overrides, command="train": typed(composed(*overrides, command=command))
 
 
 def written(group: str, option: str) -> dict[str, Any]:
-    """What a file of conf/ sets, by dotted key."""
+    """Return the settings in a file of conf/ by dotted key."""
     path = CONF / group / f"{option}.yaml"
     text = path.read_text()
     section = "" if "@package _global_" in text else group.split("/")[0] + "."
@@ -74,7 +74,7 @@ def needs(data: str) -> list[str]:
     return ["data.root=somewhere"] if data in ("imagenet", "folder") else []
 
 
-def test_the_groups_are_those_of_the_design():
+def test_the_groups_are_complete():
     assert set(OPTIONS) == {
         *("geometry", "model/at"),
         *("model", "data", "augment", "optim", "schedule", "engine", "tracking", "runtime", "experiment", "debug"),
@@ -82,7 +82,7 @@ def test_the_groups_are_those_of_the_design():
 
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)
-def test_every_file_starts_by_saying_what_it_is(path):
+def test_every_file_starts_with_a_description(path):
     first = next(line for line in path.read_text().splitlines() if "@package" not in line)
     assert first.startswith("# ")
     assert len(first) > 10
@@ -99,7 +99,7 @@ def test_each_command_composes_without_arguments(resolved):
 
 
 @pytest.mark.parametrize(("group", "option"), PAIRS)
-def test_every_option_composes_and_all_it_says_arrives(resolved, group, option):
+def test_every_option_composes_and_takes_effect(resolved, group, option):
     values = written(group, option)
     if group == "model" and option + "_small" in OPTIONS["model/at"]:
         values |= written("model/at", option + "_small")
@@ -107,7 +107,7 @@ def test_every_option_composes_and_all_it_says_arrives(resolved, group, option):
 
 
 @pytest.mark.parametrize("option", OPTIONS["model/at"])
-def test_every_model_has_the_settings_of_its_geometry(resolved, option):
+def test_models_adapt_to_the_image_size_of_the_data(resolved, option):
     model, _, size = option.rpartition("_")
     data = {"small": "cifar100", "large": "imagenet"}[size]
     assert_says(resolved(f"model={model}", f"data={data}", *needs(data)), written("model/at", option))
@@ -115,27 +115,27 @@ def test_every_model_has_the_settings_of_its_geometry(resolved, option):
 
 @pytest.mark.parametrize("data", OPTIONS["data"])
 @pytest.mark.parametrize("model", MODELS)
-def test_every_model_can_be_built_for_every_data_set(resolved, model, data):
+def test_every_model_fits_every_data_set(resolved, model, data):
     config = resolved(f"model={model}", f"data={data}", *needs(data))
     assert (config.data.name, config.model.variant) == (data, "resnet18" if model == "timm" else model)
     check_model(config.model, image_shape(config.data.image_size))
 
 
 @pytest.mark.parametrize(("model", "data"), PUBLISHED)
-def test_geometries_are_the_published_ones(resolved, model, data):
+def test_models_have_the_published_settings(resolved, model, data):
     found = resolved(f"data={data}", f"model={model}", *needs(data)).model
     geometry = (found.patch_size, found.embed_dim, found.depths, found.heads, found.window, found.drop_path)
     assert geometry == PUBLISHED[model, data]
     assert (found.moa.form, found.moa.enabled, found.moa.overlap, found.moa.reduction) == ("paper", True, 1, 32)
 
 
-def test_small_images_of_ones_own_take_the_small_geometry_on_request(resolved):
+def test_geometry_small_suits_own_small_images(resolved):
     small = ("geometry=small", "augment=cifar", "data.image_size=32")
     config = resolved("data=folder", "model=moa_t", *small, *needs("folder"))
     assert (config.model.patch_size, config.model.window, config.augment.crop) == (1, 4, "pad")
 
 
-def test_what_is_typed_wins_over_what_data_and_experiments_choose(resolved):
+def test_the_command_line_overrides_choices_of_data_and_experiments(resolved):
     typed_ = ("augment=none", "optim=sgd", "schedule=constant", "engine=default", "model=resnet50")
     for chosen in (("data=digits",), ("data=cifar100",), ("experiment=cifar100_cpu", "optim.lr=0.3")):
         config = resolved(*typed_, *chosen)
@@ -146,7 +146,7 @@ def test_what_is_typed_wins_over_what_data_and_experiments_choose(resolved):
 
 @pytest.mark.parametrize("debug", [None, *OPTIONS["debug"]])
 @pytest.mark.parametrize("experiment", OPTIONS["experiment"])
-def test_every_experiment_composes_alone_and_under_every_debug(resolved, experiment, debug):
+def test_every_experiment_composes_with_every_debug_option(resolved, experiment, debug):
     overrides = [f"experiment={experiment}", *needs("imagenet")]
     if debug is None:
         assert_says(resolved(*overrides), written("experiment", experiment))
@@ -155,6 +155,6 @@ def test_every_experiment_composes_alone_and_under_every_debug(resolved, experim
 
 
 @pytest.mark.parametrize("option", ["lr=abc", "unheard_of=1", "warmup=5 epochs"])
-def test_the_schema_refuses_wrong_types_and_unknown_keys(composed, option):
+def test_the_schema_rejects_wrong_types_and_unknown_keys(composed, option):
     with pytest.raises(Exception, match=r"abc|unheard_of|warmup"):
         typed(composed(f"optim.{option}"))

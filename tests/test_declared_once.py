@@ -1,4 +1,4 @@
-"""A setting's default, options and range stand in one place: schema.py, or the tables of plugins.py."""
+"""The default, options and range of a setting are declared once: in schema.py, or in the tables of plugins.py."""
 
 import ast
 from collections.abc import Iterator

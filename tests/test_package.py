@@ -1,4 +1,4 @@
-"""The wheel, in a clean environment, used from another folder in every way that users start it."""
+"""The wheel in a clean environment, started from another folder in all ways that users start it."""
 
 import ast
 import json
@@ -30,7 +30,7 @@ def run(*command: str | Path, cwd: Path, **more: str) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a package is built from: nothing is written into the checkout, nothing stale comes from it."""
+    """A copy of the sources, so that builds neither write into the checkout nor use stale files in it."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("src", "conf"):
         shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
@@ -41,16 +41,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source: Path) -> Path:
-    """The wheel, built from the sdist, as package indexes want it."""
+    """The wheel, built from the sdist as for a package index."""
     run(sys.executable, "-m", "build", "--no-isolation", cwd=source)
     return next((source / "dist").glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
 def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bin folder of an environment that has the wheel; its dependencies are borrowed from the running one.
+    """The bin folder of an environment with the wheel, which borrows its dependencies from the running environment.
 
-    A .pth file lends them. The running environment's own .pth files, and an editable install with them, stay behind.
+    A .pth file adds them to the path. The .pth files of the running environment are not used, so that an editable
+    install stays invisible.
     """
     home = tmp_path_factory.mktemp("clean")
     venv.create(home, symlinks=True)
@@ -68,22 +69,22 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=home,
     )
     packages = next((home / "lib").glob("python*")) / "site-packages"
-    lent = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-    (packages / "borrowed.pth").write_text("\n".join(lent) + "\n")
+    borrowed = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    (packages / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
     return binaries
 
 
-def test_the_wheel_holds_every_module_and_every_option_and_nothing_else(source, wheel):
+def test_the_wheel_contains_exactly_all_modules_and_options(source, wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(source / "src").as_posix() for path in (source / "src").rglob("*.py")}
     options = {f"moa_train/{path.relative_to(source)}" for path in (source / "conf").rglob("*.yaml")}
     assert packed == modules | options | {"moa_train/conf/__init__.py"}, (
-        "is the list of packages in pyproject complete?"
+        "The list of packages in pyproject.toml may be incomplete."
     )
 
 
-def test_what_is_imported_is_what_is_declared(source):
+def test_imported_packages_are_declared_as_dependencies(source):
     imported = set()
     for path in (source / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -101,14 +102,14 @@ def test_what_is_imported_is_what_is_declared(source):
     assert foreign - optional == required
 
 
-def test_the_wheel_is_what_the_clean_environment_imports(clean, tmp_path):
+def test_the_clean_environment_imports_the_wheel(clean, tmp_path):
     probe = "import moa_train, moa_train.conf as conf; print(moa_train.__file__); print(conf.__file__)"
     for place in run(clean / "python", "-c", probe, cwd=tmp_path).stdout.split():
         assert Path(place).is_relative_to(clean.parent)
 
 
 @pytest.mark.parametrize("command", PROJECT["scripts"])
-def test_every_command_is_installed_and_explains_itself(clean, tmp_path, command):
+def test_every_command_is_installed_and_has_help(clean, tmp_path, command):
     shown = run(clean / command, "--help", cwd=tmp_path)
     assert command in shown.stdout
     assert not list(tmp_path.iterdir())

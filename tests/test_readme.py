@@ -1,4 +1,4 @@
-"""What the documents show is true: commands compose, links lead somewhere, tables name what is there."""
+"""The documentation is correct: commands are accepted, links exist, and tables are complete."""
 
 import itertools
 import os
@@ -30,16 +30,16 @@ MODULES = {"train": "train", "evaluate": "eval", "data": "data", "model": "model
 
 
 def commands(text: str) -> Iterator[str]:
-    """Yield the command lines of a text: lines that start with a command of this project, without their comments."""
+    """Yield the lines of a text that start with a command of this project, without their comments."""
     names = r"moa-(?:train|eval|data|model|bench)|torchrun|sbatch|scripts/\S+|make|python -m"
     for line in re.sub(r" *\\\n\s*", " ", text).splitlines():
         if found := re.match(rf"(?:#   |#? {{0,6}})((?:{names})(?: +\S.*)?$)", line):
-            command = re.split(r"  +[^- ]|\s#\s", found[1])[0]  # what follows two spaces explains
+            command = re.split(r"  +[^- ]|\s#\s", found[1])[0]  # two spaces separate a command from its explanation
             yield " ".join(command.split())
 
 
 def shown() -> Iterator[tuple[str, str]]:
-    """Yield ``(where, command line)`` of everything that documents, options, scripts and --help show."""
+    """Yield ``(place, command line)`` for all commands in documents, configuration files, scripts and --help."""
     for path in DOCUMENTS:
         for block in re.findall(r"^```bash\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
             yield from ((path.name, command) for command in commands(block))
@@ -55,7 +55,7 @@ COMMANDS = sorted({command: where for where, command in shown()}.items())
 
 @pytest.fixture(scope="module", autouse=True)
 def _conf() -> Iterator[None]:
-    sys.path.append(str(ROOT / "tests" / "own_code"))  # where my_package is
+    sys.path.append(str(ROOT / "tests" / "own_code"))  # the folder with my_package
     for command, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{command}_schema", node=schema)
         ConfigStore.instance().store(group="hydra/help", name=f"{command}_help", node={})
@@ -64,14 +64,14 @@ def _conf() -> Iterator[None]:
     sys.path.pop()
 
 
-def test_the_documents_show_commands():
+def test_the_documents_contain_commands():
     programs = {command.split()[0] for command, _ in COMMANDS}
     assert programs >= {"moa-train", "moa-eval", "moa-data", "moa-bench", "torchrun", "sbatch", "make"}
     assert len(COMMANDS) > 30
 
 
 @pytest.mark.parametrize("command", [pytest.param(command, id=f"{where}: {command}") for command, where in COMMANDS])
-def test_every_command_line_that_is_shown_is_accepted(command):
+def test_every_command_line_is_accepted(command):
     program, *arguments = shlex.split(re.sub(r'\[key=value ...\]|"\$@"|"\$\{@:2\}"', "", command))
     if program == "torchrun":
         options = get_args_parser().parse_args(arguments)
@@ -98,11 +98,11 @@ def accept_make(arguments: list[str]) -> None:
 
 
 def accept(program: str, arguments: list[str]) -> None:
-    """Let the program's own code read ``arguments``: parse, or compose and validate every job of a multirun."""
+    """Parse ``arguments`` with the program's own code, or compose and validate every job of a multirun."""
     if program == "model":
         command, *arguments = arguments
         if command == "summary":
-            return accept("train", [*arguments, "data.root=."])  # it looks at no image
+            return accept("train", [*arguments, "data.root=."])  # it reads no image
         assert command == "convert"
     if program == "bench":
         return accept("train", bench.read(arguments)[1])
@@ -111,7 +111,7 @@ def accept(program: str, arguments: list[str]) -> None:
     if program not in SCHEMAS:
         assert import_module(f"moa_train.cli.{program}").parser().parse_args(arguments)
         return None
-    if "--config-dir" in arguments:  # a folder of the user's: tests/cli/test_app.py has one
+    if "--config-dir" in arguments:  # a folder of the user, which tests/cli/test_app.py tests
         return None
     app.check_overrides(arguments, SCHEMAS[program])
     assert set(arguments) - {"--help", "-m", "--cfg", "job"} == {text for text in arguments if "=" in text}
@@ -128,20 +128,20 @@ def accept(program: str, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_every_link_leads_somewhere(path):
+def test_every_link_exists(path):
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text())
     missing = [link for link in links if not link.startswith("http") and not (path.parent / link).exists()]
     assert not missing
 
 
-def test_the_table_of_groups_is_conf():
+def test_the_table_of_groups_equals_conf():
     rows = re.findall(r"^\| `(\w+)` \| ((?:`\w+` ?)+)\|", README, re.MULTILINE)
     described = {group: sorted(re.findall(r"\w+", options)) for group, options in rows}
     folders = [folder for folder in CONF.iterdir() if list(folder.glob("*.yaml"))]
     assert described == {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
 
 
-def test_the_table_of_commands_is_what_is_installed():
+def test_the_table_of_commands_is_complete():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert re.findall(r"^\| `(moa-\w+)` \|", README, re.MULTILINE) == list(scripts)
 
@@ -150,7 +150,7 @@ def test_the_table_of_exit_codes_is_complete():
     assert re.findall(r"^\| (\d+) \|", README, re.MULTILINE) == [str(code.value) for code in Exit]
 
 
-def test_the_first_commands_are_what_continuous_integration_runs():
+def test_the_first_commands_are_those_of_continuous_integration():
     assert "\nmake train " in README
     assert "\nmake test " in README
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("exec make test")

@@ -1,4 +1,4 @@
-"""Ranges and rules of the configuration, without Hydra; what the command line makes of them is in cli/test_app.py."""
+"""Ranges and rules of the configuration without Hydra; cli/test_app.py tests the messages of the command line."""
 
 import json
 import math
@@ -97,12 +97,13 @@ def test_every_knob_is_documented_and_has_a_sensible_default(config):
         ({"runtime__precision": "bf8"}, ["runtime.precision=bf8", "'bf16'"]),
         ({"resume": "a", "init": "b"}, ["resume", "init", "only one of the two"]),
         ({"resume": "auto"}, ["resume=auto", "run_dir=FOLDER"]),
+        ({"runtime__compile": "block"}, ["runtime.compile=block", "'blocks'", "auto, blocks, model, false"]),
         ({"init_head": "new"}, ["init_head=new", "init="]),
         ({"init_head": "fresh", "init": "a"}, ["init_head=fresh", "strict, new"]),
     ],
     ids=lambda value: " ".join(f"{key}={entry}" for key, entry in value.items()) if isinstance(value, dict) else "",
 )
-def test_wrong_values_are_named_with_what_would_be_right(changes, fragments):
+def test_invalid_values_are_explained(changes, fragments):
     with pytest.raises(UserError) as error:
         validate(changed(**changes))
     for fragment in fragments:
@@ -113,15 +114,17 @@ def test_wrong_values_are_named_with_what_would_be_right(changes, fragments):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"resume": "auto", "init": "a", "run_dir": "b"},  # the same command starts a run and goes on with it
+        {"resume": "auto", "init": "a", "run_dir": "b"},  # the same command starts and resumes a run
         {"engine__batch_size": 48, "engine__micro_batch_size": 16},
         {"engine__eval_split": "val", "data__val_fraction": 0.1},
         {"data__image_size": [32, 64]},
         {"data__mean": None},
         {"optim__weight_decay": 0.0},
+        {"runtime__compile": True},
+        {"runtime__compile": "Blocks"},
     ],
 )
-def test_right_values_pass(changes):
+def test_valid_values_are_accepted(changes):
     validate(changed(**changes))
 
 
@@ -135,7 +138,7 @@ def bounded() -> list[tuple[str, Any]]:
 
 
 @given(st.sampled_from(bounded()), st.one_of(st.integers(-3, 600), st.floats(-2, 2, allow_nan=False)))
-def test_bounds_are_kept_exactly(knob, value):
+def test_bounds_are_exact(knob, value):
     key, item = knob
     rule = item.metadata
     inside = (
@@ -153,7 +156,7 @@ def test_bounds_are_kept_exactly(knob, value):
     assert found == inside
 
 
-def test_a_configuration_survives_json():
+def test_a_configuration_can_be_stored_as_json():
     config = changed(data__mean=[0.1, 0.2, 0.3], model__moa__overlap=2, schedule__milestones=["5%"], run_dir="a/ü")
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
@@ -161,7 +164,7 @@ def test_a_configuration_survives_json():
 def test_a_configuration_of_another_version():
     values = to_dict(RunConfig())
     del values["optim"]["eps"]
-    assert from_dict(values) == RunConfig()  # missing ones take their default
+    assert from_dict(values) == RunConfig()  # missing keys take their defaults
     values["model"]["moa"]["overlapp"] = 2
     with pytest.raises(UserError, match=r"Unknown configuration key model\.moa\.overlapp.*'overlap'"):
         from_dict(values)

@@ -1,4 +1,4 @@
-"""What the training engine needs of a model, a batch and a metric. Your own parts implement these."""
+"""The interfaces that the training engine requires of models, batches and metrics. Your own parts implement them."""
 
 from collections.abc import Iterator
 from typing import Protocol, Self
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class Classifier:
-    """Mixin for models: ``class Mine(Classifier, nn.Module)``. Its methods describe the model to the other packages.
+    """Mixin for models, ``class Mine(Classifier, nn.Module)``, whose methods describe the model to the other packages.
 
-    A model maps normalized images (B, 3, H, W) to logits (B, num_classes). All names are those of
-    ``named_parameters()`` or ``named_modules()``. The defaults suit a model whose classifier is called ``head`` and
+    A model maps normalized images (B, 3, H, W) to logits (B, num_classes). All names are those from
+    ``named_parameters()`` or ``named_modules()``. The defaults fit models whose last layer is called ``head`` and
     whose parameters need no special treatment.
 
     Attributes:
@@ -21,14 +21,14 @@ class Classifier:
     head_name = "head"
 
     def forward_features(self, images_BCHW: Tensor) -> list[Tensor]:
-        """Return the feature map (B, C, H, W) of every stage, to use the model as a backbone."""
+        """Return the feature map (B, C, H, W) of every stage, for use as a backbone."""
         raise NotImplementedError(f"{type(self).__name__} has no feature maps")
 
     def load_pretrained(self) -> None:
         """Load the weights that the model's own settings name, if any. Only a new run without ``init`` calls this."""
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters of two or more dimensions that are exempt from weight decay (1-D ones always are)."""
+        """Return the parameters of two or more dimensions that are exempt from weight decay. 1-D ones always are."""
         return {
             f"{name}.weight"
             for name, module in self.described_module.named_modules()
@@ -36,7 +36,7 @@ class Classifier:
         }
 
     def hidden_matrices(self) -> set[str]:
-        """Return the parameters that Muon orthogonalizes: all matrices but those of the head, tables and embeddings."""
+        """Return the parameters that Muon updates: all matrices except those of the head, tables and embeddings."""
         exempt = self.no_weight_decay()
         return {
             name
@@ -47,13 +47,13 @@ class Classifier:
     def layer_names(self) -> list[str]:
         """Return prefixes of parameter names, one per layer, from the input to the head.
 
-        Layer-wise lr decay (``optim.layer_decay``) counts them. A parameter belongs to the layer with the longest
-        matching prefix; parameters that match none belong to the first layer, and the head comes last.
+        Layer-wise lr decay (``optim.layer_decay``) counts these layers. A parameter belongs to the layer with the
+        longest matching prefix. Parameters without a match belong to the first layer, and the head comes last.
         """
         return []
 
     def layer_ids(self) -> dict[str, int]:
-        """Return the layer number of every parameter, from 0; empty if the model doesn't declare layers."""
+        """Return the layer number of every parameter, counted from 0, or nothing if the model declares no layers."""
         layers = self.layer_names()
         if not layers:
             return {}
@@ -66,24 +66,23 @@ class Classifier:
         return {name: layer(name) for name, _ in self.described_module.named_parameters()}
 
     def part_of(self, name: str) -> tuple[int, str]:
-        """Return the stage (-1 outside of stages) and the kind of part that a parameter or module belongs to.
+        """Return the stage (-1 if outside all stages) and the kind of part to which a parameter or module belongs.
 
-        ``moa-model summary`` prints one row for each.
+        ``moa-model summary`` prints one row for each pair.
         """
         return -1, name.split(".")[0]
 
     @property
     def described_module(self) -> nn.Module:
-        """Return the module that the methods above describe: this object itself."""
+        """Return the module that the methods above describe, by default this object."""
         assert isinstance(self, nn.Module)
         return self
 
 
 class Batch(Protocol):
-    """A micro-batch: images with labels, and the identity of every sample.
+    """A micro-batch: images, labels and the identity of every sample.
 
-    ``index``, ``epoch`` and ``repeat`` stay on the host, because decisions that depend on them must not wait for the
-    device.
+    ``index``, ``epoch`` and ``repeat`` stay on the host, so that decisions based on them need not wait for the device.
     """
 
     def __len__(self) -> int:
@@ -107,18 +106,18 @@ class Batch(Protocol):
 
     @property
     def repeat(self) -> Tensor:
-        """Number of each sample among its repetitions within the epoch, int64, (B,)."""
+        """Number of earlier occurrences of each sample in the same epoch, int64, (B,)."""
 
     @property
     def step(self) -> int:
-        """Optimizer step that the batch belongs to."""
+        """Optimizer step to which the micro-batch belongs."""
 
     @property
     def micro(self) -> int:
-        """Number of the micro-batch within the global batch."""
+        """Position of the micro-batch within the global batch."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Return the batch with images and labels on ``device``."""
+        """Return the micro-batch with images and labels on ``device``."""
 
 
 class Batches(Protocol):
@@ -132,10 +131,10 @@ class Batches(Protocol):
 
 
 class Metric(Protocol):
-    """A number that an evaluation computes as a function of *sums* over all samples.
+    """A number that an evaluation computes from *sums* over all samples.
 
-    Sums over batches and ranks are exact and independent of their order if ``count`` returns int64 (or, to rounding,
-    float64).
+    The sums over batches and ranks are exact and independent of the order if ``count`` returns int64. With float64,
+    they are so up to rounding.
 
     Attributes:
         higher_is_better: whether the best checkpoint is the one with the highest value.
@@ -144,7 +143,7 @@ class Metric(Protocol):
     higher_is_better: bool
 
     def count(self, logits_BK: Tensor, labels_B: Tensor) -> Tensor:
-        """Return what a batch adds to the sums: a tensor whose shape is the same for every batch, on the same device.
+        """Return the contribution of a batch to the sums: a tensor on the same device, of one shape for all batches.
 
         Args:
             logits_BK: float32, (B, K).
@@ -152,4 +151,9 @@ class Metric(Protocol):
         """
 
     def value(self, totals: Tensor, samples: int) -> float:
-        """Return the metric from the sums over all batches of all ranks, a tensor on the CPU, and their number."""
+        """Return the metric.
+
+        Args:
+            totals: sums over all batches of all ranks, on the CPU.
+            samples: number of samples.
+        """

@@ -1,4 +1,4 @@
-"""Settings: how a field of a configuration dataclass declares its default, help text and allowed values."""
+"""Declare and check settings: the fields of configuration dataclasses."""
 
 import math
 import operator
@@ -26,13 +26,13 @@ def knob(
     """Declare a field of a configuration dataclass.
 
     Args:
-        default: value of a run that does not set it.
-        text: one-line help: what the setting does, its unit, what the default means.
-        least, most: inclusive bounds; for a list they hold for every entry.
+        default: value if the user does not set it.
+        text: help in one line: what the setting does, its unit, and the meaning of the default.
+        least, most: inclusive bounds, which apply to every entry of a list.
         above, below: exclusive bounds.
         options: the allowed values.
-        plugins: a `plugins.Plugins`: the value names a part of this kind, by a name from its table or by import path.
-        fixed: whether the value must stay the same when a run is resumed.
+        plugins: a `plugins.Plugins` if the value names a part, either by its name in the table or by import path.
+        fixed: whether the value cannot change when a run is resumed.
     """
     bounds = {"least": least, "above": above, "most": most, "below": below}
     rule = {"help": text, **bounds, "options": options, "plugins": plugins, "fixed": fixed}
@@ -42,7 +42,7 @@ def knob(
 
 
 def knobs(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield ``(dotted key, field, value)`` of every setting of a configuration object and its sections."""
+    """Yield ``(dotted key, field, value)`` for every setting of a configuration object and its sections."""
     for item in fields(config):
         key = prefix + item.name
         value = getattr(config, item.name, None)
@@ -53,12 +53,12 @@ def knobs(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def fill(kind: type, values: Mapping[str, Any], key: str) -> Any:
-    """Return the dataclass ``kind`` with ``values``, checked.
+    """Return an instance of the dataclass ``kind`` with the given values, after checking them.
 
     Args:
         kind: a dataclass whose fields may be knobs.
-        values: by field name, as YAML or JSON has them.
-        key: prefix of the fields' names in error messages, as in ``model.args``.
+        values: values by field name, as read from YAML or JSON.
+        key: prefix of the field names in error messages, such as ``model.args``.
 
     Raises:
         UserError: a name is unknown, or a value is of the wrong type, out of range or missing.
@@ -67,9 +67,9 @@ def fill(kind: type, values: Mapping[str, Any], key: str) -> Any:
     hints = typing.get_type_hints(kind)
     for name, value in values.items():
         if name not in known:
-            raise UserError(f"There is no {key}.{name}.{nearest(name, known)} Keys of {key}: {', '.join(known)}.")
+            raise UserError(f"Unknown key {key}.{name}.{nearest(name, known)} Keys of {key}: {', '.join(known)}.")
         if not fits(value, hints[name]):
-            raise UserError(f"{key}.{name}={value!r} is not of the right type: it must be {in_words(hints[name])}.")
+            raise UserError(f"{key}.{name}={value!r} has the wrong type: it must be {in_words(hints[name])}.")
         check_entries(f"{key}.{name}", value, known[name].metadata)
     missing = [
         f"{key}.{item.name}"
@@ -77,12 +77,12 @@ def fill(kind: type, values: Mapping[str, Any], key: str) -> Any:
         if item.name not in values and item.default is MISSING and item.default_factory is MISSING
     ]
     if missing:
-        raise UserError(f"{', '.join(missing)} must be given: there is no default.")
+        raise UserError(f"Missing {', '.join(missing)}: there is no default, so give a value.")
     return kind(**{name: _as(value, hints[name]) for name, value in values.items()})
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Return whether a value from YAML or JSON is of the annotated type; a whole number is also a float."""
+    """Return whether a value from YAML or JSON has the annotated type; an integer is also a float."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return True
@@ -102,7 +102,7 @@ def _as(value: Any, kind: Any) -> Any:
     return float(value) if kind is float else tuple(value) if typing.get_origin(kind) is tuple else value
 
 
-_NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+_NOUNS = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 def in_words(kind: Any) -> str:
@@ -119,7 +119,7 @@ def check_entries(key: str, value: Any, rule: Mapping[str, Any]) -> None:
     """Check a value, or every entry of a list, against the options and the range of its knob.
 
     Raises:
-        UserError: naming the key, the value and what is allowed.
+        UserError: the message gives the key, the value and the allowed values.
     """
     for entry in value if isinstance(value, list | tuple) else [value]:
         _check_entry(key, entry, rule)

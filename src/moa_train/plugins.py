@@ -1,7 +1,7 @@
-"""Exchangeable parts by name: ours from a table, a user's by import path, ``package.module:object``.
+"""Exchangeable parts by name: built-in parts from a table, a user's own by import path, ``package.module:object``.
 
-Nothing is imported before it is needed, so a name in a table costs no start-up time. A part that has settings of its
-own declares them as a dataclass in the annotation of a parameter called ``args``; `Plugins.args` fills it from the
+Parts are imported only when they are needed, so the tables cost no startup time. A part with its own settings declares
+them as a dataclass, which annotates a parameter called ``args``. `Plugins.args` creates this dataclass from the
 configuration and checks it.
 """
 
@@ -17,15 +17,15 @@ from moa_train.runtime.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Plugins:
-    """The parts of one kind: a table from names to import paths, and whatever a user names by import path."""
+    """The parts of one kind: those in a table from names to import paths, and those given by import path."""
 
     kind: str
     table: Mapping[str, str]
     configurable: tuple[str, ...] = ()
-    """Names in the table whose parts have settings of their own; the others need not be imported to know that."""
+    """Names in the table whose parts have their own settings. The other parts need not be imported to find out."""
 
     def check(self, key: str, name: str) -> None:
-        """Raise `UserError` unless ``name`` is in the table or has the form of an import path; import nothing."""
+        """Raise `UserError` unless ``name`` is in the table or has the form of an import path. This imports nothing."""
         if name in self.table:
             return
         module, _, attribute = name.partition(":")
@@ -39,7 +39,7 @@ class Plugins:
         """Import and return the part called ``name``.
 
         Raises:
-            UserError: the name is not known, or its module or attribute does not exist.
+            UserError: the name is unknown, or its module or attribute does not exist.
         """
         self.check(self.kind, name)
         path = self.table.get(name, name)
@@ -50,8 +50,8 @@ class Plugins:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise  # the module exists, but one of its own imports doesn't
             raise UserError(
-                f"{self.kind} {name}: there is no module {error.name}. Modules are looked for in the installed "
-                "packages, in the folder given by --config-dir and in the current folder."
+                f"{self.kind} {name}: no module named {error.name} was found in the installed packages, in the folder "
+                "given by --config-dir, or in the current folder."
             ) from error
         for part in attribute.split("."):
             if not hasattr(found, part):
@@ -61,29 +61,29 @@ class Plugins:
         return found
 
     def may_have_args(self, name: str) -> bool:
-        """Return whether the part called ``name`` may have settings of its own."""
+        """Return whether the part called ``name`` may have its own settings."""
         return is_own_code(name) or name in self.configurable
 
     def args(self, name: str, values: Mapping[str, Any], key: str) -> dict[str, Any]:
         """Return ``{"args": settings}`` for the part called ``name``, or ``{}`` if it has no settings.
 
         Args:
-            name: of the part.
-            values: the settings that the configuration gives; the others take their defaults.
-            key: where they are in the configuration, for error messages, as in ``model.args``.
+            name: name of the part.
+            values: the settings given by the configuration; the others take their defaults.
+            key: key of the settings in the configuration, such as ``model.args``, for error messages.
 
         Raises:
-            UserError: a setting is unknown, of the wrong type or out of its range.
+            UserError: a setting is unknown, has the wrong type or is out of range.
         """
         kind = args_type(self.load(name)) if self.may_have_args(name) else None
         if kind is None:
             if values:
-                raise UserError(f"{key}={dict(values)}: {self.kind} {name} has no settings of its own.")
+                raise UserError(f"{key}={dict(values)}: {self.kind} {name} has no settings of its own. Remove {key}.")
             return {}
         return {"args": fill(kind, values, key)}
 
     def create(self, name: str, values: Mapping[str, Any], key: str, *args: Any, **kwargs: Any) -> Any:
-        """Load the part called ``name`` and call it with ``args``, ``kwargs`` and its own settings."""
+        """Import the part called ``name`` and call it with ``args``, ``kwargs`` and its own settings."""
         return self.load(name)(*args, **kwargs, **self.args(name, values, key))
 
 
@@ -131,17 +131,17 @@ LOGGERS = Plugins(
 
 
 def is_own_code(name: str) -> bool:
-    """Return whether ``name`` is an import path rather than a name from a table."""
+    """Return whether ``name`` is an import path rather than a name in a table."""
     return ":" in name
 
 
 def short_name(name: str) -> str:
-    """Return what a part of a list is called in rows and in ``args``: ``rose`` for ``my.metrics:rose``."""
+    """Return the short name of a part for log rows and ``args``: ``rose`` for ``my.metrics:rose``."""
     return name.rpartition(":")[2].rpartition(".")[2]
 
 
 def args_type(part: Any) -> type | None:
-    """Return the dataclass that annotates the parameter ``args`` of a function or class, or None."""
+    """Return the dataclass that annotates the parameter ``args`` of a function or class, or None if there is none."""
     function = getattr(part, "__init__") if isinstance(part, type) else part  # noqa: B009 mypy rejects the attribute
     hints = typing.get_type_hints(function)
     kind = hints.get("args")
@@ -151,8 +151,8 @@ def args_type(part: Any) -> type | None:
 def check_trusted(used: Iterable[str], named: Iterable[str], where: str) -> None:
     """Raise `UserError` if a stored configuration uses code that the command line does not name.
 
-    Nothing that a file says may run code. So an import path in a checkpoint is used only if the user gives it again,
-    or gives the module or package that it lies in, as ``code=``.
+    A file must never be able to run code. An import path in a checkpoint is therefore used only if the user allows it
+    with ``code=``: the path itself, or its module or package.
     """
     named = list(named)
     refused = [
@@ -163,6 +163,6 @@ def check_trusted(used: Iterable[str], named: Iterable[str], where: str) -> None
     if refused:
         modules = ",".join(dict.fromkeys(name.partition(":")[0] for name in refused))
         raise UserError(
-            f"{where} uses code that is not part of moa-train: {', '.join(refused)}. A file never runs code by itself. "
-            f"If you trust this code, allow it by adding code=[{modules}]."
+            f"{where} uses code that is not part of moa-train: {', '.join(refused)}. A file by itself "
+            f"cannot make moa-train run code. If you trust this code, allow it by adding code=[{modules}]."
         )

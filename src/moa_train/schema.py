@@ -1,7 +1,7 @@
-"""The configuration of a run: every setting with its default, allowed values and help text, declared here only.
+"""The configuration of a run: the only declaration of every setting with its default, allowed values and help text.
 
 ``RunConfig`` has one section per group of ``conf/``. Hydra composes YAML onto it and rejects unknown keys and wrong
-types; `validate` checks ranges, options and rules that span several settings. Every checkpoint holds the result.
+types; `validate` checks ranges, options and rules that span several settings. Every checkpoint contains the result.
 """
 
 from collections.abc import Iterator
@@ -31,53 +31,66 @@ SPLITS = ("train", "val", "test")
 
 @dataclass
 class MoaConfig:
-    """Multi-resolution overlapped attention between the stages (used by model.name=moa only)."""
+    """Multi-resolution overlapped attention (MOA) between the stages; applies to model.name=moa only."""
 
-    enabled: bool = knob(True, "use MOA blocks; false leaves local windows only, the baseline of table 7", fixed=True)
+    enabled: bool = knob(
+        True, "use MOA blocks; false: local windows only, the baseline of the paper's Table 7", fixed=True
+    )
     form: str = knob(
         "paper",
-        "paper: the spatial layout that the paper's text describes; published: identical to the published code",
+        "paper: spatial layout as described in the paper; published: identical to the published code",
         options=("paper", "published"),
         fixed=True,
     )
     overlap: int = knob(
-        1, "positions by which keys extend into the neighboring windows on each side (table 5)", least=0, fixed=True
+        1, "positions by which keys extend into the neighboring windows on each side (Table 5)", least=0, fixed=True
     )
     reduction: int = knob(
-        32, "the MOA block reduces its input to width / reduction channels (table 6)", least=1, fixed=True
+        32, "MOA blocks reduce their input to 1 / reduction of the channels (Table 6)", least=1, fixed=True
     )
     drop_path: float = knob(
-        0.2, "drop path rate of the last MOA block; it rises linearly from 0 over the MOA blocks", least=0, most=0.99
+        0.2,
+        "drop path rate of the last MOA block; the rate rises linearly from 0 over the MOA blocks",
+        least=0,
+        most=0.99,
     )
 
 
 @dataclass
 class ModelConfig:
-    """Model architecture. The baselines use the settings that apply to them."""
+    """Model architecture. Baselines use only the settings that apply to them."""
 
     name: str = knob("moa", "architecture", plugins=MODELS, fixed=True)
-    variant: str = knob("custom", "name of this configuration, for folders and tables; model=timm: timm's model name")
+    variant: str = knob(
+        "custom", "name of this configuration in folders and tables; name=timm: the model's name in timm"
+    )
     patch_size: int = knob(
-        4, "side of a patch in pixels (resnet: 4 is the ImageNet stem, 1 and 2 are 3x3 stems)", least=1, fixed=True
+        4,
+        "side of a patch in pixels (resnet: 4 selects the ImageNet stem, 1 and 2 select 3x3 stems)",
+        least=1,
+        fixed=True,
     )
     embed_dim: int = knob(96, "channels of the first stage; each patch merging doubles them", least=1, fixed=True)
     depths: list[int] = knob([2, 2, 8], "number of blocks in each stage (vit: one number)", least=1, fixed=True)
     heads: list[int] = knob([3, 6, 12], "attention heads in each stage", least=1, fixed=True)
-    window: int = knob(14, "side of a local window in positions (table 4)", least=1, fixed=True)
+    window: int = knob(14, "side of a local window in positions (Table 4)", least=1, fixed=True)
     mlp_ratio: float = knob(4.0, "hidden width of an MLP relative to its input width", above=0, fixed=True)
     dropout: float = knob(0.0, "dropout rate after attention and in MLPs", least=0, most=0.99)
     drop_path: float = knob(
-        0.1, "drop path rate of the last local block; it rises linearly from 0 over the blocks", least=0, most=0.99
+        0.1,
+        "drop path rate of the last local block; the rate rises linearly from 0 over the blocks",
+        least=0,
+        most=0.99,
     )
     checkpointing: bool = knob(
-        False, "recompute activations in the backward pass: about half the memory, a third slower"
+        False, "recompute activations in the backward pass: about half the memory, a third more time"
     )
     moa: MoaConfig = field(default_factory=MoaConfig)
     args: dict[str, Any] = knob({}, "settings of your own model: model.args.KEY=VALUE", fixed=True)
 
     @property
     def title(self) -> str:
-        """Return the name of the model for folders and tables."""
+        """Return the name of the model in folders and tables."""
         return short_name(self.name) if is_own_code(self.name) else self.variant
 
 
@@ -90,7 +103,7 @@ class DataConfig:
     image_size: Any = knob(32, "image size in pixels: one number, or [height, width]", fixed=True)
     download: bool = knob(False, "download the data set (cifar10, cifar100) if root does not hold it")
     val_fraction: float = knob(
-        0.0, "fraction of the training images held out as the validation split", least=0, most=0.5, fixed=True
+        0.0, "fraction of the training images to hold out as the validation split", least=0, most=0.5, fixed=True
     )
     limit: int | None = knob(
         None, "train on this many evenly spaced images only (default: all images)", least=1, fixed=True
@@ -106,19 +119,21 @@ class DataConfig:
     )
     hold_out: str = knob(
         "position",
-        "how val_fraction chooses images of class folders: name, by a hash of the file name, so that adding or "
-        "removing a file moves no other file; position, in the sorted list, as in runs of older versions",
+        "how val_fraction chooses images in class folders. name: by a hash of the file name, so that adding or "
+        "removing a file does not affect other files; position: by position in the sorted list, as in older versions",
         options=("name", "position"),
         fixed=True,
     )
     unreadable: str = knob(
         "fail",
-        "unreadable training images: fail, or quarantine, which uses the next readable file instead; "
-        "in evaluation they are always an error",
+        "response to unreadable training images: fail; quarantine: use the next readable image instead; "
+        "in evaluation, they are always an error",
         options=("fail", "quarantine"),
     )
-    unreadable_budget: int = knob(100, "quarantine: unreadable files a rank tolerates before it fails", least=0)
-    max_pixels: int = knob(100_000_000, "images with more pixels than this count as unreadable", least=1)
+    unreadable_budget: int = knob(
+        100, "unreadable=quarantine: number of unreadable files per rank before the run fails", least=0
+    )
+    max_pixels: int = knob(100_000_000, "images with more pixels count as unreadable", least=1)
     range: list[float] | None = knob(
         None,
         "[LOW,HIGH]: gray levels of black and white in images with more than 8 bits per channel (default: the full "
@@ -126,7 +141,7 @@ class DataConfig:
         fixed=True,
     )
     eval_crop: float = knob(
-        0.875, "evaluation: side of the center crop relative to the side of the resized image", above=0, most=1
+        0.875, "in evaluation, side of the center crop relative to the resized image", above=0, most=1
     )
     args: dict[str, Any] = knob({}, "settings of your own data set: data.args.KEY=VALUE", fixed=True)
 
@@ -141,7 +156,9 @@ class AugmentConfig:
         options=("pad", "resized", "none"),
     )
     padding: int = knob(4, "crop=pad: pixels of padding on each side", least=0)
-    scale: list[float] = knob([0.08, 1.0], "crop=resized: range of the crop's area, relative", above=0, most=1)
+    scale: list[float] = knob(
+        [0.08, 1.0], "crop=resized: range of the crop's area relative to the image", above=0, most=1
+    )
     ratio: list[float] = knob([0.75, 1.3333], "crop=resized: range of the crop's width / height", above=0)
     interpolation: str = knob("bicubic", "resampling filter for image files", options=("bilinear", "bicubic"))
     flip: float = knob(0.5, "probability of a horizontal flip", least=0, most=1)
@@ -149,7 +166,7 @@ class AugmentConfig:
     randaugment_magnitude: float = knob(9.0, "RandAugment: mean strength of an operation", least=0, most=10)
     randaugment_std: float = knob(0.5, "RandAugment: standard deviation of the strength", least=0)
     color_jitter: float = knob(
-        0.0, "largest relative change of brightness, contrast and saturation; 0 disables it", least=0, most=1
+        0.0, "largest relative change of brightness, contrast and saturation; 0 disables the change", least=0, most=1
     )
     erasing: float = knob(0.0, "probability of random erasing with noise; usual: 0.25", least=0, most=1)
     extra: list[str] = knob(
@@ -161,11 +178,12 @@ class AugmentConfig:
     mix_switch_prob: float = knob(0.5, "probability of cutmix when mixup is enabled as well", least=0, most=1)
     label_smoothing: float = knob(0.0, "probability mass spread evenly over all classes", least=0, most=0.99)
     repeats: int = knob(
-        1, "repeated augmentation: how often each image occurs in an epoch, augmented anew", least=1, fixed=True
+        1,
+        "repeated augmentation: number of times each image occurs per epoch, with different augmentation",
+        least=1,
+        fixed=True,
     )
-    weak_for: str = knob(
-        "0%", "use only crop and flip for the last part of the run: 10 epochs, 5%, ... (default: never)"
-    )
+    weak_for: str = knob("0%", "length of the last part of the run, which uses only crop and flip: 10 epochs, 5%, ...")
     args: dict[str, Any] = knob({}, "settings of your own augmentations: augment.args.NAME.KEY=VALUE")
 
 
@@ -173,7 +191,7 @@ class AugmentConfig:
 class LossConfig:
     """Training objective."""
 
-    name: str = knob("cross_entropy", "loss function of logits and target distributions", plugins=LOSSES)
+    name: str = knob("cross_entropy", "loss, a function of logits and target distributions", plugins=LOSSES)
     args: dict[str, Any] = knob({}, "settings of your own loss: loss.args.KEY=VALUE")
 
 
@@ -184,11 +202,15 @@ class OptimConfig:
     name: str = knob("adamw", "optimizer", plugins=OPTIMIZERS, fixed=True)
     lr: float = knob(9e-4, "peak learning rate for a batch of lr_batch examples", above=0)
     lr_scaling: str = knob(
-        "linear", "how learning rates follow the global batch size", options=("linear", "sqrt", "none")
+        "linear", "how learning rates scale with the global batch size", options=("linear", "sqrt", "none")
     )
     lr_batch: int = knob(512, "batch size that lr, min_lr and warmup_lr refer to", least=1)
     layer_decay: float = knob(
-        1.0, "layer-wise lr decay: lr factor per layer below the head; 1 disables it", above=0, most=1, fixed=True
+        1.0,
+        "layer-wise lr decay: factor on the lr per layer below the head; 1 disables it",
+        above=0,
+        most=1,
+        fixed=True,
     )
     weight_decay: float = knob(
         0.05, "decoupled weight decay; biases, 1-D parameters and position tables are exempt", least=0
@@ -198,7 +220,7 @@ class OptimConfig:
     momentum: float = knob(0.9, "momentum of SGD and Muon", least=0, below=1)
     clip: str = knob(
         "norm",
-        "gradient clipping: norm of all gradients together, value of each entry, or none",
+        "gradient clipping. norm: by the norm of all gradients; value: of every entry; none: no clipping",
         options=("norm", "value", "none"),
     )
     clip_value: float = knob(5.0, "largest gradient norm (clip=norm) or largest absolute entry (clip=value)", above=0)
@@ -207,21 +229,21 @@ class OptimConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate as a function of the step. Durations: 300 epochs, 5000 steps, 1e6 examples, 5% of the run."""
+    """Learning rate as a function of the step. Durations: 300 epochs, 5000 steps, 1e6 examples, or 5% (of the run)."""
 
-    name: str = knob("cosine", "curve of the learning rate after the warmup", plugins=SCHEDULES)
-    duration: str = knob("300 epochs", "length of the run")
-    warmup: str = knob("20 epochs", "linear warmup, part of the duration")
+    name: str = knob("cosine", "shape of the learning rate curve after the warmup", plugins=SCHEDULES)
+    duration: str = knob("300 epochs", "length of the run, in epochs, steps or examples")
+    warmup: str = knob("20 epochs", "length of the linear warmup, which is part of the duration")
     warmup_lr: float = knob(9e-7, "learning rate of the first step, for a batch of optim.lr_batch", least=0)
     min_lr: float = knob(5e-6, "final learning rate, for a batch of optim.lr_batch", least=0)
-    milestones: list[str] = knob([], "step: when the learning rate drops")
-    gamma: float = knob(0.1, "step: factor on the learning rate at each milestone", above=0, most=1)
+    milestones: list[str] = knob([], "name=step: times at which the learning rate drops, for example ['50%','75%']")
+    gamma: float = knob(0.1, "name=step: factor on the learning rate at each milestone", above=0, most=1)
     args: dict[str, Any] = knob({}, "settings of your own schedule: schedule.args.KEY=VALUE")
 
 
 @dataclass
 class EngineConfig:
-    """Training loop: batches, EMA, evaluation, checkpoints."""
+    """Training loop: batches, EMA, evaluation and checkpoints."""
 
     batch_size: int = knob(512, "examples per update, over all ranks and micro-batches", least=1, fixed=True)
     micro_batch_size: int | None = knob(
@@ -230,12 +252,12 @@ class EngineConfig:
         least=1,
     )
     ema_decay: float = knob(
-        0.0, "decay per step of the EMA weights, which are then evaluated and saved; 0 disables EMA", least=0, below=1
+        0.0, "decay per step of the EMA weights, which are evaluated and saved; 0 disables EMA", least=0, below=1
     )
     eval_split: str = knob(
         "auto",
-        "split evaluated during training to choose the best checkpoint; auto: val if there is one; "
-        "test: the published protocol",
+        "split evaluated during training, which chooses the best checkpoint; auto: val if it exists, else none; "
+        "test: as in the published protocol",
         options=("auto", "val", "test", "none"),
     )
     metrics: list[str] = knob(["top1", "top5", "loss"], "metrics computed in evaluation", plugins=METRICS)
@@ -248,34 +270,38 @@ class EngineConfig:
     keep_last: int = knob(2, "number of newest checkpoints to keep", least=1)
     keep_every: str | None = knob(None, "additionally keep one checkpoint per interval, permanently")
     stop_after: str | None = knob(
-        None, "stop this session early, to be resumed; the schedule does not change: '100 steps'"
+        None, "stop this session at this point, such as '100 steps', to be resumed later; the schedule does not change"
     )
     nonfinite: str = knob(
         "abort",
-        "response to a gradient with NaN or infinity, which is never applied: abort; skip the update; rollback to the "
-        "last checkpoint and continue at a lower learning rate",
+        "response to a gradient with NaN or infinity, which is never applied. abort: end the run; skip: skip the "
+        "update; rollback: return to the last checkpoint and continue with a lower learning rate",
         options=("abort", "skip", "rollback"),
     )
-    nonfinite_budget: int = knob(10, "skip and rollback: how often this may happen before the run aborts", least=0)
+    nonfinite_budget: int = knob(
+        10, "nonfinite=skip or rollback: number of such gradients before the run aborts", least=0
+    )
     rollback_lr_factor: float = knob(
-        0.5, "rollback: factor on the learning rate from there on, for each rollback", above=0, most=1
+        0.5, "nonfinite=rollback: factor on the learning rate for each rollback", above=0, most=1
     )
     args: dict[str, Any] = knob({}, "settings of your own metrics: engine.args.NAME.KEY=VALUE")
 
 
 @dataclass
 class TrackingConfig:
-    """Logs."""
+    """Logging."""
 
-    log_every: int = knob(20, "steps between log rows; the host waits for the device only when it logs", least=1)
+    log_every: int = knob(20, "steps between log rows; the host waits for the device only at these steps", least=1)
     progress: str = knob(
         "auto",
-        "console output. bar: one line, redrawn; plain: one line per log row; auto: bar in a terminal",
+        "console output. bar: progress bar; plain: one line per log row; auto: bar in a terminal, else plain",
         options=("auto", "bar", "plain"),
     )
     loggers: list[str] = knob(["tensorboard"], "loggers in addition to the console and metrics.jsonl", plugins=LOGGERS)
-    images: int = knob(16, "augmented training images to log", least=0)
-    profile_steps: int = knob(0, "steps to profile into trace.json.gz, after three warmup steps; 0 is off", least=0)
+    images: int = knob(16, "number of augmented training images to log", least=0)
+    profile_steps: int = knob(
+        0, "number of steps to profile, after three warmup steps; written to trace.json.gz", least=0
+    )
     args: dict[str, Any] = knob({}, "settings of loggers: tracking.args.NAME.KEY=VALUE")
 
 
@@ -283,21 +309,25 @@ class TrackingConfig:
 class RuntimeConfig:
     """Hardware and numerics."""
 
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N; auto uses CUDA if available")
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N; auto: CUDA if available")
     precision: str = knob("auto", "training precision; auto: bf16 if the hardware supports it", options=PRECISIONS)
     eval_precision: str = knob(
-        "fp32", "evaluation precision; fp32 gives the same counts at any batch size", options=PRECISIONS
+        "fp32", "evaluation precision; fp32 gives the same counts for any batch size", options=PRECISIONS
     )
-    matmul: str = knob("tf32", "fp32 matrix products on CUDA: ieee or tf32 (10-bit mantissa)", options=("ieee", "tf32"))
+    matmul: str = knob(
+        "tf32", "precision of fp32 matrix products on CUDA: ieee, or tf32 (10-bit mantissa)", options=("ieee", "tf32")
+    )
     channels_last: bool = knob(False, "use the channels_last memory format for images and convolutions")
     compile: Any = knob(
         "auto",
-        "torch.compile: blocks (one graph per kind of block), model (one graph), false; "
+        "use torch.compile. blocks: one graph per kind of block; model: one graph; false: off; "
         "auto: blocks for MOA models on CUDA in runs of 2,000 steps or more, unless runtime.deterministic=true",
     )
-    deterministic: bool = knob(False, "use deterministic kernels only: runs repeat bit for bit; slower on CUDA")
-    timeout: float = knob(600.0, "seconds to wait for another rank before the run ends", above=0)
-    threads: int = knob(0, "CPU threads per rank; 0: CPU cores / ranks on this machine", least=0)
+    deterministic: bool = knob(
+        False, "use only deterministic kernels: runs are reproducible bit for bit, but slower on CUDA"
+    )
+    timeout: float = knob(600.0, "seconds to wait for another rank before the run fails", above=0)
+    threads: int = knob(0, "CPU threads per rank; 0: CPU cores of this machine / ranks on it", least=0)
     seed: int = knob(
         0,
         "random seed for data order, augmentation, initialization and dropout",
@@ -309,24 +339,28 @@ class RuntimeConfig:
 
 @dataclass
 class RunConfig:
-    """A whole run."""
+    """Settings of ``moa-train``."""
 
     run_dir: str | None = knob(None, "run folder (default: outputs/DATA-MODEL-TIME)")
     resume: str | None = knob(
-        None, "run folder to resume, or auto: resume run_dir if it holds a checkpoint, else start there"
+        None, "run folder to resume; auto: resume run_dir if it contains a checkpoint, else start a new run there"
     )
     replay: int | None = knob(
-        None, "with resume: repeat the update after this many steps and report NaN or infinity; saves nothing", least=0
+        None,
+        "with resume: repeat the update that follows this step, report NaN and infinity, and save nothing",
+        least=0,
     )
     init: str | None = knob(
         None,
         "weights to start from: run folder, checkpoint folder, .safetensors file, or .pth file of a torchvision model",
     )
     init_head: str = knob(
-        "strict", "strict: all weights of init must fit; new: reinitialize the classifier", options=("strict", "new")
+        "strict",
+        "strict: all weights of init must fit the model; new: reinitialize the classifier",
+        options=("strict", "new"),
     )
     code: list[str] = knob(
-        [], "your own modules or packages that a checkpoint's configuration may import: [my_package]"
+        [], "your own modules or packages that a checkpoint's configuration may import, for example [my_package]"
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -341,19 +375,23 @@ class RunConfig:
 
 @dataclass
 class EvalConfig:
-    """Settings of ``moa-eval``; the checkpoint says which model and data it belongs to."""
+    """Settings of ``moa-eval``; the checkpoint records its model and data set."""
 
     ckpt: str | None = knob(None, "run folder, checkpoint folder or .safetensors file")
-    weights: str = knob("auto", "weights to evaluate; auto: ema if there are any", options=("auto", "model", "ema"))
+    weights: str = knob(
+        "auto",
+        "weights to evaluate; auto: ema if the checkpoint contains them, else model",
+        options=("auto", "model", "ema"),
+    )
     split: str = knob("test", "split to evaluate", options=SPLITS)
-    root: str | None = knob(None, "folder of the data set, if it has moved")
+    root: str | None = knob(None, "folder of the data set, if it is not where it was during training")
     batch_size: int | None = knob(None, "examples per forward pass (default: as in training)", least=1)
     workers: int | None = knob(None, "processes that decode image files (default: as in training)", least=0)
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N; auto: CUDA if available")
     precision: str | None = knob(None, "precision (default: runtime.eval_precision of the run)", options=PRECISIONS)
     command: bool = knob(False, "print the commands that produced these weights instead of evaluating them")
     code: list[str] = knob(
-        [], "your own modules or packages that the checkpoint's configuration may import: [my_package]"
+        [], "your own modules or packages that the checkpoint's configuration may import, for example [my_package]"
     )
     output: str | None = knob(None, "JSON file for the result (default: eval-SPLIT.json next to the weights)")
 
@@ -401,7 +439,7 @@ def validate(config: Any) -> None:
     """Check ranges, options and the rules that span several settings of a ``RunConfig`` or ``EvalConfig``.
 
     Raises:
-        UserError: naming the key, the value and what is allowed.
+        UserError: the message gives the key, the value and the allowed values.
     """
     for key, item, value in knobs(config):
         if value == "":
@@ -427,7 +465,9 @@ def _check_rules(config: RunConfig) -> None:
     except (TypeError, ValueError):
         height = width = 0
     if height < 1 or width < 1:
-        raise UserError(f"data.image_size={data.image_size} must be a number of pixels or [height, width].")
+        raise UserError(
+            f"data.image_size={data.image_size} must be a number of pixels, such as 224, or [height, width]."
+        )
     for key, entries, length in (
         ("augment.scale", augment.scale, 2),
         ("augment.ratio", augment.ratio, 2),
@@ -444,7 +484,7 @@ def _check_rules(config: RunConfig) -> None:
     if micro and engine.batch_size % micro:
         raise UserError(
             f"engine.batch_size={engine.batch_size} is not a multiple of engine.micro_batch_size={micro}. "
-            f"Nearest batch sizes that are: {_multiples_near(engine.batch_size, micro)}."
+            f"The nearest multiples are: {_multiples_near(engine.batch_size, micro)}."
         )
     for key, names in (
         ("engine.metrics", engine.metrics),
@@ -457,15 +497,15 @@ def _check_rules(config: RunConfig) -> None:
     if short_name(engine.best_by) not in metrics:
         raise UserError(f"engine.best_by={engine.best_by} must be one of engine.metrics: {', '.join(metrics)}.")
     if config.schedule.name == "step" and not config.schedule.milestones:
-        raise UserError("schedule=step needs schedule.milestones, for example ['50%','75%'].")
+        raise UserError("schedule=step requires schedule.milestones, for example ['50%','75%'].")
     if config.resume not in (None, "auto") and config.init:
-        raise UserError("resume continues a run; init starts a new run from weights. Give only one of the two.")
+        raise UserError("resume continues a run, and init starts a new run from weights. Give only one of the two.")
     if config.init_head != "strict" and not config.init:
-        raise UserError(f"init_head={config.init_head} applies to the weights given by init=, which is missing.")
+        raise UserError(f"init_head={config.init_head} requires init=WEIGHTS, the weights to start from.")
     if config.replay is not None and config.resume in (None, "auto"):
-        raise UserError(f"replay={config.replay} needs resume=FOLDER, the run whose update is to be repeated.")
+        raise UserError(f"replay={config.replay} requires resume=FOLDER, the run whose update to repeat.")
     if config.resume == "auto" and not config.run_dir:
-        raise UserError("resume=auto needs run_dir=FOLDER; otherwise every start would use a new folder.")
+        raise UserError("resume=auto requires run_dir=FOLDER; without it, every start would use a new folder.")
 
 
 def _multiples_near(value: int, unit: int) -> str:
@@ -479,13 +519,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any], kind: type = RunConfig, prefix: str = "") -> Any:
-    """Rebuild a configuration from the output of `to_dict`, also of earlier versions.
+    """Return the configuration that `to_dict` of this or an earlier version converted to a dictionary.
 
     Raises:
-        UserError: a key is unknown to this version. Missing keys take their defaults.
+        UserError: this version does not know a key. Missing keys take their defaults.
     """
     if not isinstance(values, dict):
-        raise UserError(f"The configuration{f' at {prefix[:-1]}' if prefix else ''} is {values!r:.80}, not a section.")
+        raise UserError(
+            f"{prefix[:-1] or 'The configuration'} must be a mapping of keys to values, not {values!r:.80}."
+        )
     if not prefix:
         values = _updated(values)
     known = {item.name: item for item in fields(kind)}
@@ -504,11 +546,11 @@ RENAMED = {
     ("engine", "rollback_rate"): "rollback_lr_factor",
     ("tracking", "tensorboard"): "loggers",
 }
-"""Keys of version 0.1, as (section, key), and what they are called now."""
+"""Current names of renamed keys of version 0.1, by (section, key)."""
 
 
 def _updated(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the dictionary of a configuration of version 0.1 with today's keys and values."""
+    """Return a configuration of version 0.1, as a dictionary, with the current keys and values."""
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
     for (section, old), new in RENAMED.items():
         part = values.get(section)

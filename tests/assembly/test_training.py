@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torchvision.models import resnet50
 
-from moa_train.assembly.training import load_init
+from moa_train.assembly import training
+from moa_train.assembly.training import build_compiled, load_init
 from moa_train.engine.tensorfile import write_tensors
 from moa_train.model.registry import create_model
 from moa_train.runtime.errors import UserError
@@ -17,6 +18,30 @@ from moa_train.schema import RunConfig, image_shape, to_dict
 
 def build(config: RunConfig) -> nn.Module:
     return create_model(config.model, image_size=image_shape(config.data.image_size), num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "steps", "works", "mode"),
+    [
+        ("auto", "cuda", 2000, True, "blocks"),
+        ("auto", "cuda", 1999, True, None),  # not worth it
+        ("auto", "cuda", 2000, False, None),  # no compiler
+        ("auto", "cpu", 2000, True, None),
+        ("blocks", "cpu", 1, True, "blocks"),
+        (True, "cuda", 1, True, "model"),
+        ("false", "cuda", 9999, True, None),
+    ],
+)
+def test_what_is_compiled_when(tiny, monkeypatch, choice, device, steps, works, mode):
+    monkeypatch.setattr(training, "compiles", lambda device: works)
+    monkeypatch.setattr(training, "compile_model", lambda model, mode: mode)
+    config = tiny({"runtime.deterministic": "false"})
+    config.runtime.compile = choice
+    model = build(config)
+    assert build_compiled(config, model, steps, torch.device(device)) == (mode or model)
+    if choice == "auto":
+        config.runtime.deterministic = True
+        assert build_compiled(config, model, steps, torch.device(device)) is model
 
 
 def test_the_error_for_unsuitable_weights_lists_the_settings_of_their_model(tiny, tmp_path: Path):

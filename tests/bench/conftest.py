@@ -1,4 +1,4 @@
-"""Jobs so small that each part can be run for real."""
+"""Small benchmark jobs, so that tests can run every part."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from moa_train.bench.job import Job
 
 @pytest.fixture(scope="session")
 def job(tiny: Callable[..., Any]) -> Callable[..., Job]:
-    """A function from settings of the job, and changes of its configuration, to a job of one short round."""
+    """A function that returns a job of one short round, with the given settings and changes of the configuration."""
 
     def make(changes: dict[str, Any] | None = None, **settings: Any) -> Job:
         def compose(overrides: Sequence[str]) -> Any:

@@ -1,4 +1,4 @@
-"""Input pipelines: each contender for real, and that all of them make the same batches."""
+"""Input pipelines: all candidates run and produce equivalent batches."""
 
 from itertools import islice
 from pathlib import Path
@@ -30,7 +30,7 @@ PEERS = {
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """The settings of a tree of JPEG files: pieces of photographs, larger than the model's images."""
+    """The settings for a tree of JPEG files: crops of photographs that are larger than the model's images."""
     root, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
     for label, pixels in enumerate(load_sample_images().images):
         folder = root / "train" / f"class{label}"
@@ -42,7 +42,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return {"data.name": "folder", "data.root": str(root), "data.image_size": 96, "data.val_fraction": 0}
 
 
-def test_a_table_with_every_contender_stage_and_ratio(job):
+def test_tables_contain_all_candidates_stages_and_ratios(job):
     training, evaluation = input_part.prepare(job(FULL, against=("timm", "torchvision")))()
     whole = ["moa-train", "timm", "timm prefetcher", "torchvision"]
     ratios = [f"moa-train / {name}" for name in whole[1:]]
@@ -61,7 +61,7 @@ def test_files_are_read_decoded_and_cropped(job, photographs):
         assert names[:4] == ["moa-train", "read", "decode", "decode, crop, resize"]
 
 
-def test_one_thread_is_measured_and_the_others_come_back(job, monkeypatch):
+def test_measurements_use_one_thread_and_restore_the_number(job, monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
     list(input_part.prepare(job(modes=("infer",)))())
@@ -69,8 +69,8 @@ def test_one_thread_is_measured_and_the_others_come_back(job, monkeypatch):
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_in_evaluation_a_peer_has_our_pixels(job, photographs, name):
-    for changes, bound in (({}, 0.51), (photographs, 2.51)):  # of 255: where images are resized, as in test_view
+def test_evaluation_pixels_equal_those_of_peers(job, photographs, name):
+    for changes, bound in (({}, 0.51), (photographs, 2.51)):  # of 255; larger for resized images, as in test_view
         work = job(changes)
         config, source = work.config, open_split(work.config.data, "train")
         source = source.subset(np.arange(8), source.title)
@@ -86,13 +86,13 @@ def test_in_evaluation_a_peer_has_our_pixels(job, photographs, name):
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize("crop", ["pad", "resized", "none"])
 @pytest.mark.parametrize("files", [False, True])
-def test_in_training_a_peer_makes_batches_like_ours(job, photographs, name, crop, files):
+def test_training_batches_resemble_those_of_peers(job, photographs, name, crop, files):
     work = job({**FULL, **(photographs if files else {}), "augment.crop": crop})
     config, source = work.config, open_split(work.config.data, "train")
     size, count = (4, 6) if files else (64, 4)
     config.engine.batch_size = config.engine.micro_batch_size = size
     config.data.workers = 0
-    seed_everything(0)  # the peers draw from the global generators
+    seed_everything(0)  # the peers use the global generators
     made = {
         "ours": islice(input_part._ours(work, config, source, "train"), count),
         name: islice(PEERS[name](config, source, "train", size, CPU), count),
@@ -109,7 +109,7 @@ def test_in_training_a_peer_makes_batches_like_ours(job, photographs, name, crop
     assert spread["ours"] / spread[name] == pytest.approx(1, abs=0.35 if files else 0.15)
 
 
-def test_without_mixing_a_peer_keeps_the_labels(job):
+def test_peers_return_labels_without_mixing(job):
     work = job({"augment.mixup": 0, "augment.cutmix": 0})
     source = open_split(work.config.data, "train")
     for peer in PEERS.values():
@@ -117,6 +117,6 @@ def test_without_mixing_a_peer_keeps_the_labels(job):
         assert labels.dtype == torch.int64
 
 
-def test_an_unknown_peer_is_refused_before_anything_is_opened(job):
+def test_an_unknown_peer_is_rejected_before_data_is_opened(job):
     with pytest.raises(UserError, match="--against=timmm"):
         input_part.prepare(job({"data.name": "folder", "data.root": str(Path("nowhere"))}, against=("timmm",)))

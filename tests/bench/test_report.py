@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 VALUES = np.random.default_rng(0).uniform(0.1, 5.0, (2, 7))
 
 
-def test_contenders_take_turns():
+def test_candidates_alternate():
     order: list[str] = []
     ticks = iter(range(100))
 
@@ -36,21 +36,21 @@ def test_a_short_function_is_repeated_until_its_time_can_be_measured(least, fewe
 
     measure = timing.timed(work, CPU, least_seconds=least, warmup=2)
     before = len(calls)
-    assert before == 3  # twice to warm up, once to see how long it takes
+    assert before == 3  # two warmup calls, and one call to estimate the time
     assert measure() >= 0.001
     assert fewest <= len(calls) - before <= most
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_the_time_is_that_of_the_device():
+def test_gpu_time_is_measured_on_the_device():
     matrix = torch.randn(4096, 4096, device="cuda")
     measure = timing.timed(lambda: matrix @ matrix, torch.device("cuda"), least_seconds=0.01)
     started = time.perf_counter()
     assert 0 < measure() < time.perf_counter() - started
 
 
-def test_statistics_are_those_of_numpy():
+def test_statistics_equal_those_of_numpy():
     row = Row("x", "ms", VALUES[0].tolist())
     result = row.as_dict()
     assert result["n"] == 7
@@ -59,7 +59,7 @@ def test_statistics_are_those_of_numpy():
     )
 
 
-def test_ratios_are_taken_round_by_round():
+def test_ratios_are_computed_round_by_round():
     a, b = (Row.rate(name, seconds.tolist(), 32, ms=1.0) for name, seconds in zip("ab", VALUES, strict=True))
     assert a.values == pytest.approx((32 / VALUES[0]).tolist())
     ratio = a.over(b)
@@ -74,7 +74,7 @@ def test_numbers_have_four_digits(value, text):
     assert report.number(value) == text
 
 
-def test_the_table_has_every_number_in_its_column():
+def test_tables_are_aligned():
     rows = [Row("first", "images/s", [1.0, 3.0, 2.0], {"MFU %": 41.5}), Row("second, longer", "ms", [1500.0])]
     title, head, first, second = Table("step", "train, bf16", rows).text().splitlines()
     assert title == "step: train, bf16"
@@ -84,7 +84,7 @@ def test_the_table_has_every_number_in_its_column():
     assert head.index("median") + len("median") == first.index("2.000") + len("2.000")
 
 
-def test_the_json_says_what_was_measured_where_and_with_what(tmp_path: Path):
+def test_json_contains_hardware_versions_and_values(tmp_path: Path):
     head = report.header(CPU, ["moa-bench", "step"])
     report.write(tmp_path / "new" / "x.json", head, [Table("step", "t", [Row("x", "ms", [2.0, 1.0])])])
     result = json.loads((tmp_path / "new" / "x.json").read_text())

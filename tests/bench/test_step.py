@@ -1,4 +1,4 @@
-"""Model steps: every entrant for real, MACs and memory against independent counts."""
+"""Model steps: all candidates run, and MACs and memory equal independent counts."""
 
 import re
 from dataclasses import replace
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 SWIN = "swin_tiny_patch4_window7_224:img_size=32,patch_size=4,window_size=4,embed_dim=16,depths=(1,1),num_heads=(1,2)"
 
 
-def test_a_table_for_each_case_with_every_entrant_and_its_ratio(job):
+def test_there_is_a_table_per_case_with_all_candidates_and_ratios(job):
     peer = "torchvision/resnet18"
     tables = list(step.prepare(job(checkpointings=(False, True), batches=(2, 3), against=(peer,)))())
     assert [table.title.split(",")[0] + table.title.split(",")[2] for table in tables] == [
@@ -33,12 +33,14 @@ def test_a_table_for_each_case_with_every_entrant_and_its_ratio(job):
     assert [row.what for row in tables[2].rows] == ["custom", peer, "matrix product of 2048", f"custom / {peer}"]
     plainly, again, other = tables[0].rows[:3]
     assert plainly.facts["MiB"] > again.facts["MiB"] > 0
-    assert other.facts["GMACs"] == pytest.approx(0.037, rel=0.1)  # 1.82 at 224, by its paper, and 49 times less
+    assert other.facts["GMACs"] == pytest.approx(
+        0.037, rel=0.1
+    )  # its paper reports 1.82 for 224 x 224, which has 49 times the pixels
     assert tables[0].rows[4].values == [plainly.values[0] / again.values[0]]
     assert plainly.values[0] == pytest.approx(2 / plainly.facts["ms"] * 1e3)
 
 
-def test_the_share_of_the_peak_is_that_of_the_counted_products(job):
+def test_mfu_follows_from_counted_macs(job):
     work = job()
     training, inference = step.prepare(work)()
     for table, factor in ((training, 6), (inference, 2)):
@@ -51,7 +53,7 @@ def test_the_share_of_the_peak_is_that_of_the_counted_products(job):
     assert ours.facts["GMACs"] == counted / 1e9
 
 
-def test_another_model_of_ours_is_composed(job, tiny):
+def test_peers_can_be_options_of_the_group_model(job, tiny):
     asked = []
 
     def compose(overrides):
@@ -66,7 +68,7 @@ def test_another_model_of_ours_is_composed(job, tiny):
 
 
 @pytest.mark.parametrize("text", [f"timm/{SWIN}", "torchvision/swin_t"])
-def test_a_peer_of_cifar_geometry_gives_logits_of_our_classes(text):
+def test_peers_have_the_configured_number_of_classes(text):
     if text.startswith("timm"):
         pytest.importorskip("timm")
     assert check_peer(text, 7, (32, 32)).training is False
@@ -86,23 +88,23 @@ def test_a_peer_of_cifar_geometry_gives_logits_of_our_classes(text):
         ("torchvision/vit_b_16", "does not work for images of 32 x 32"),
     ],
 )
-def test_a_peer_that_cannot_take_part_is_known_before_anything_is_measured(job, text, message):
+def test_invalid_peers_are_rejected_before_any_measurement(job, text, message):
     with pytest.raises(UserError, match=re.escape(message)):
         step.prepare(job(against=(text,)))
 
 
-def test_arguments_are_literals():
+def test_arguments_are_parsed_as_literals():
     text = "img_size=32,depths=(2,2),name='a=b, c',flag=False"
     assert read_arguments("", text) == {"img_size": 32, "depths": (2, 2), "name": "a=b, c", "flag": False}
     assert read_arguments("", "") == {}
 
 
-def test_a_precision_that_is_not_there_is_known_before(job):
+def test_an_unsupported_precision_is_rejected_before_any_measurement(job):
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         step.prepare(job(precisions=("fp32", "fp16")))
 
 
-def test_the_plain_update_is_that_of_the_textbook():
+def test_the_plain_update_equals_a_handwritten_one():
     torch.manual_seed(0)
     model, twin = nn.Linear(4, 3), nn.Linear(4, 3)
     twin.load_state_dict(model.state_dict())
@@ -118,7 +120,7 @@ def test_the_plain_update_is_that_of_the_textbook():
         assert mine.grad is None
 
 
-def test_memory_is_what_lives_at_a_time():
+def test_peak_memory_counts_live_tensors():
     kept = torch.zeros(1000)
 
     def work() -> None:
@@ -133,7 +135,7 @@ def test_memory_is_what_lives_at_a_time():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_memory_is_the_allocators_without_what_was_there_before():
+def test_gpu_memory_excludes_earlier_allocations():
     device, other = torch.device("cuda"), torch.zeros(2**20, device="cuda")
     before = memory.allocated(device)
     kept = torch.zeros(2**20, device=device)
@@ -143,6 +145,6 @@ def test_on_a_gpu_memory_is_the_allocators_without_what_was_there_before():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_every_entrant_has_its_own_memory(job):
+def test_gpu_memory_is_measured_for_every_candidate(job):
     for table in step.prepare(replace(job(against=("torchvision/resnet18",)), device=torch.device("cuda")))():
         assert all(row.facts["MiB"] > 0 for row in table.rows[:2])

@@ -1,6 +1,6 @@
-"""The command line's frame: help, composed configuration, and mistakes.
+"""What the commands share: help, the composed configuration and error messages.
 
-All arguments are tried one after the other in one process of their own, to see as well that none of them imports torch.
+One child process tries all command lines, which also shows that none of them imports torch.
 """
 
 import json
@@ -42,7 +42,7 @@ def run(command, arguments):
 print(json.dumps([run(*case) for case in json.load(sys.stdin)]))
 """
 
-# Arguments, and what the message has to say: the key and the nearest right name or value.
+# Arguments, and fragments of the message: the key, and the nearest valid name or value.
 MISTAKES = {
     "data.root=${oc.env:MY_API_TOKEN}": ["${oc.env:MY_API_TOKEN} looks like a secret", "no setting needs a secret"],
     # unknown keys
@@ -70,35 +70,35 @@ MISTAKES = {
     "optim.lr=abc": ["optim.lr=abc", "a number"],
     "optim.lr=": ["optim.lr=", "a number"],
     "optim.lr=null": ["optim.lr=null", "a number"],
-    "engine.batch_size=1.5": ["engine.batch_size=1.5", "a whole number"],
-    "model.depths=2": ["model.depths=2", "[x,y,...]", "a whole number"],
-    "model.depths=[1,a]": ["model.depths", "a whole number"],
+    "engine.batch_size=1.5": ["engine.batch_size=1.5", "an integer"],
+    "model.depths=2": ["model.depths=2", "[x,y,...]", "an integer"],
+    "model.depths=[1,a]": ["model.depths", "an integer"],
     "model.moa.enabled=maybe": ["model.moa.enabled=maybe", "true or false"],
-    "data.workers=many": ["data.workers=many", "a whole number or null"],
+    "data.workers=many": ["data.workers=many", "an integer or null"],
     "data.mean={a:1}": ["data.mean", "a list"],
-    # the grammar
-    "optim.lr=[1,2": ["Cannot read optim.lr=[1,2", "brackets"],
-    "run_dir=a=b": ["Cannot read run_dir=a=b", "quotes"],
-    "optim.lr = 3": ["Cannot read optim.lr = 3", "without spaces"],
-    "moa_b": ["'moa_b' is not an argument of the form key=value"],
+    # syntax
+    "optim.lr=[1,2": ["Cannot parse optim.lr=[1,2", "brackets"],
+    "run_dir=a=b": ["Cannot parse run_dir=a=b", "quotes"],
+    "optim.lr = 3": ["Cannot parse optim.lr = 3", "without spaces"],
+    "moa_b": ["Unexpected argument 'moa_b'", "key=value"],
     "+optim.lr=3": ["Write optim.lr=3"],
     "+model=moa_t": ["Write model=moa_t"],
-    "~optim.lr": ["nothing can be removed"],
+    "~optim.lr": ["settings cannot be removed"],
     "optim.lr=1e-3,1e-4": ["add -m"],
     "run_dir=/tmp/a,b": ["add -m", "\"run_dir='a,b'\""],
     "-m optim.lr=1e-3,abc": ["optim.lr=abc", "a number"],
     "-m model=moa_t,moa_x": ["model=moa_x", "moa_t"],
-    # Hydra's own
+    # errors from Hydra
     "--cfg jobs": ["--cfg", "'job'"],
     "--cgf job": ["--cgf"],
     "hydra.foo=1": ["hydra.foo"],
     "model.moa=3": ["model.moa"],
-    # composed, then checked
+    # errors of the composed configuration
     "optim.lr=-1": ["optim.lr=-1.0", "> 0"],
     "optim.name=adam": ["optim.name=adam", "'adamw'"],
     "data=imagenet": ["data=imagenet", "data.root=FOLDER"],
     "engine.batch_size=64 engine.micro_batch_size=48": ["engine.batch_size=64", "48 or 96"],
-    "--config-dir=false experiment=off": ["'experiment/off'", "off and no for false", '"off": 10%'],
+    "--config-dir=false experiment=off": ["'experiment/off'", "off and no as false", "augment.weak_for"],
     "resume=x init=y": ["resume", "init", "one of the two"],
     "data.image_size=32.5": ["data.image_size=32.5 must be a number of pixels"],
     "data.image_size=[32,32.5]": ["data.image_size=[32, 32.5] must be a number of pixels"],
@@ -113,11 +113,11 @@ MISTAKES = {
     "--config-dir=bad experiment=brace": ["not valid YAML", "bad/experiment/brace.yaml", "line 2"],
     "--config-dir=bad experiment=twice": ["not valid YAML", "duplicate key optim", "line 3"],
     "--config-dir=bad experiment=latin": ["bad/experiment/latin.yaml is not encoded in UTF-8"],
-    "--config-dir=bad experiment=unknown": ["There is no optim.weight_decy", "Did you mean optim.weight_decay?"],
+    "--config-dir=bad experiment=unknown": ["Unknown key optim.weight_decy", "Did you mean optim.weight_decay?"],
     "--config-dir=bad experiment=local": ["experiment/ must be: # @package _global_"],
     "--config-dir=bad experiment=empty": ["experiment/ must be: # @package _global_"],
     # what other trainers call it
-    "epochs=10": ["There is no epochs", "schedule.duration='10 epochs'"],
+    "epochs=10": ["Unknown key epochs", "schedule.duration='10 epochs'"],
     "engine.max_steps=10": ["schedule.duration='10 steps'"],
 }
 EVAL_MISTAKES = {
@@ -197,7 +197,7 @@ def tried(tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("text", [*MISTAKES, *("eval " + text for text in EVAL_MISTAKES)])
-def test_mistakes_are_named_with_what_is_right(tried, text):
+def test_mistakes_are_explained(tried, text):
     found = tried[text]
     assert found["code"] == 2
     assert "ran [" not in found["out"]
@@ -208,7 +208,7 @@ def test_mistakes_are_named_with_what_is_right(tried, text):
         assert fragment in found["err"]
 
 
-def test_none_of_them_needed_torch(tried):
+def test_no_command_line_imports_torch(tried):
     assert not any(found["torch"] for found in tried.values())
 
 
@@ -221,7 +221,7 @@ def test_the_arguments_of_one_run_of_a_sweep(monkeypatch):
     assert sweep.arguments_of_one_run(["optim.lr=1e-3"]) is None
 
 
-def test_torchrun_is_told_and_keeps_the_time_of_what_it_was_told_before(monkeypatch, tmp_path, capsys):
+def test_errors_are_passed_to_torchrun(monkeypatch, tmp_path, capsys):
     def mistake() -> int:
         raise UserError("three is too many. Nearest: 2.")
 
@@ -252,8 +252,8 @@ def test_help_shows_examples_groups_and_every_knob(tried):
     assert "[paper, published]" in text
 
 
-def test_help_may_be_cut_short_by_a_pager():
-    """Not by way of the commands above: what is set is a signal's default, for the whole process."""
+def test_help_can_be_piped_into_head():
+    """This needs its own process, because the signal handler applies to the whole process."""
     command = [sys.executable, "-m", "moa_train.cli.train", "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as shown:
         assert shown.stdout is not None
@@ -262,7 +262,7 @@ def test_help_may_be_cut_short_by_a_pager():
         assert shown.stderr.read() == ""
 
 
-def test_help_of_the_evaluation(tried):
+def test_help_of_moa_eval(tried):
     text = tried["eval help"]["out"]
     assert "moa-eval ckpt=outputs/RUN" in text
     for key, item, _ in knobs(EvalConfig()):
@@ -279,7 +279,7 @@ def test_cfg_job_shows_the_composed_configuration(tried):
     assert "ran [" not in tried["job"]["out"]
 
 
-def test_recipes_of_ones_own_lie_in_any_folder(tried):
+def test_own_recipes_can_be_in_any_folder(tried):
     assert tried["own"]["code"] == 0, tried["own"]["err"]
     lines = tried["own"]["out"].splitlines()
     for line in ("  variant: swin_t", "  patch_size: 1", "  name: sgd", "  duration: 7 epochs"):
@@ -288,7 +288,7 @@ def test_recipes_of_ones_own_lie_in_any_folder(tried):
     assert "Did you mean 'mine'? Options: cifar100_cpu, home, mine, paper_" in tried["own, not there"]["err"]
 
 
-def test_the_shell_can_complete_arguments(tried):
+def test_shell_completion(tried):
     assert tried["completion"]["code"] == 0, tried["completion"]["err"]
     assert "complete -o nospace" in tried["completion"]["out"]
 
@@ -309,7 +309,7 @@ def test_a_sweep_runs_every_combination(tried):
     assert len(announced) == 8
 
 
-def test_signs_in_values(tried):
+def test_special_characters_in_values(tried):
     assert tried["quoted"]["code"] == 0, tried["quoted"]["err"]
 
 
@@ -323,20 +323,20 @@ def test_no_recipe_is_a_choice(tried):
     assert "ran [" in tried["no recipe"]["out"], tried["no recipe"]["err"]
 
 
-def test_overrides_stay_as_typed(tried):
-    """Or the value of the variable would be in the command that the provenance of a sweep's runs records."""
+def test_overrides_are_not_resolved(tried):
+    """Otherwise, the provenance of the runs of a sweep would contain the value of the variable."""
     assert "ran ['data.root=/data/${oc.env:HOME}']" in tried["environment"]["out"]
 
 
-def test_commands_are_installed_where_python_is():
+def test_commands_are_installed():
     names = {path.name for path in Path(sys.executable).parent.iterdir()}
     if "moa-train" not in names:
-        pytest.skip("moa-train runs from its source here: nothing is installed")
+        pytest.skip("moa-train is not installed in this environment")
     assert {"moa-train", "moa-eval", "moa-data"} <= names
 
 
-def test_ctrl_c_leaves_without_a_traceback(monkeypatch, capsys):
-    """A real SIGINT, where no training answers it."""
+def test_ctrl_c_prints_no_traceback(monkeypatch, capsys):
+    """Raise a real SIGINT while no training handles it."""
     from moa_train.cli import app, data
 
     def interrupted(*_):

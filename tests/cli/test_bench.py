@@ -1,4 +1,4 @@
-"""moa-bench as typed."""
+"""The moa-bench command."""
 
 import json
 import sys
@@ -18,15 +18,15 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(left.value.code or 0)
 
 
-def test_parts_one_after_the_other_as_tables_and_json(monkeypatch, capsys, tmp_path: Path):
+def test_parts_are_reported_as_tables_and_json(monkeypatch, capsys, tmp_path: Path):
     file = tmp_path / "result.json"
     options = ("--rounds", "1", "--seconds", "0", "--batch", "2", "--against", "moa-train/vit_b_16", "--mode", "infer")
     assert run(monkeypatch, "checkpoint", "step", *options, "--json", str(file), "model=moa_micro", *SMALL[3:]) == 0
-    shown, told = capsys.readouterr().out, json.loads(file.read_text())
-    assert [table["part"] for table in told["tables"]] == ["checkpoint", "step"]
-    assert told["threads"] == 1
-    assert f"torch {told['versions']['torch']}" in shown
-    names = [row["what"] for row in told["tables"][1]["rows"]]
+    shown, result = capsys.readouterr().out, json.loads(file.read_text())
+    assert [table["part"] for table in result["tables"]] == ["checkpoint", "step"]
+    assert result["threads"] == 1
+    assert f"torch {result['versions']['torch']}" in shown
+    names = [row["what"] for row in result["tables"][1]["rows"]]
     assert names == ["moa_micro", "moa-train/vit_b_16", "matrix product of 2048", "moa_micro / moa-train/vit_b_16"]
     assert all(name in shown for name in names)
     assert f"wrote {file}" in shown
@@ -36,47 +36,47 @@ def test_parts_one_after_the_other_as_tables_and_json(monkeypatch, capsys, tmp_p
     ("arguments", "message"),
     [
         (("stap",), "part=stap is not known. Did you mean 'step'?"),
-        (("loop", "--against", "timm/resnet18"), "--against timm/resnet18 is for step"),
-        (("step", "--against", "timm"), "--against timm is for input"),
+        (("loop", "--against", "timm/resnet18"), "--against timm/resnet18 applies to the part step"),
+        (("step", "--against", "timm"), "--against timm applies to the part input"),
         (("step", "model=moa_q"), "model=moa_q is not known"),
         (("step", "--against", "moa-train/moa_q"), "model=moa_q is not known"),
         (("checkpoint", "step", "--against", "torchvision/nothing"), "torchvision has no model 'nothing'"),
         (("loop", "data=folder"), "needs data.root=FOLDER"),
-        (("step", "--rounds", "0"), "not a whole number of 1 or more"),
+        (("step", "--rounds", "0"), "is not a positive integer"),
     ],
 )
-def test_what_cannot_be_measured_is_said_before_anything_is(monkeypatch, capsys, arguments, message):
+def test_errors_are_reported_before_any_measurement(monkeypatch, capsys, arguments, message):
     assert run(monkeypatch, *arguments) == 2
     shown = capsys.readouterr()
     assert message in shown.err
     assert not shown.out
 
 
-def test_recipes_of_ones_own_are_measured(monkeypatch, capsys, tmp_path: Path):
+def test_own_recipes_can_be_measured(monkeypatch, capsys, tmp_path: Path):
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     recipe = "# @package _global_\nmodel: {variant: mine, embed_dim: 32, depths: [1, 1], heads: [1, 2]}\n"
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(recipe)
     file, own = tmp_path / "result.json", ("--config-dir", str(tmp_path / "conf"), "experiment=mine")
     assert run(monkeypatch, "checkpoint", "--rounds", "1", *own, "--json", str(file), *SMALL[3:]) == 0
-    told = json.loads(file.read_text())
-    assert told["config"]["model"]["embed_dim"] == 32
-    assert "mine, muon" in told["tables"][0]["title"]
+    result = json.loads(file.read_text())
+    assert result["config"]["model"]["embed_dim"] == 32
+    assert "mine, muon" in result["tables"][0]["title"]
     assert "mine, muon" in capsys.readouterr().out
 
 
-def test_a_peer_that_is_not_installed_is_named_with_its_remedy(monkeypatch, capsys):
+def test_a_missing_library_is_an_error_that_says_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run(monkeypatch, "step", "--against", "timm/resnet18") == 2
     assert "pip install 'moa-train[bench]'" in capsys.readouterr().err
 
 
-def test_options_are_told_from_settings():
+def test_options_are_separated_from_settings():
     options, overrides = command.read(
         ["step", "--batch", "8", "16", "model=moa_t", "data=imagenet", "--against", "timm/x:img_size=32,window=4"]
     )
     assert options.batch == [8, 16]
     assert options.against == ["timm/x:img_size=32,window=4"]
-    assert overrides == ["data.root=.", "model=moa_t", "data=imagenet"]  # no image of it is looked at
+    assert overrides == ["data.root=.", "model=moa_t", "data=imagenet"]  # no image is read
     assert command.read(["loop", "data=imagenet"])[1] == ["data=imagenet"]
     assert command.read(["--config-dir", "mine"])[0].config_dir == ["--config-dir=mine"]
     assert command.read([])[0].parts == list(command.PARTS)

@@ -1,3 +1,5 @@
+"""The moa-data command."""
+
 import json
 import subprocess
 import sys
@@ -49,13 +51,15 @@ def test_pack_then_check_and_stats(tree: Path, tmp_path: Path, capsys: pytest.Ca
     assert json.loads(from_pack[0].partition("=")[2]) == pytest.approx(pixels.mean((0, 1, 2)).tolist(), abs=1e-4)
 
 
-def test_check_finds_and_exits_with_1(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reports_problems_and_exits_with_1(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tree / "test" / "ant" / "0.png").write_bytes((tree / "train" / "bee" / "1.png").read_bytes())
     (tree / "train" / "ant" / "2.png").write_bytes(b"")
     assert run("check", tree, "--json", tmp_path / "report.json") == 1
     output = capsys.readouterr().out
     assert "1 unreadable images" in output
-    assert "1 groups of equal images in different splits" in output
+    assert "1 groups of identical images in different splits" in output
     assert f"{tree}/train/bee/1.png = {tree}/test/ant/0.png" in output
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["leaks"]) == len(report["conflicts"]) == len(report["unreadable"]) == 1
@@ -65,15 +69,15 @@ def test_check_finds_and_exits_with_1(tree: Path, tmp_path: Path, capsys: pytest
     ("arguments", "message"),
     [
         (["check", "nowhere"], "nowhere: there is no such folder"),
-        (["pack", "nowhere", "out"], "nowhere has no folder train, val or test"),
+        (["pack", "nowhere", "out"], "nowhere contains no folder train, val or test"),
         (["stats", "nowhere"], "no such folder"),
-        (["stats", "nowhere", "--image-size", "0"], "--image-size=0"),
-        (["check", "tree", "--json", "nowhere/report.json"], "moa-data: nowhere/report.json: No such file"),
-        (["check", "nowhere", "--workers", "-1"], "not a whole number"),
+        (["stats", "nowhere", "--image-size", "0"], "--image-size is 0"),
+        (["check", "tree", "--json", "nowhere/report.json"], "error: nowhere/report.json: No such file"),
+        (["check", "nowhere", "--workers", "-1"], "not a non-negative integer"),
         (["clean", "nowhere"], "invalid choice: 'clean'"),
     ],
 )
-def test_mistakes_exit_with_2_and_a_remedy(
+def test_mistakes_are_explained_and_exit_with_2(
     arguments: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],
@@ -88,7 +92,7 @@ def test_mistakes_exit_with_2_and_a_remedy(
     assert message in capsys.readouterr().err
 
 
-def test_help_says_how(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     output = capsys.readouterr().out
     for command in ("pack", "check", "stats"):

@@ -1,4 +1,4 @@
-"""moa-eval returns what training logged, to the last count."""
+"""moa-eval computes exactly the counts that training logged."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ def run(**options) -> dict:
     finally:
         torch.set_deterministic_debug_mode("default")
         torch.set_num_threads(threads)
-    return json.loads(out.getvalue())  # standard output is JSON and nothing else
+    return json.loads(out.getvalue())  # standard output contains only JSON
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def logged(straight) -> dict:
 
 
 @pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/best", "weights", "alone"])
-def test_counts_are_those_that_training_logged(copy, logged, tmp_path, where):
+def test_counts_equal_those_logged_in_training(copy, logged, tmp_path, where):
     best = copy / "checkpoints" / f"step-{logged['step']:08}"
     if where == "alone":
         ckpt = Path(shutil.copy(best / "ema.safetensors", tmp_path / "mine.safetensors"))
@@ -58,20 +58,20 @@ def test_counts_are_those_that_training_logged(copy, logged, tmp_path, where):
     written.unlink()
 
 
-def test_the_split_that_chose_the_best(copy, logged, tmp_path):
+def test_validation_counts_equal_those_logged_in_training(copy, logged, tmp_path):
     found = run(ckpt=copy, split="val", output=tmp_path / "val.json")
     assert {key: found[key] for key in COUNTS} == {key: logged["val"][key] for key in COUNTS}
     assert json.loads((tmp_path / "val.json").read_text()) == found
 
 
-def test_a_checkpoint_moved_elsewhere_is_evaluated_beside_itself(copy, logged, tmp_path):
+def test_the_result_of_a_moved_checkpoint_is_written_next_to_it(copy, logged, tmp_path):
     moved = shutil.copytree(copy / "checkpoints" / f"step-{logged['step']:08}", tmp_path / "kept" / "mine")
     assert run(ckpt=moved)["top1_count"] == logged["test"]["top1_count"]
     assert (tmp_path / "kept" / "eval-test.json").exists()
     assert not (tmp_path / "eval-test.json").exists()
 
 
-def test_plain_weights_are_others_than_the_averaged_ones(copy, tmp_path):
+def test_model_weights_differ_from_ema_weights(copy, tmp_path):
     ema, model = (run(ckpt=copy, weights=name, output=tmp_path / "x") for name in ("ema", "model"))
     assert ema["weights"].endswith("ema.safetensors")
     assert model["weights"].endswith("model.safetensors")
@@ -79,7 +79,7 @@ def test_plain_weights_are_others_than_the_averaged_ones(copy, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 359, 1000])
-def test_counts_do_not_depend_on_the_batch(copy, logged, tmp_path, batch_size):
+def test_counts_do_not_depend_on_the_batch_size(copy, logged, tmp_path, batch_size):
     out = io.StringIO()
     config = EvalConfig(ckpt=str(copy), batch_size=batch_size, device="cpu", output=str(tmp_path / "x"))
     with contextlib.redirect_stdout(out):
@@ -89,7 +89,7 @@ def test_counts_do_not_depend_on_the_batch(copy, logged, tmp_path, batch_size):
     assert {key: found[key] for key in COUNTS[:3]} == {key: logged["test"][key] for key in COUNTS[:3]}
 
 
-def test_two_ranks_count_what_training_on_two_ranks_logged(two_ranks):
+def test_counts_on_two_ranks_equal_those_logged_in_training(two_ranks):
     found = json.loads((two_ranks / "eval.json").read_text())
     logged = json.loads((two_ranks / "whole" / "result.json").read_text())
     assert {key: found[key] for key in COUNTS} == {key: logged["test"][key] for key in COUNTS}
@@ -97,10 +97,10 @@ def test_two_ranks_count_what_training_on_two_ranks_logged(two_ranks):
     assert {key: found[key] for key in COUNTS[:3]} == {key: alone[key] for key in COUNTS[:3]}
 
 
-def test_foreign_weights_are_refused_with_a_reason(tmp_path):
+def test_weights_without_a_configuration_are_rejected(tmp_path):
     foreign = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(2)}, foreign)
-    with pytest.raises(UserError, match=r"foreign\.safetensors does not say what model it belongs to"):
+    with pytest.raises(UserError, match=r"foreign\.safetensors has no configuration in its header"):
         run(ckpt=foreign)
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(foreign.read_bytes()[:20])
@@ -120,16 +120,16 @@ def test_pickles_are_never_loaded(tmp_path):
         run(ckpt=path)
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_checkpoints_are_errors(tmp_path):
     with pytest.raises(UserError, match=r"nowhere does not exist\. Give a run folder, a checkpoint folder or"):
         run(ckpt=tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no checkpoint"):
         run(ckpt=tmp_path)
-    with pytest.raises(UserError, match="moa-eval needs ckpt=PATH"):
+    with pytest.raises(UserError, match="Give ckpt=PATH"):
         evaluate(EvalConfig(), [])
 
 
-def test_data_of_other_classes_is_refused(straight, make_classes, tmp_path):
+def test_data_with_other_classes_is_rejected(straight, make_classes, tmp_path):
     root = make_classes(5)
     best = next((straight / "checkpoints").glob("step-*")) / "ema.safetensors"
     import safetensors
@@ -140,11 +140,11 @@ def test_data_of_other_classes_is_refused(straight, make_classes, tmp_path):
     config = json.loads(header["config"])
     config["data"] |= {"name": "folder", "root": str(root), "val_fraction": 0.0}
     save_file(tensors, tmp_path / "x.safetensors", header | {"config": json.dumps(config)})
-    with pytest.raises(UserError, match=r"know 10 classes .* the data has 5 .*root="):
+    with pytest.raises(UserError, match=r"trained on 10 classes .* the data has 5 .*root="):
         run(ckpt=tmp_path / "x.safetensors")
 
 
-def test_splits_and_folders_that_are_not_there_are_named_in_the_words_of_this_command(straight, tmp_path):
+def test_missing_splits_and_folders_are_errors_that_name_the_settings_of_moa_eval(straight, tmp_path):
     best = next((straight / "checkpoints").glob("step-*")) / "ema.safetensors"
     import safetensors
 
@@ -153,7 +153,7 @@ def test_splits_and_folders_that_are_not_there_are_named_in_the_words_of_this_co
     config = json.loads(header["config"])
     config["data"] |= {"name": "imagenet", "root": None, "val_fraction": 0.0}
     save_file({"head.bias": torch.zeros(10)}, tmp_path / "x.safetensors", header | {"config": json.dumps(config)})
-    with pytest.raises(UserError, match=r"split=val: imagenet has only train and test \(.*split=test"):
+    with pytest.raises(UserError, match=r"split=val does not exist: imagenet has only train and test\. .*split=test"):
         run(ckpt=tmp_path / "x.safetensors", split="val")
     with pytest.raises(UserError, match=r"data/imagenet/val: .* Set root to the folder"):
         run(ckpt=tmp_path / "x.safetensors")
@@ -164,16 +164,17 @@ def test_a_folder_for_the_result_that_does_not_exist_is_named_first(tmp_path):
         evaluate(EvalConfig(ckpt="not looked at", output=str(tmp_path / "nowhere" / "x.json")), [])
 
 
-def test_the_command_prints_json_alone(copy):
+def test_the_command_prints_only_json(copy):
     done = subprocess.run(
         [sys.executable, "-m", "moa_train.cli.evaluate", f"ckpt={copy}", "device=cpu"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["total"] == 359
-    assert "top-1 on 359 images, averaged weights of the best checkpoint" in done.stderr
+    assert "of 359 test images" in done.stderr
+    assert "weights of the best checkpoint" in done.stderr
 
 
-def test_nothing_is_fetched_for_weights_of_somebody():
+def test_evaluation_never_downloads_data():
     config = RunConfig()
     config.data.download = True
     assert not overlay(config, EvalConfig()).data.download

@@ -1,4 +1,4 @@
-"""moa-model as typed: the summary, and published weights there and back."""
+"""The moa-model command: the summary, and conversion of published weights in both directions."""
 
 import json
 import re
@@ -19,7 +19,7 @@ CONFIG = ModelConfig(patch_size=4, embed_dim=32, depths=[1, 1], heads=[1, 2], wi
 
 
 class Foreign:
-    """Stands for the configuration object of a class that this project does not have."""
+    """An object of a class that does not exist in this project, such as a configuration in a published file."""
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(left.value.code or 0)
 
 
-def test_published_weights_there_and_back_are_the_same_to_the_bit(published: Path, monkeypatch: pytest.MonkeyPatch):
+def test_converting_published_weights_and_back_changes_no_bit(published: Path, monkeypatch: pytest.MonkeyPatch):
     ours, back = published.with_name("ours.safetensors"), published.with_name("back.pth")
     assert run(monkeypatch, "convert", str(published), str(ours)) == 0
     assert run(monkeypatch, "convert", str(ours), str(back)) == 0
@@ -52,7 +52,7 @@ def test_published_weights_there_and_back_are_the_same_to_the_bit(published: Pat
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_converted_weights_say_what_model_they_are(published: Path, monkeypatch: pytest.MonkeyPatch):
+def test_converted_weights_contain_their_configuration(published: Path, monkeypatch: pytest.MonkeyPatch):
     ours = published.with_name("ours.safetensors")
     run(monkeypatch, "convert", str(published), str(ours))
     _, metadata = find_weights(ours).load()
@@ -62,7 +62,7 @@ def test_converted_weights_say_what_model_they_are(published: Path, monkeypatch:
     assert len(json.loads(metadata["classes"])) == 5
 
 
-def test_other_files_are_no_published_weights(tmp_path: Path, monkeypatch, capsys):
+def test_files_that_are_not_checkpoints_are_rejected(tmp_path: Path, monkeypatch, capsys):
     text = tmp_path / "notes.pth"
     text.write_text("no checkpoint")
     assert run(monkeypatch, "convert", str(text), str(tmp_path / "x.safetensors")) == 2
@@ -73,12 +73,12 @@ def test_other_files_are_no_published_weights(tmp_path: Path, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("ours.pt", "published.pth is converted to a file ours.safetensors, not ours.pt"),
-        ("other.pth", "to a file other.safetensors"),
-        ("nowhere/ours.safetensors", "no folder"),
+        ("ours.pt", "published.pth can be converted to ours.safetensors, but not to ours.pt"),
+        ("other.pth", "can be converted to other.safetensors"),
+        ("nowhere/ours.safetensors", "does not exist"),
     ],
 )
-def test_where_it_cannot_be_written_is_said_first(published, monkeypatch, capsys, target, message):
+def test_an_invalid_target_is_rejected_before_anything_is_written(published, monkeypatch, capsys, target, message):
     assert run(monkeypatch, "convert", str(published), str(published.parent / target)) == 2
     assert message in capsys.readouterr().err
     assert list(published.parent.iterdir()) == [published]
@@ -89,10 +89,10 @@ def test_summary_of_the_configured_model(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "moa_micro at 32 x 32, 10 classes" in text
     assert "MOA" in text
-    assert "a training step of 2 images" in text
+    assert "memory of a training step of 2 images" in text
 
 
-def test_averaged_weights_take_memory_too(monkeypatch, capsys):
+def test_the_summary_includes_the_memory_of_ema_weights(monkeypatch, capsys):
     found = []
     for decay in ("0", "0.99"):
         run(monkeypatch, "summary", "model.embed_dim=1024", "engine.batch_size=1", f"engine.ema_decay={decay}")

@@ -25,14 +25,14 @@ def run_dir(straight, tmp_path_factory) -> Path:
     return shutil.copytree(straight, tmp_path_factory.mktemp("resume") / "run", symlinks=True)
 
 
-def test_a_folder_brings_its_own_configuration(run_dir):
+def test_a_run_folder_provides_its_own_configuration(run_dir):
     now, changed = resolve_resume(RunConfig(resume=str(run_dir)), [f"resume={run_dir}"])
     assert changed == []
     assert (now.model.embed_dim, now.optim.name, now.run_dir) == (32, "muon", str(run_dir))
     assert now.engine.micro_batch_size == 32
 
 
-def test_changes_are_shown_as_old_and_new(run_dir):
+def test_changes_are_reported_with_old_and_new_values(run_dir):
     typed = [f"resume={run_dir}", "optim.lr=1e-5", "schedule.duration=20 steps", "data.workers=3", "data.mean=null"]
     now, changed = resolve_resume(RunConfig(resume=str(run_dir)), typed)
     assert sorted(changed) == [
@@ -44,7 +44,7 @@ def test_changes_are_shown_as_old_and_new(run_dir):
 
 
 @pytest.mark.parametrize("key", [key for key, item, _ in knobs(RunConfig()) if item.metadata["fixed"]])
-def test_what_would_make_it_another_run_is_refused(tiny, key):
+def test_changes_of_fixed_settings_are_rejected(tiny, key):
     before, now = tiny(), tiny()
     part = now
     for section in key.split(".")[:-1]:
@@ -61,14 +61,14 @@ def test_what_would_make_it_another_run_is_refused(tiny, key):
 @pytest.mark.parametrize(
     ("typed", "fragments"),
     [
-        ("model=moa_t", ["model=moa_t", "single settings", "optim.lr=1e-4"]),
+        ("model=moa_t", ["model=moa_t", "individual settings", "optim.lr=1e-4"]),
         ("optim.name=sgd", ["optim.name: muon -> sgd", "init="]),
         ("engine.batch_size=64", ["engine.batch_size: 32 -> 64"]),
         ("runtime.seed=1", ["runtime.seed: 0 -> 1"]),
         ("optim.lr=-1", ["optim.lr=-1", "> 0"]),
     ],
 )
-def test_refusals_name_key_and_remedy(run_dir, typed, fragments):
+def test_rejections_say_which_setting_and_what_to_do(run_dir, typed, fragments):
     with pytest.raises(UserError) as error:
         resolve_resume(RunConfig(resume=str(run_dir)), [f"resume={run_dir}", typed])
     for fragment in fragments:
@@ -94,7 +94,7 @@ def test_a_folder_in_use_is_not_overwritten(run_dir, tiny):
         resolve_resume(config, [])
 
 
-def test_nothing_to_go_on_with(tmp_path, tiny):
+def test_resuming_without_a_checkpoint(tmp_path, tiny):
     with pytest.raises(UserError, match="there is no checkpoint in"):
         resolve_resume(RunConfig(resume=str(tmp_path)), [])
     config = tiny()
@@ -114,7 +114,7 @@ def test_auto_takes_the_commands_configuration(run_dir, tiny):
         resolve_resume(other, [])
 
 
-def test_where_a_session_ended_is_forgotten(train, tmp_path):
+def test_stop_after_is_not_inherited(train, tmp_path):
     run = tmp_path / "run"
     assert train(run, engine__stop_after="1 step", engine__eval_split="none") == 0
     now, changed = resolve_resume(RunConfig(resume=str(run)), [])
@@ -122,8 +122,8 @@ def test_where_a_session_ended_is_forgotten(train, tmp_path):
     assert changed == []
 
 
-def test_weights_to_start_from_are_not_needed_again(straight, train, tmp_path):
-    """Fine-tuned, stopped, and resumed twice after the weights are gone."""
+def test_a_resumed_run_does_not_need_its_initial_weights(straight, train, tmp_path):
+    """Fine-tune, stop, and resume twice after the weights have been deleted."""
     weights = tmp_path / "weights.safetensors"
     shutil.copy(next((straight / "checkpoints").glob("step-*")) / "ema.safetensors", weights)
     run = tmp_path / "run"
@@ -134,17 +134,17 @@ def test_weights_to_start_from_are_not_needed_again(straight, train, tmp_path):
     newest = CheckpointStore(run).newest()
     assert newest is not None
     assert newest.step == 3
-    assert newest.state["config"]["init"] == str(weights)  # where it came from stays known
+    assert newest.state["config"]["init"] == str(weights)  # the origin of the weights is still recorded
 
 
-def test_overrides_are_laid_over_with_their_types():
+def test_overrides_are_converted_to_the_types_of_settings():
     config = with_overrides(RunConfig(), ["data.mean=[0,0.5,1]", "optim.lr=1", "model.moa={overlap:2}", "run_dir=x"])
     assert (config.data.mean, config.optim.lr, config.model.moa.overlap) == ([0.0, 0.5, 1.0], 1.0, 2)
     assert config.model.moa.reduction == RunConfig().model.moa.reduction
-    assert config.run_dir is None  # places are not the configuration's
+    assert config.run_dir is None  # with_overrides ignores run_dir
 
 
-def test_a_run_that_ended_while_another_was_starting_there_is_not_taken_over(run_dir):
+def test_a_new_run_does_not_take_over_a_folder_that_another_run_filled_meanwhile(run_dir):
     with (
         Distributed.start("cpu", 60.0) as alone,
         pytest.raises(UserError, match=r"already holds a run \(step 12\)"),

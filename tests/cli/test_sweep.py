@@ -1,4 +1,4 @@
-"""Sweeps: all runs are checked before the first one starts, and a run that fails does not end the others."""
+"""Sweeps: all runs are validated before the first one starts, and a failed run does not stop the others."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def sweep(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def test_a_wrong_value_anywhere_stops_a_sweep_before_its_first_run(tmp_path):
+def test_an_invalid_value_in_any_run_prevents_the_sweep(tmp_path):
     done = sweep("-m", "optim.lr=1e-4,-1,2e-2", cwd=tmp_path)
     assert done.returncode == 2
     assert "optim.lr=-1.0 is out of range" in done.stderr
@@ -27,7 +27,7 @@ def test_a_wrong_value_anywhere_stops_a_sweep_before_its_first_run(tmp_path):
 
 
 @pytest.mark.parametrize("shared", [["run_dir=one"], ["run_dir=one", "resume=auto"]])
-def test_runs_of_a_sweep_must_not_share_a_folder(tmp_path, shared):
+def test_runs_of_a_sweep_cannot_share_a_folder(tmp_path, shared):
     done = sweep("-m", "optim.lr=1e-3,2e-3", *shared, cwd=tmp_path)
     assert done.returncode == 2
     assert "would share run_dir=one" in done.stderr

@@ -1,4 +1,4 @@
-"""moa-train as it is typed, and every switch once."""
+"""The moa-train command, with every setting that changes how a run trains."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def first_row(path: Path, process: subprocess.Popen) -> None:
-    """Wait until a run has made its first steps."""
+    """Wait until a run has logged its first step."""
     until = time.monotonic() + 120
     while not (path.exists() and read_rows(path)):
         assert process.poll() is None, process.communicate()
@@ -37,7 +37,7 @@ def first_row(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_a_signal_stops_it_saved_and_its_folder_is_its_own(tmp_path, train):
+def test_a_signal_saves_and_stops_a_run_that_has_locked_its_folder(tmp_path, train):
     run_dir = tmp_path / "run"
     long = [f"run_dir={run_dir}", "schedule.duration=100000 steps", "tracking.log_every=1", "engine.eval_split=none"]
     arguments = [*long, "engine.save_every=100000 steps", "schedule.warmup=0"]
@@ -45,7 +45,7 @@ def test_a_signal_stops_it_saved_and_its_folder_is_its_own(tmp_path, train):
     try:
         first_row(run_dir / "metrics.jsonl", process)
         with pytest.raises(UserError, match=rf"in use by process {process.pid} on .*moa_train\.cli\.train"):
-            train(run_dir)  # here it is another process that comes second
+            train(run_dir)  # from this second process
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         output, errors = process.communicate(timeout=60)
@@ -55,7 +55,7 @@ def test_a_signal_stops_it_saved_and_its_folder_is_its_own(tmp_path, train):
     assert process.returncode == 75, errors.decode()
     newest = CheckpointStore(run_dir).newest()
     assert newest is not None
-    assert f"Stopped at step {newest.step}; saved. To go on: moa-train resume={run_dir}" in output.decode()
+    assert f"Stopped at step {newest.step}; saved. To resume: moa-train resume={run_dir}" in output.decode()
     assert read_rows(run_dir / "metrics.jsonl")[-1]["step"] == newest.step
     assert train(run_dir, resume=True, engine__stop_after=f"{newest.step + 2} steps") == 0
     assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl") if row["kind"] == "train"] == [
@@ -63,8 +63,8 @@ def test_a_signal_stops_it_saved_and_its_folder_is_its_own(tmp_path, train):
     ]
 
 
-def test_two_runs_of_a_sweep_get_a_folder_each_and_can_learn(tmp_path):
-    """debug=overfit_batch, twice: 64 images by heart."""
+def test_runs_of_a_sweep_have_their_own_folders_and_learn(tmp_path):
+    """Run debug=overfit_batch twice, which memorizes its images."""
     arguments = ["-m", "debug=overfit_batch", "optim.lr=4e-3,8e-3", "schedule.duration=60 steps"]
     done = subprocess.run(
         command(*arguments, "data.limit=32", "engine.batch_size=32", "engine.eval_split=none", "optim.lr_scaling=none"),
@@ -77,8 +77,8 @@ def test_two_runs_of_a_sweep_get_a_folder_each_and_can_learn(tmp_path):
     runs = sorted(path for path in (tmp_path / "outputs").iterdir() if path.is_dir())
     assert len(runs) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
-    rates = [json.loads((run / "config.json").read_text())["optim"]["lr"] for run in runs]
-    assert sorted(rates) == [4e-3, 8e-3]
+    lrs = [json.loads((run / "config.json").read_text())["optim"]["lr"] for run in runs]
+    assert sorted(lrs) == [4e-3, 8e-3]
     for run in runs:
         losses = [row["loss"] for row in read_rows(run / "metrics.jsonl") if row["kind"] == "train"]
         assert losses[0] > 2
@@ -87,14 +87,14 @@ def test_two_runs_of_a_sweep_get_a_folder_each_and_can_learn(tmp_path):
         words = shlex.split(start["command"])
         assert words[:3] == [sys.executable, "-m", "moa_train.cli.train"]
         assert "-m" not in words[3:]
-        rate = json.loads((run / "config.json").read_text())["optim"]["lr"]
+        lr = json.loads((run / "config.json").read_text())["optim"]["lr"]
         (typed,) = [word for word in words if word.startswith("optim.lr=")]
-        assert float(typed.partition("=")[2]) == rate
+        assert float(typed.partition("=")[2]) == lr
         assert {"debug=overfit_batch", "data.limit=32", r"schedule.duration=60\ steps"} < set(words)
         assert f"moa-eval ckpt=outputs/{run.name}" in done.stdout
 
 
-def test_a_mistake_in_the_data_is_no_traceback(tmp_path):
+def test_data_errors_print_no_traceback(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "moa_train.cli.train", "data=folder", f"data.root={tmp_path}/no", "runtime.device=cpu"],
         capture_output=True,
@@ -106,10 +106,10 @@ def test_a_mistake_in_the_data_is_no_traceback(tmp_path):
     assert done.stderr.startswith("error: ")
     assert f"{tmp_path}/no" in done.stderr
     assert len(done.stderr.splitlines()) <= 10
-    assert not list((tmp_path / "outputs").iterdir())  # no empty run folder stays
+    assert not list((tmp_path / "outputs").iterdir())  # no empty run folder is left
 
 
-def test_what_takes_long_at_the_start_is_told(make_classes, tmp_path):
+def test_packing_is_announced(make_classes, tmp_path):
     root = make_classes(3)
     arguments = ["data=cifar10", f"data.root={root}", "data.image_size=8", "model.patch_size=1", "debug=one_step"]
     done = subprocess.run(
@@ -153,7 +153,7 @@ SHORT = {"schedule__duration": "2 steps", "schedule__warmup": "0", "engine__eval
     ],
     ids=lambda changes: " ".join(f"{key.replace('__', '.')}={value}" for key, value in changes.items()),
 )
-def test_every_switch_trains(train, tmp_path, changes, outcome):
+def test_every_setting_trains(train, tmp_path, changes, outcome):
     assert train(tmp_path / "run", **SHORT, **changes) == 0
     found = outcome(tmp_path / "run")
     assert found["step"] == 2
@@ -162,14 +162,14 @@ def test_every_switch_trains(train, tmp_path, changes, outcome):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["test"]["total"] == 359
 
 
-def test_recomputing_activations_changes_nothing(train, tmp_path, outcome):
+def test_recomputing_activations_does_not_change_results(train, tmp_path, outcome):
     for name, value in (("plain", "false"), ("again", "true")):
         assert train(tmp_path / name, **SHORT, model__checkpointing=value) == 0
     assert outcome(tmp_path / "plain")["tensors"] == outcome(tmp_path / "again")["tensors"]
 
 
-def test_fine_tuning_takes_the_body_and_starts_a_head(train, straight, make_classes, tmp_path):
-    """From ten digits in memory to five classes in files: at a rate of next to nothing the body stays what it was."""
+def test_fine_tuning_keeps_the_body_and_creates_a_head(train, straight, make_classes, tmp_path):
+    """Go from ten digits in memory to five classes in files; the lr is so small that the body does not change."""
     changes = {"data__name": "folder", "data__root": make_classes(5), "data__val_fraction": 0, "data__workers": 1}
     still = {"optim__lr": 1e-12, "schedule__warmup_lr": 0, "schedule__min_lr": 0, "data__limit": "null"}
     with pytest.raises(UserError, match=r"head\.weight"):
@@ -187,30 +187,34 @@ def test_fine_tuning_takes_the_body_and_starts_a_head(train, straight, make_clas
     assert json.loads((tmp_path / "new" / "result.json").read_text())["test"]["total"] == 20
 
 
-def test_steps_are_traced_where_it_is_asked_for(train, tmp_path):
+def test_profiling_writes_a_trace(train, tmp_path):
     changes = {"schedule__duration": "6 steps", "engine__eval_split": "none", "tracking__profile_steps": 2}
     assert train(tmp_path / "run", **changes) == 0
     trace = json.loads(gzip.decompress((tmp_path / "run" / "trace.json.gz").read_bytes()))
     steps = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep#")}
-    assert steps == {"ProfilerStep#3", "ProfilerStep#4"}  # counted from 0: three of warm-up before
+    assert steps == {"ProfilerStep#3", "ProfilerStep#4"}  # counted from 0, after three warmup steps
     assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
 
 
-def test_a_session_that_ends_early_says_how_to_go_on(train, tmp_path, capsys):
+def test_a_stopped_session_says_how_to_resume(train, tmp_path, capsys):
     assert train(tmp_path / "run", **SHORT, engine__stop_after="1 step") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "step 1 of 2: ends here as asked for" in lines
-    assert f"  go on     moa-train resume={tmp_path}/run" in lines
+    assert "stopped at step 1 of 2, as engine.stop_after requests" in lines
+    assert ["resume", "moa-train", f"resume={tmp_path}/run"] in [line.split() for line in lines]
     assert train(tmp_path / "run", resume=True) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "done" in lines
-    assert not any("go on" in line for line in lines)
+    assert not any(line.startswith("  resume ") for line in lines)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "gone"])
-def test_a_best_checkpoint_that_is_not_whole_at_the_end_is_named_with_those_that_are(train, tmp_path, damage):
+def test_a_damaged_best_checkpoint_is_reported_with_intact_alternatives(train, tmp_path, damage):
     run_dir = tmp_path / "run"
-    still = {"optim__lr": 1e-12, "schedule__warmup_lr": 0, "schedule__min_lr": 0}  # of equals the first is the best
+    still = {
+        "optim__lr": 1e-12,
+        "schedule__warmup_lr": 0,
+        "schedule__min_lr": 0,
+    }  # the first of equal scores is the best
     lasting = {"schedule__duration": "5 steps", "schedule__warmup": 0, "engine__eval_every": "2 steps"}
     assert train(run_dir, **still, **lasting, engine__save_every="1 step", engine__keep_every="1 step") == 0
     store = CheckpointStore(run_dir)
@@ -226,16 +230,16 @@ def test_a_best_checkpoint_that_is_not_whole_at_the_end_is_named_with_those_that
         shutil.rmtree(best.path)
     with pytest.raises(UserError) as error:
         train(run_dir, resume=True)
-    said = str(error.value)
-    assert f"the best with {best.score:.2f} % top-1 on val" in said
-    assert (str(weights) if damage == "flipped" else "no checkpoint of step 2; it has: 1, 3, 4, 5") in said
-    assert f"moa-eval ckpt={run_dir}/checkpoints/step-00000005" in said
+    message = str(error.value)
+    assert f"the best one (top1 {best.score:.4g} on val)" in message
+    assert (str(weights) if damage == "flipped" else "no checkpoint of step 2; it has: 1, 3, 4, 5") in message
+    assert f"moa-eval ckpt={run_dir}/checkpoints/step-00000005" in message
     newest = store.newest()
     assert newest is not None
     assert newest.step == 5
 
 
-def test_a_run_that_fails_frees_its_folder(train, tmp_path):
+def test_a_failed_run_releases_its_folder(train, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         train(tmp_path / "run", init=tmp_path / "nowhere")
     assert train(tmp_path / "run", **SHORT) == 0
@@ -246,7 +250,7 @@ def test_the_examples_are_valid():
     from moa_train.cli.train import EXAMPLES
 
     lines = [line.split("  ")[1].split() for line in EXAMPLES.splitlines() if line.startswith("  ")]
-    # Recipes of one's own need a folder, completion needs a shell: test_app.py has both.
+    # Own recipes need a folder, and completion needs a shell; test_app.py tests both.
     lines = [line for line in lines if line[0] != "eval" and "--config-dir" not in line]
     assert len(lines) >= 6
     for line in lines:

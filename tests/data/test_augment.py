@@ -239,15 +239,16 @@ def test_own_augmentations_must_return_images_like_those_they_were_given(
 
 
 class Transfers(TorchDispatchMode):
-    """Counts copies to the device ``meta``, and those for which the host would wait."""
+    """Counts copies to the device ``meta``, those for which the host would wait, and all operations there."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = self.waits = 0
+        self.count = self.waits = self.operations = 0
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operation(*args, **(kwargs or {}))
         names = [argument.name for argument in operation._schema.arguments]
+        self.operations += result.is_meta if isinstance(result, Tensor) else True
         if "non_blocking" in names and args[0].device.type == "cpu" and result.is_meta:
             given = dict(zip(names, args, strict=False)) | (kwargs or {})
             self.count += 1
@@ -270,6 +271,17 @@ def test_the_host_never_waits_for_the_device(tiles: Tensor, crop: str, mix: dict
     assert targets.is_meta
     assert transfers.count > 10
     assert transfers.waits == 0
+
+
+def test_the_number_of_operations_does_not_grow_with_the_batch() -> None:
+    """Both batches have images for each of the operations of RandAugment."""
+    counts = []
+    for size in (500, 1000):
+        batch = batch_of(torch.zeros(size, 3, 32, 32, dtype=torch.uint8)).to("meta")
+        with Transfers() as transfers:
+            augment(crop="pad", **FULL)(batch)
+        counts.append(transfers.operations)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.gpu

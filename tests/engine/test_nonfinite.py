@@ -107,6 +107,24 @@ def test_a_skipped_update_changes_no_tensor_of_the_state(optimizer, delay, value
     assert seen[0][0] - bad_step <= (delay and delay + 1)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "nadamw", "muon"])
+def test_an_overflow_lowers_the_scale_and_is_reported_only_at_a_scale_of_1(optimizer):
+    """The CPU's scaler stands in for that of fp16 on a GPU."""
+    step, state = build(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+    step.precision = Precision("fp32", CPU, scaler)
+    step.guard = GradientGuard(state.optimizer, step.precision)
+    stream, scales, before = batches(0, {(number, 0): float("inf") for number in range(3)}), [], copy(state)
+    for number in range(5):
+        step(stream, number)
+        assert list(step.guard.caught()) == ([2] if number == 2 else [])
+        scales.append(scaler.get_scale())
+        if number < 3:
+            assert all(tensor.equal(before[name]) for name, tensor in copy(state).items() if name in before)
+    assert scales == [2.0, 1.0, 0.5, 0.5, 1.0]
+    assert not copy(state)["model stem.weight"].equal(before["model stem.weight"])
+
+
 @pytest.mark.parametrize(("optimizer", "delay"), [("adamw", 2), ("sgd", 2), ("muon", 2)])
 def test_kernels_that_can_skip_compute_the_same_updates(optimizer, delay):
     """Updates before and after a skipped one are the same whether the host or the kernels skip it."""

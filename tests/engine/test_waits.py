@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moa_train.assembly.run import build_run
 from moa_train.data.batch import Batch
 from moa_train.engine.loss import soft_cross_entropy
-from moa_train.engine.step import TrainStep
+from moa_train.engine.step import TrainStep, copy_aside
 from moa_train.model.registry import create_model
 from moa_train.optim.clip import clip_gradients
 from moa_train.optim.optimizers import create_optimizer
@@ -190,6 +190,26 @@ def a_step(device: torch.device) -> tuple[TrainStep, Iterator[Batch]]:
         distributed=Distributed(0, 0, 1, 1, device),
     )
     return step, batches
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_copied_aside_arrive_whole(no_waits):
+    device = torch.device("cuda", torch.cuda.current_device())
+    numbers, square = torch.arange(8), torch.randn(4096, 4096, device=device)
+    batches = [
+        Batch(
+            torch.full((8, 3, 224, 224), step, dtype=torch.uint8), numbers, numbers, numbers, numbers, step
+        ).pin_memory()
+        for step in range(20)
+    ]
+    sums = torch.zeros(20, dtype=torch.int64, device=device)
+    for waits in (nullcontext, no_waits):  # in the first round kernels are loaded
+        with waits():
+            for step, batch in enumerate(batches):
+                square @ square
+                sums[step].copy_(copy_aside(batch, device).images.sum())
+    assert sums.tolist() == [step * 8 * 3 * 224 * 224 for step in range(20)]
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Rows 2, 9, 10, 12, 18: files that are damaged, forged, full or not to be touched."""
+"""Rows 2, 9, 10, 12, 18: damaged and malicious files, full disks, missing permissions, and wrong time stamps."""
 
 import hashlib
 import json
@@ -21,20 +21,20 @@ FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state
 
 @pytest.fixture
 def run(tmp_path: Path, whole: Path) -> Path:
-    """A copy of a finished run, to be damaged: checkpoints of the steps 15, 18 and of the best."""
+    """A copy of a finished run, which a test may damage; it has the checkpoints of steps 15 and 18 and the best one."""
     copy = tmp_path / "run"
     shutil.copytree(whole, copy, symlinks=True)
     return copy
 
 
 def expected(run: Path) -> tuple[int, int]:
-    """Return the newest step, and the one before it."""
+    """Return the steps of the two newest checkpoints, the newest one first."""
     steps = sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
     return steps[-1], steps[-2]
 
 
-def noticed(run: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Check that the newest checkpoint is passed over for the one before, with a warning that names the file."""
+def assert_fallback(run: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Check that the store falls back to the previous checkpoint, with a warning that names the file."""
     newest, previous = expected(run)
     caplog.clear()
     found = CheckpointStore(run).newest()
@@ -46,19 +46,19 @@ def noticed(run: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.fault(10)
 @pytest.mark.parametrize("name", FILES)
-def test_truncation_is_noticed(run, name, caplog, inject):
+def test_truncation_is_detected(run, name, caplog, inject):
     caplog.set_level(logging.WARNING)
     path = run / "checkpoints" / f"step-{expected(run)[0]:08d}" / name
     whole = path.read_bytes()
     for size in (0, 1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         inject()
-        noticed(run, name, caplog)
+        assert_fallback(run, name, caplog)
 
 
 @pytest.mark.fault(10)
-def test_a_flipped_bit_is_noticed(run, caplog, draw, inject):
-    """A hundred times: any bit of any file, the manifest too."""
+def test_a_flipped_bit_is_detected(run, caplog, draw, inject):
+    """Flip a random bit of a random file, including the manifest, a hundred times."""
     caplog.set_level(logging.WARNING)
     for _ in range(100):
         name = draw.choice(FILES)
@@ -69,12 +69,12 @@ def test_a_flipped_bit_is_noticed(run, caplog, draw, inject):
         flipped[place // 8] ^= 1 << place % 8
         path.write_bytes(flipped)
         inject()
-        noticed(run, name, caplog)
+        assert_fallback(run, name, caplog)
         path.write_bytes(whole)
 
 
 @pytest.mark.fault(10)
-def test_a_resume_takes_the_last_sound_one_and_ends_the_same(run, whole, draw, inject):
+def test_resuming_from_the_last_intact_checkpoint_gives_the_same_result(run, whole, draw, inject):
     folder = run / "checkpoints" / f"step-{expected(run)[0]:08d}"
     path = folder / draw.choice(FILES)
     path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)])
@@ -85,7 +85,7 @@ def test_a_resume_takes_the_last_sound_one_and_ends_the_same(run, whole, draw, i
 
 
 @pytest.mark.fault(10)
-def test_nothing_sound_is_an_error_and_no_fresh_start(run, inject):
+def test_a_run_without_intact_checkpoints_does_not_start_over(run, inject):
     for path in (run / "checkpoints").glob("step-*/model.safetensors"):
         path.write_bytes(b"")
         inject()
@@ -97,8 +97,8 @@ def test_nothing_sound_is_an_error_and_no_fresh_start(run, inject):
 
 
 @pytest.mark.fault(18)
-def test_the_clock_has_no_say(run, whole, draw, inject):
-    """Time stamps shuffled, up to a day back or ahead, also of the folders: chosen by step."""
+def test_time_stamps_are_ignored(run, whole, draw, inject):
+    """Checkpoints are chosen by step, even if time stamps of files and folders are up to a day off."""
     newest, now = expected(run)[0], 1.8e9
     for _ in range(10):
         for path in (run / "checkpoints").rglob("*"):
@@ -117,7 +117,7 @@ class Bomb:
 
 
 def sealed(folder: Path) -> None:
-    """Give a folder that was tampered with a manifest that vouches for what is there: as good as forgers get."""
+    """Write a manifest that matches a manipulated folder, which is the most that an attacker can do."""
     checkpoint = json.loads((folder / "manifest.json").read_text())
     entries = {
         name: (len(data := (folder / name).read_bytes()), hashlib.sha256(data).hexdigest())
@@ -126,8 +126,8 @@ def sealed(folder: Path) -> None:
     (folder / "manifest.json").write_bytes(compose(checkpoint["step"], checkpoint["score"], entries))
 
 
-def hostile_weights(folder: Path, mark: Path) -> Iterator[Path]:
-    """Make weights files that are pickles, or that have forged headers."""
+def malicious_weights(folder: Path, mark: Path) -> Iterator[Path]:
+    """Yield weights files that are pickles or have forged headers."""
     for name, write in (
         ("pickle.safetensors", lambda path: path.write_bytes(pickle.dumps(Bomb(mark)))),
         ("torch.safetensors", lambda path: torch.save({"model": Bomb(mark)}, path)),
@@ -156,9 +156,9 @@ def hostile_weights(folder: Path, mark: Path) -> Iterator[Path]:
 
 
 @pytest.mark.fault(9)
-def test_hostile_weights_run_nothing_and_are_refused(tmp_path, inject):
+def test_malicious_weights_are_rejected_and_run_no_code(tmp_path, inject):
     mark = tmp_path / "mark"
-    for number, path in enumerate(hostile_weights(tmp_path, mark)):
+    for number, path in enumerate(malicious_weights(tmp_path, mark)):
         jobs = [Job(f"ckpt={path}", tmp_path, module=EVALUATE)]
         if number < 3:
             jobs += [Job(f"{TINY} run_dir={tmp_path / 'new'} init={path}", tmp_path)]
@@ -171,8 +171,8 @@ def test_hostile_weights_run_nothing_and_are_refused(tmp_path, inject):
 
 
 @pytest.mark.fault(9)
-def test_hostile_checkpoints_run_nothing_and_are_refused(run, inject):
-    """Each is the only checkpoint of its run, so that there is nothing to fall back to."""
+def test_malicious_checkpoints_are_rejected_and_run_no_code(run, inject):
+    """Resume from malicious checkpoints that are the only ones of their run, so that there is no fallback."""
     mark, outside = run.parent / "mark", run.parent / "outside"
     outside.write_text("x")
     newest = expected(run)[0]
@@ -218,8 +218,8 @@ def test_hostile_checkpoints_run_nothing_and_are_refused(run, inject):
 
 
 @pytest.mark.fault(12)
-def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tmp_path, whole, draw, inject):
-    """No file may grow beyond a limit that some file of a checkpoint exceeds."""
+def test_a_full_disk_is_reported_and_the_run_resumes_with_free_space(tmp_path, whole, draw, inject):
+    """Simulate a full disk by a limit on the size of files, which a checkpoint exceeds."""
     run = tmp_path / "run"
     Job(f"{TINY} run_dir={run} engine.stop_after='4 steps'", tmp_path).ended(0)
     before = list(files(run / "checkpoints"))
@@ -237,7 +237,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tmp_path, w
 
 
 @pytest.mark.fault(12)
-def test_a_disk_that_is_full_from_the_start_is_named(tmp_path, inject):
+def test_a_disk_that_is_full_from_the_start_is_reported(tmp_path, inject):
     job = Job(f"{TINY} run_dir={tmp_path / 'run'}", tmp_path, limit=2_000)
     inject()
     said = job.ended(2)
@@ -247,7 +247,7 @@ def test_a_disk_that_is_full_from_the_start_is_named(tmp_path, inject):
 
 @pytest.mark.fault(12)
 @pytest.mark.parametrize("where", ["run", "run/checkpoints", "new"])
-def test_a_folder_that_may_not_be_written_is_named(tmp_path, tmp_path_factory, whole, where, inject):
+def test_a_folder_without_write_permission_is_reported(tmp_path, tmp_path_factory, whole, where, inject):
     shutil.copytree(whole, tmp_path / "run", symlinks=True)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000018")
     target = tmp_path / where

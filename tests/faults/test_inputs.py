@@ -294,11 +294,10 @@ def test_names_that_are_not_utf8_are_as_good_as_others(tmp_path, data, inject):
     Job(f"ckpt={run}", tmp_path, module=EVALUATE).ended(0)
     shutil.copy(*(Path(os.fsdecode(os.fsencode(data / "train") + name)) for name in COPIED))
     words = [sys.executable, "-m", "moa_train.cli.data", "check", str(data), "--json", str(tmp_path / "report.json")]
-    for environment in ({"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0"}, {}):
-        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | environment)
-        assert done.returncode == 1, done.stderr
-        assert "digit1/\\udcfd.jpg: unreadable image" in done.stdout
-        assert "/digit\\udcff/\\udcfe\\udce4.jpg\n" in done.stdout
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
+    assert done.returncode == 1, done.stderr
+    assert "digit1/\\udcfd.jpg: unreadable image" in done.stdout
+    assert "/digit\\udcff/\\udcfe\\udce4.jpg\n" in done.stdout
     assert len(json.loads((tmp_path / "report.json").read_text())["duplicates"]) == 1
 
 

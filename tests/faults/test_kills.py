@@ -18,7 +18,7 @@ KILLED = -signal.SIGKILL
 
 @pytest.mark.fault(1, 3)
 def test_killed_at_random_steps_and_resumed(tmp_path, whole_pair, draw, inject):
-    """Ten kills, of which the first three fall into one epoch: the end is the same, to the bit, and so is the way."""
+    """Kill a run ten times, three of them within one epoch; its result and all samples are the same bit for bit."""
     run, record = tmp_path / "run", tmp_path / "samples"
     for kill in range(10):
         faults = f"step.loss=kill@{draw.randint(2, 3) if kill < 3 else draw.randint(1, 5)}"
@@ -27,7 +27,7 @@ def test_killed_at_random_steps_and_resumed(tmp_path, whole_pair, draw, inject):
         if codes == [0, 0]:
             break  # the rest of the run was shorter than the draw
         inject(row=3 if kill < 3 else 1)
-        assert KILLED in codes, job.output  # the other may notice before it is its turn
+        assert KILLED in codes, job.output  # the other rank may fail before its own fault
     Job(f"{TINY} run_dir={run} resume=auto", tmp_path, ranks=2, record=record).ended(0)
     assert result(run) == result(whole_pair)
     assert samples(record) == samples(whole_pair.parent / "samples")
@@ -47,7 +47,7 @@ POINTS = [
 
 @pytest.mark.fault(2)
 def test_killed_at_every_point_of_a_save(tmp_path, whole, draw, inject):
-    """One after the other in one run; from the first checkpoint on there is always a valid one, and never an older."""
+    """Kill one run at all points; once there is a checkpoint, the newest valid one never gets older."""
     run, newest = tmp_path / "run", 0
     for point in draw.sample(POINTS, len(POINTS)):
         job = Job(f"{TINY} run_dir={run} resume=auto", tmp_path, faults=f"checkpoint.{point}")
@@ -93,8 +93,8 @@ def test_stopped_at_any_point(tmp_path, whole_pair, draw, inject):
 
 
 @pytest.mark.fault(6)
-def test_a_stop_between_micro_batches_gives_the_step_up(tmp_path, whole, inject):
-    """Where a step takes long: nothing of it has happened, and the resume repeats it."""
+def test_a_stop_between_micro_batches_abandons_the_step(tmp_path, whole, inject):
+    """The interrupted step leaves no trace, and the resumed run repeats it."""
     run = tmp_path / "run"
     for step in (0, 4, 4):  # in the first of its two micro-batches; at 4 again without a step done in between
         began = CheckpointStore(run).newest()
@@ -110,8 +110,8 @@ def test_a_stop_between_micro_batches_gives_the_step_up(tmp_path, whole, inject)
 
 
 @pytest.mark.fault(6)
-def test_all_ranks_give_the_same_step_up(tmp_path, draw, inject):
-    """Also where it was the best so far that would have been saved again: its score stays."""
+def test_all_ranks_abandon_the_same_step(tmp_path, draw, inject):
+    """The best checkpoint keeps its score, even if a stop saves it again."""
     command = f"{TINY} engine.micro_batch_size=2 engine.eval_every='1 step' resume=auto"
     Job(f"{command} run_dir={tmp_path / 'whole'}", tmp_path, ranks=2).ended(0)
     run = tmp_path / "run"
@@ -126,7 +126,7 @@ def test_all_ranks_give_the_same_step_up(tmp_path, draw, inject):
 
 
 @pytest.mark.fault(6)
-def test_a_second_interrupt_leaves_at_once(tmp_path, inject):
+def test_a_second_interrupt_exits_immediately(tmp_path, inject):
     run = tmp_path / "run"
     job = Job(f"{TINY} run_dir={run}", tmp_path, faults="step.loss=sleep@5")  # two micro-batches a step
     wait_for_step(run, 2)
@@ -139,7 +139,7 @@ def test_a_second_interrupt_leaves_at_once(tmp_path, inject):
 
 
 @pytest.mark.fault(6)
-def test_two_interrupts_leave_a_save_that_hangs(tmp_path, inject):
+def test_two_interrupts_abandon_a_save_that_hangs(tmp_path, inject):
     """On hanging storage the stop waits for the save; two interrupts end the wait."""
     run = tmp_path / "run"
     job = Job(f"{TINY} run_dir={run}", tmp_path, faults="checkpoint.before_manifest=hang@2")
@@ -181,7 +181,7 @@ def test_torchrun_passes_the_signal_on(tmp_path, whole_pair, inject):
 
 @pytest.mark.fault(7)
 def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path, whole_pair, inject):
-    """A rank is killed; with --max-restarts and resume=auto the run comes to the same end."""
+    """Kill a rank; with --max-restarts and resume=auto, the result of the run is the same."""
     run = tmp_path / "run"
     command = f"{TINY} run_dir={run} resume=auto"
     process = torchrun(tmp_path, command, "--max-restarts", "1", faults="step.loss=kill@8/1")
@@ -202,7 +202,7 @@ def test_torchrun_shows_the_root_cause(tmp_path, inject):
 
 
 @pytest.mark.fault(15)
-def test_torchrun_ends_with_what_the_user_can_mend(tmp_path, inject):
+def test_torchrun_ends_with_the_error_of_the_user(tmp_path, inject):
     process = torchrun(tmp_path, f"{TINY} run_dir={tmp_path / 'run'} data=folder data.root=nowhere")
     inject()
     assert process.wait(PATIENCE) == 1
@@ -225,7 +225,7 @@ def test_torchrun_ends_with_what_the_user_can_mend(tmp_path, inject):
     ],
 )
 def test_a_lost_rank_ends_the_other(tmp_path, fault, inject):
-    """In bounded time, well below the time-out, because its connections break."""
+    """The other rank ends long before the timeout, because its connections break."""
     job = Job(f"{TINY} run_dir={tmp_path / 'run'}", tmp_path, ranks=2, faults=fault)
     inject()
     codes = job.codes()
@@ -241,7 +241,7 @@ def test_a_lost_rank_ends_the_other(tmp_path, fault, inject):
 
 
 @pytest.mark.fault(7)
-def test_a_rank_that_hangs_ends_the_other_after_the_time_out(tmp_path, inject):
+def test_a_rank_that_hangs_ends_the_other_after_the_timeout(tmp_path, inject):
     job = Job(f"{TINY} run_dir={tmp_path / 'run'} runtime.timeout=20", tmp_path, ranks=2, faults="step.loss=stop@4/1")
     inject()
     job.processes[0].join(PATIENCE)
@@ -254,7 +254,7 @@ def test_a_rank_that_hangs_ends_the_other_after_the_time_out(tmp_path, inject):
 
 @pytest.mark.fault(20)
 def test_killed_while_tensorboard_writes(tmp_path, draw, inject):
-    """What is read back has every step once, in order."""
+    """The event files contain every step once, in order."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"

@@ -23,10 +23,13 @@ from typing import Self
 
 from launch import TINY, TRAIN, Job, arguments, result, rows
 
-NODES = ("moa-node0", "moa-node1")
+NODES = tuple(f"moa-{os.getpid()}-node{number}" for number in (0, 1))
+"""Names of the namespaces and their hosts; several processes may have nodes at the same time."""
 CABLE = ("eth0", "eth0")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PATIENCE = 240.0
+BOUND = 60.0
+"""Seconds for what takes 15 on an idle machine, and more than 200 if a torchrun waits for the other machine."""
 TIMEOUT = 8
 """runtime.timeout of the runs, in seconds."""
 RENDEZVOUS = "keep_alive_interval=2"
@@ -39,10 +42,11 @@ def missing() -> str | None:
         return "two nodes on one machine require Linux and root"
     if shutil.which("ip") is None or shutil.which("unshare") is None:
         return "two nodes on one machine require ip (iproute2) and unshare (util-linux)"
-    if subprocess.run(["ip", "netns", "add", "moa-probe"], capture_output=True, check=False).returncode:
-        return "two nodes on one machine require the right to create network namespaces (ip netns add)"
-    subprocess.run(["ip", "netns", "del", "moa-probe"], check=True)
-    return None
+    try:
+        with network():
+            return None
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"two nodes on one machine require the right to create and connect network namespaces: {error}"
 
 
 def ip(*words: str) -> None:
@@ -176,9 +180,9 @@ def agent_killed(folder: Path, node: int) -> float:
         pair.agents[node].kill()
         pair.agents[node].wait()
         start, before = time.monotonic(), pair.step()
-        pair.wait_for("the end of the orphan", lambda: not Path(f"/proc/{orphan}").exists(), 10)
+        pair.wait_for("the end of the orphan", lambda: not Path(f"/proc/{orphan}").exists(), BOUND)
         if node == 0:  # it served the rendezvous
-            pair.wait_for("the end of the other agent", lambda: pair.agents[1].poll() is not None, 20)
+            pair.wait_for("the end of the other agent", lambda: pair.agents[1].poll() is not None, BOUND)
             pair.agents[1] = pair.start(1)
         pair.agents[node] = pair.start(node)
         pair.wait_for("another step", lambda: pair.step() > before)
@@ -203,10 +207,10 @@ def link_cut(folder: Path, node: int) -> float:
         pair.wait_for("step 1", lambda: pair.step() >= 1)
         ended = lambda: all(agent.poll() is not None for agent in pair.agents)  # noqa: E731
         with cut():
-            seconds = pair.wait_for("the end of both sides", ended, TIMEOUT + 10)
+            seconds = pair.wait_for("the end of both sides", ended, BOUND)
         for side in (0, 1):
             assert f"Nothing was heard from rank {1 - side} for {TIMEOUT} s" in pair.log(side), pair.said()
-    Job(f"resume={folder / 'run'}", folder, ranks=2).ended(0)
+    Job(f"{TINY} run_dir={folder / 'run'} resume=auto", folder, ranks=2).ended(0)
     return seconds
 
 

@@ -103,6 +103,35 @@ def test_fused_attention_on_cuda_has_aligned_rows_and_the_gradients_of_the_textb
         assert (mine.double() - theirs).norm() <= 0.03 * theirs.norm()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore")  # torch.compile has its own
+@pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, TOKENS), (torch.bfloat16, TOKENS), (torch.bfloat16, 16)])
+def test_compiled_attention_on_cuda_has_the_gradients_of_the_textbook(dtype, tokens):
+    torch._dynamo.reset()
+    arguments = [value.requires_grad_() for value in inputs(dtype, tokens, device="cuda")]
+    exact = [value.detach().double().requires_grad_() for value in arguments]
+    own = torch.autograd.grad(torch.compile(attend, dynamic=False)(*arguments).float().square().sum(), arguments)
+    other = torch.autograd.grad(textbook(*exact).square().sum(), exact)
+    for mine, theirs in zip(own, other, strict=True):
+        assert (mine.double() - theirs).norm() <= 0.03 * theirs.norm()
+
+
+def test_the_gradient_of_the_table_adds_up_bf16_in_fp32():
+    """Each cell of the table sums up to 196 terms: in bf16 that would lose 1 to 2 %."""
+    module = BiasedAttention(2, (14, 14))
+    upstream = torch.rand(2, 196, 196).bfloat16()
+    (own,) = torch.autograd.grad(
+        module.position_bias(torch.empty(0, dtype=torch.bfloat16)), module.relative_position_bias_table, upstream
+    )
+    exact = BiasedAttention(2, (14, 14)).double()
+    (expected,) = torch.autograd.grad(
+        exact.position_bias(torch.empty(0, dtype=torch.float64)), exact.relative_position_bias_table, upstream.double()
+    )
+    assert own.dtype == torch.float32
+    assert (own.double() - expected).norm() < 1e-5 * expected.norm()
+
+
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("published_layout", [False, True])
 def test_the_gradient_of_the_table_lies_in_memory_as_the_table_does(heads, published_layout):

@@ -70,6 +70,25 @@ def test_gradients_are_those_of_the_eager_model(backend, checkpointing):
     close(gradients(model, model, images), gradients(plain, plain, images))
 
 
+def test_under_ddp_ranks_synchronize_at_the_last_micro_batch_only():
+    plain, model, images = build(drop_path=0.0), build(drop_path=0.0), torch.randn(2, 3, 3, 16, 16)
+    for module in (*plain.modules(), *model.modules()):
+        if hasattr(module, "rate"):
+            module.rate = 0.0
+            module.keep.fill_(1.0)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(compile_model(model, "blocks", backend="aot_eager"))
+        with wrapped.no_sync():
+            wrapped(images[0]).square().sum().backward()
+        wrapped(images[1]).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for batch in images:
+        plain(batch).square().sum().backward()
+    close([parameter.grad for parameter in model.parameters()], [parameter.grad for parameter in plain.parameters()])
+
+
 def test_stochastic_depth_works_in_compiled_blocks():
     model, images = build(drop_path=0.9), torch.randn(64, 3, 16, 16)
     compile_model(model, "blocks", backend="aot_eager")

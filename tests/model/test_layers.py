@@ -2,8 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from moa_train.model import layers
+from moa_train.model.attention import attend
 from moa_train.model.layers import (
     DropPath,
+    LayerNorm,
     LocalBlock,
     PatchEmbedding,
     PatchMerging,
@@ -104,6 +107,54 @@ def test_skipping_dropped_samples_changes_no_value_and_no_gradient(rate):
             strict=True,
         ):
             torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "bias"), [((8, 8), (2, 16, 16)), ((7, 9), (6 * 2, 16, 16))])
+def test_bias_and_mask_do_not_grow_with_the_batch(monkeypatch, size, bias):
+    shapes = []
+    monkeypatch.setattr(
+        layers, "attend", lambda q, k, v, bias: shapes.append(tuple(bias.shape)) or attend(q, k, v, bias)
+    )
+    attention = WindowAttention(StagePlan(0, size, 8, 1, 2, 4, False), ModelConfig())
+    for batch in (1, 5):
+        attention(torch.randn(batch, *size, 8))
+    assert shapes == [bias, bias]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_stochastic_depth_is_masked_on_a_gpu_and_waits_for_nothing(no_waits):
+    drop, x = DropPath(0.25).cuda().train(), torch.rand(4000, 2, 3, device="cuda", requires_grad=True)
+    for way in (lambda: drop.add(lambda x: 2 * x, x), lambda: x + drop(lambda x: 2 * x, x)):
+        way()
+        with no_waits():
+            out = way()
+            (gradient,) = torch.autograd.grad(out.sum(), x)
+        kept = (gradient - 1) / (2 / 0.75)
+        assert ((kept - kept.round()).abs() < 1e-5).all()
+        assert (kept == kept[:, :1, :1]).all()
+        assert kept.mean().item() == pytest.approx(0.75, abs=0.05)
+        torch.testing.assert_close(out, gradient * x)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layer_norm_under_autocast_is_as_exact_as_its_dtype(dtype):
+    norm, exact = LayerNorm(96).cuda(), nn.LayerNorm(96).double()
+    nn.init.normal_(norm.weight, 1, 0.2)
+    exact.load_state_dict(norm.state_dict())
+    x, upstream = torch.randn(2, 4000, 96) * 3 + 1
+    own = x.cuda().to(dtype).requires_grad_()
+    with torch.autocast("cuda", dtype):
+        out = norm(own)
+    out.backward(upstream.cuda().to(dtype))
+    other = own.detach().double().cpu().requires_grad_()
+    exact(other).backward(upstream.double())
+    assert out.dtype == dtype
+    pairs = [(out, exact(other)), (own.grad, other.grad), (norm.weight.grad, exact.weight.grad)]
+    for mine, theirs in [*pairs, (norm.bias.grad, exact.bias.grad)]:
+        assert (mine.double().cpu() - theirs).norm() < 0.01 * theirs.norm()
 
 
 def test_stochastic_depth_follows_the_seed():

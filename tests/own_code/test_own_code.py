@@ -105,7 +105,7 @@ def test_records_hold_every_setting_and_where_the_code_is(folder: Path) -> None:
 def test_weights_are_evaluated_only_with_code_that_the_command_names(folder: Path) -> None:
     refused = run("evaluate", "ckpt=run", cwd=folder)
     assert refused.returncode == 2
-    assert "A file never runs code by itself" in refused.stderr
+    assert "A file by itself cannot make moa-train run code" in refused.stderr
     done = run("evaluate", "ckpt=run", "code=[my_package]", cwd=folder)
     assert done.returncode == 0, done.stderr
     test = json.loads((folder / "run" / "result.json").read_text())["test"]
@@ -135,11 +135,11 @@ def test_help_lists_the_own_settings(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["model.args.widht=8"], "There is no model.args.widht. Did you mean 'width'?"),
-        (["model.args.width=x"], "model.args.width='x' is not of the right type: it must be a whole number"),
+        (["model.args.widht=8"], "Unknown key model.args.widht. Did you mean 'width'?"),
+        (["model.args.width=x"], "model.args.width='x' has the wrong type: it must be an integer"),
         (["model.args.width=1"], "model.args.width=1 is out of range: it must be >= 2"),
         (["model.name=my_package.blocks:Tinny"], "my_package.blocks has no Tinny. Did you mean 'Tiny'?"),
-        (["model.name=my_pakage.blocks:Tiny"], "there is no module my_pakage"),
+        (["model.name=my_pakage.blocks:Tiny"], "no module named my_pakage"),
         (["engine.best_by=loss"], "engine.best_by=loss must be one of engine.metrics: top1, Balanced"),
         (["optim.args.x=1"], "has no settings of its own"),
     ],

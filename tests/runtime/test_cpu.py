@@ -7,7 +7,7 @@ import pytest
 from moa_train.runtime.cpu import wait_briefly
 
 
-def test_the_users_choice_stays(monkeypatch):
+def test_variables_of_the_user_take_precedence(monkeypatch):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
     wait_briefly()
@@ -21,8 +21,8 @@ def test_the_users_choice_stays(monkeypatch):
     assert "GOMP_SPINCOUNT" not in os.environ
 
 
-def test_it_is_said_before_torch_is_there():
-    """OpenMP reads it when it is loaded, which torch does."""
+def test_the_wait_policy_is_set_before_torch_is_imported():
+    """Set the variable first, because OpenMP reads it when torch loads OpenMP."""
     script = (
         "import sys, moa_train.cli.app as app; app.wait_briefly = lambda: print('torch' in sys.modules);"
         "from moa_train.cli.train import main; sys.argv = ['moa-train', '--version']; main()"
@@ -47,8 +47,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux and glibc")
-def test_freed_memory_is_kept():
-    """Counted in pages that the kernel had to provide for 1,100 MiB of tensors that had all been there before."""
+def test_freed_memory_is_reused():
+    """Count the page faults of allocating 1,100 MiB of tensors again after freeing them."""
     faults = {
         name: int(
             subprocess.run(

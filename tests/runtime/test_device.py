@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from moa_train.runtime.device import available_cores, peak_memory, pick_device, set_threads
 from moa_train.runtime.errors import UserError
 
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a CUDA device")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 
 
 @pytest.fixture
@@ -17,27 +19,55 @@ def _threads():
     torch.set_num_threads(before)
 
 
-def test_the_cpu_can_always_be_had():
+def test_cpu_and_auto_always_work():
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", ""])
-def test_unknown_names_are_answered_with_the_options(name):
+def test_unknown_devices_are_rejected_with_the_options(name):
     with pytest.raises(UserError, match="Options: auto, cpu, cuda, cuda:0"):
         pick_device(name)
 
 
 @without_gpu
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])
-def test_a_gpu_that_is_not_there_is_an_error(name):
+def test_a_missing_gpu_is_an_error(name):
     with pytest.raises(UserError, match=r"sees no CUDA device\. Options: auto, cpu"):
         pick_device(name)
 
 
+def allocator(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> tuple[str | None, ...]:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    pick_device("cpu")
+    return tuple(os.environ.get(name) for name in names)
+
+
+def test_segments_are_expandable_unless_the_user_chooses(monkeypatch):
+    assert allocator(monkeypatch, {}) == (None, "expandable_segments:True")
+    assert allocator(monkeypatch, {"PYTORCH_ALLOC_CONF": "a:1"}) == ("a:1", None)
+    assert allocator(monkeypatch, {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}) == (None, "a:1")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_every_process_takes_its_own_gpu():
+def test_the_allocator_reads_that():
+    code = (
+        "import torch; from moa_train.runtime.device import pick_device; "
+        "x = torch.zeros(9, device=pick_device('cuda')); "
+        "assert all(segment['is_expandable'] for segment in torch.cuda.memory_snapshot())"
+    )
+    environ = {key: value for key, value in os.environ.items() if "ALLOC_CONF" not in key}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environ)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_process_uses_its_own_gpu():
     count = torch.cuda.device_count()
     assert pick_device("cuda", count - 1, count) == torch.device("cuda", count - 1)
     if count > 1:
@@ -50,8 +80,8 @@ def test_every_process_takes_its_own_gpu():
 @pytest.mark.parametrize(
     ("visible", "local_rank", "expected"), [(1, 0, "cuda:0"), (1, 5, "cuda:0"), (8, 5, "cuda:5"), (2, 1, None)]
 )
-def test_a_process_with_one_visible_gpu_takes_it(monkeypatch, visible, local_rank, expected):
-    """As with srun --gpus-per-task=1, here for 8 processes on a machine; the GPUs are played."""
+def test_a_process_with_one_visible_gpu_uses_it(monkeypatch, visible, local_rank, expected):
+    """As with srun --gpus-per-task=1, here for 8 processes on a machine; the GPUs are simulated."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -62,7 +92,7 @@ def test_a_process_with_one_visible_gpu_takes_it(monkeypatch, visible, local_ran
         assert pick_device("cuda", local_rank, 8) == torch.device(expected)
 
 
-def test_cores_are_those_this_process_may_use():
+def test_available_cores_respect_the_affinity_of_the_process():
     everything = os.sched_getaffinity(0)
     assert 1 <= available_cores() <= len(everything)
     os.sched_setaffinity(0, {min(everything)})
@@ -75,17 +105,17 @@ def test_cores_are_those_this_process_may_use():
 @pytest.mark.parametrize(
     ("threads", "environ", "processes", "expected"),
     [
-        (3, {"OMP_NUM_THREADS": "1"}, 1, 3),  # asked for
-        (0, {"OMP_NUM_THREADS": "2"}, 2, 2),  # the user's own wish
+        (3, {"OMP_NUM_THREADS": "1"}, 1, 3),  # given explicitly
+        (0, {"OMP_NUM_THREADS": "2"}, 2, 2),  # set by the user
         (0, {"OMP_NUM_THREADS": "1"}, 1, 1),
         (0, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 1, 1),
-        (0, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 2, max(1, available_cores() // 2)),  # torchrun's
+        (0, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 2, max(1, available_cores() // 2)),  # set by torchrun
         (0, {}, 1, available_cores()),
         (0, {}, 1000, 1),
     ],
 )
 @pytest.mark.usefixtures("_threads")
-def test_threads_are_shared_among_the_processes(monkeypatch, threads, environ, processes, expected):
+def test_threads_are_divided_among_processes(monkeypatch, threads, environ, processes, expected):
     for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
@@ -99,7 +129,7 @@ def test_negative_threads_are_an_error():
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to compare with")
-def test_peak_memory_is_at_least_what_is_resident():
+def test_peak_memory_is_at_least_the_resident_memory():
     tensor = torch.ones(2**23)
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     assert resident > tensor.numel() * 4

@@ -16,7 +16,7 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """What the ranks of two_ranks.py left behind."""
+    """The folder with the results of two_ranks.py."""
     folder = tmp_path_factory.mktemp("ranks")
     done = subprocess.run([sys.executable, SCRIPT, str(folder)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(folder) -> list[dict]:
-    """What two ranks saw that came to a good end."""
+    """The results of two ranks that succeeded."""
     failure = "".join(path.read_text() for path in folder.glob("all-?.txt"))
     assert not failure
     return [json.loads((folder / f"all-{rank}.json").read_text()) for rank in range(2)]
@@ -37,7 +37,7 @@ def test_ranks_know_their_place(seen):
     assert [rank["place"] for rank in seen] == [[0, 0, 2, 2, True], [1, 1, 2, 2, False]]
 
 
-def test_objects_reach_every_rank(seen):
+def test_objects_are_sent_to_every_rank(seen):
     for rank in seen:
         found = rank["agreements"]
         assert found["broadcast"] == {"from": 0, "nested": [1, None, "ä", 0.1]}
@@ -47,7 +47,7 @@ def test_objects_reach_every_rank(seen):
         assert found["mean"] == (0.1 + 1.1) / 2
 
 
-def test_what_rank_0_does_alone_succeeds_or_fails_everywhere(seen):
+def test_errors_on_rank_0_are_raised_on_all_ranks(seen):
     for number, rank in enumerate(seen):
         found = rank["agreements"]
         assert found["on_main"] == {"rank": 0}
@@ -55,7 +55,7 @@ def test_what_rank_0_does_alone_succeeds_or_fails_everywhere(seen):
         assert found["on_main_bug"] == ("RuntimeError: rank 0: disk on fire" if number else "OSError: disk on fire")
 
 
-def test_differences_are_named_with_their_ranks(seen):
+def test_differences_are_reported_with_their_ranks(seen):
     for rank in seen:
         found = rank["agreements"]
         assert found["same"] == "accepted"
@@ -64,7 +64,7 @@ def test_differences_are_named_with_their_ranks(seen):
         assert "only: nothing on rank 0; 1 on rank 1" in found["other_keys"]
 
 
-def test_a_flag_is_known_to_all_one_call_later(seen):
+def test_all_ranks_see_a_flag_one_call_later(seen):
     for rank in seen:
         assert rank["agreements"]["agree_any"] == [False, False, False, True, False]
         assert rank["agreements"]["agree_any_seconds"] < 0.02
@@ -72,16 +72,16 @@ def test_a_flag_is_known_to_all_one_call_later(seen):
 
 def test_integer_sums_are_exact(seen):
     for rank in seen:
-        assert rank["sums"]["counts"] == [2**54 + 3, 1, -6]  # 2**54 + 3 is no double
+        assert rank["sums"]["counts"] == [2**54 + 3, 1, -6]  # a float64 cannot represent 2**54 + 3
 
 
-def test_accumulated_and_reduced_gradients_are_those_of_the_large_batch(seen):
+def test_accumulated_gradients_equal_those_of_the_large_batch(seen):
     for rank in seen:
         assert rank["accumulate"]["error"] < 1e-12
         assert rank["accumulate"]["unwrapped"]
 
 
-def test_the_control_groups_threads_end_before_the_interpreter_does(seen, folder):
+def test_the_threads_of_the_control_group_end_before_the_interpreter(seen, folder):
     """One that let go of a tensor during the interpreter's end aborted the process, once in a long while."""
     for rank in seen:
         inside, outside = rank["threads"]
@@ -91,7 +91,7 @@ def test_the_control_groups_threads_end_before_the_interpreter_does(seen, folder
     assert (folder / "raising-1-threads.txt").read_text() == "0"
 
 
-def test_statistics_of_batch_normalisation_are_made_those_of_rank_0(seen):
+def test_batch_norm_statistics_are_copied_from_rank_0(seen):
     first, second = (rank["buffers"] for rank in seen)
     assert first["wrapped"]
     assert first["before"] != second["before"]
@@ -103,7 +103,7 @@ def test_a_peer_that_fails_or_hangs_ends_the_others(folder):
     assert codes["all-0"] == codes["all-1"] == 0
     assert codes["raising-0"] == codes["raising-1"] == 1
     assert "the root cause" in (folder / "raising-1.txt").read_text()
-    assert "the root cause" in (folder / "raising-1-error.json").read_text()  # where torchrun looks for it
+    assert "the root cause" in (folder / "raising-1-error.json").read_text()  # the file that torchrun reads
     assert (codes["hanging-0"], codes["hanging-1"]) == (1, "stopped")  # after its time-out of 5 seconds
     assert "barrier" in (folder / "hanging-0.txt").read_text()
 
@@ -117,7 +117,7 @@ def test_a_rank_that_is_stuck_behind_a_dead_peer_is_ended_once_its_save_is_done(
     assert reason in (folder / "stuck-0-error.json").read_text()
 
 
-def test_alone_there_is_no_group_and_no_waiting(monkeypatch):
+def test_a_single_process_needs_no_group(monkeypatch):
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     with Distributed.start("cpu", 60.0) as alone:
@@ -145,7 +145,7 @@ def _fail(error: Exception) -> None:
     raise error
 
 
-def test_an_environment_that_is_not_torchruns_is_named(monkeypatch):
+def test_an_incomplete_torchrun_environment_is_an_error(monkeypatch):
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -27,23 +27,23 @@ def run(plan: str, code: str, **environ: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_process_is_killed_at_the_nth_hit_of_its_point():
+def test_a_fault_kills_at_the_nth_call_of_its_point():
     done = run("b=kill@2", "[(point('a'), point('b'), print(i, flush=True)) for i in range(5)]")
     assert done.returncode == -signal.SIGKILL
     assert done.stdout.split() == ["0"]
 
 
-def test_a_rank_and_a_first_incarnation_can_be_meant():
+def test_faults_apply_to_one_rank_and_not_after_a_restart():
     assert run("a=kill/1", "point('a')", RANK="0").returncode == 0
     assert run("a=kill/1", "point('a')", RANK="1").returncode == -signal.SIGKILL
     assert run("a=kill", "point('a')", TORCHELASTIC_RESTART_COUNT="1").returncode == 0
 
 
-def test_a_wrong_plan_is_named_at_once():
+def test_an_invalid_plan_is_an_error():
     assert "Did you mean 'kill'?" in run("a=kil", "").stderr
 
 
-def test_actions_within_the_process():
+def test_faults_that_return_or_raise():
     faults.arm({"MOA_TRAIN_FAULTS": "a=true@2, b=raise, c=full@1"})
     assert [faults.point("a") for _ in range(3)] == [False, True, False]
     with pytest.raises(faults.InjectedFaultError, match="at b"):
@@ -55,7 +55,7 @@ def test_actions_within_the_process():
         faults.arm({"MOA_TRAIN_FAULTS": "a"})
 
 
-def test_off_it_costs_next_to_nothing():
+def test_points_without_faults_are_fast():
     start = time.perf_counter()
     for _ in range(10_000):
         faults.point("checkpoint.before_rename")

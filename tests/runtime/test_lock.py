@@ -11,7 +11,7 @@ import pytest
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.lock import RunLock
 
-# Waits for the start, takes the lock, says so, and holds it until its input is closed.
+# Waits until the start time, takes the lock, reports it, and holds it until standard input is closed.
 HOLDER = """
 import os, sys, time
 from pathlib import Path
@@ -36,45 +36,45 @@ def holder(run_dir: Path, start: float = 0.0) -> subprocess.Popen:
     )
 
 
-def test_of_eight_at_the_same_moment_one_goes_on_and_the_others_name_it(tmp_path):
+def test_one_of_eight_simultaneous_processes_gets_the_lock(tmp_path):
     start = time.time() + 0.8
     processes = [holder(tmp_path / "run", start) for _ in range(8)]
     try:
-        said = {process.pid: process.stdout.readline() for process in processes if process.stdout}
-        winners = [pid for pid, line in said.items() if line == "held\n"]
+        output = {process.pid: process.stdout.readline() for process in processes if process.stdout}
+        winners = [pid for pid, line in output.items() if line == "held\n"]
         assert len(winners) == 1
-        losers = [line for line in said.values() if line != "held\n"]
-        # Who asks before the winner has written its name down hears of "another process".
+        losers = [line for line in output.values() if line != "held\n"]
+        # Before the winner has written its ID into the file, the message says "another process".
         assert all(f"process {winners[0]} on" in line or "another process" in line for line in losers)
     finally:
         for process in processes:
             process.communicate(timeout=10)
 
 
-def test_the_second_is_told_holder_and_remedy_and_a_killed_holder_leaves_no_lock(tmp_path):
+def test_the_error_names_the_holder_and_a_killed_holder_leaves_no_lock(tmp_path):
     process = holder(tmp_path)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
-    with pytest.raises(UserError) as told, RunLock(tmp_path):
+    with pytest.raises(UserError) as error, RunLock(tmp_path):
         pass
-    assert f"process {process.pid} on" in str(told.value)
-    assert "choose another run folder" in str(told.value)
+    assert f"process {process.pid} on" in str(error.value)
+    assert "choose another run folder" in str(error.value)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=10)
-    assert json.loads((tmp_path / ".lock").read_text())["pid"] == process.pid  # stale, and of no consequence
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == process.pid  # stale, but not locked
     with RunLock(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     with RunLock(tmp_path):
         pass
 
 
-def test_two_locks_of_one_process_exclude_each_other_too(tmp_path):
+def test_two_locks_in_one_process_exclude_each_other(tmp_path):
     with RunLock(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()}"), RunLock(tmp_path):
         pass
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_an_orphaned_child_does_not_keep_the_folder_locked(tmp_path):
+def test_an_orphaned_child_does_not_keep_the_lock(tmp_path):
     lock = RunLock(tmp_path).__enter__()
     child = os.fork()
     if child == 0:
@@ -85,20 +85,20 @@ def test_an_orphaned_child_does_not_keep_the_folder_locked(tmp_path):
             pass
         lock.__exit__(None, None, None)
         time.sleep(0.05)
-        with RunLock(tmp_path):  # the child is still there
+        with RunLock(tmp_path):  # the child is still running
             assert os.waitpid(child, os.WNOHANG) == (0, 0)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
 
 
-def test_nonsense_in_the_lock_file_does_not_matter(tmp_path):
+def test_invalid_contents_of_the_lock_file_are_ignored(tmp_path):
     (tmp_path / ".lock").write_bytes(b"\xff{not json")
     with RunLock(tmp_path):
         pass
 
 
-def test_a_link_in_its_place_is_not_followed(tmp_path):
+def test_a_symbolic_link_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / ".lock").symlink_to("precious")
     with pytest.raises(UserError, match="Cannot write"), RunLock(tmp_path):

@@ -1,4 +1,4 @@
-"""Prints that fail, in real processes: the reader is gone, the stream is closed, the disk is full."""
+"""Output that fails, in real processes: the reader has exited, the stream is closed, or the disk is full."""
 
 import subprocess
 import sys
@@ -26,12 +26,12 @@ def test_a_process_survives_output_that_fails(tmp_path, redirection):
     script.write_text(PRINTS)
     command = f"set -o pipefail; {sys.executable} {script} {tmp_path}/end {redirection}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert (tmp_path / "end").read_text() == "finished"  # and no print went into this file
+    assert (tmp_path / "end").read_text() == "finished"  # and no output was written to this file
     assert "Error" not in done.stderr
     assert done.returncode == 0
 
 
-def test_characters_that_the_encoding_lacks_are_escaped(tmp_path):
+def test_characters_outside_the_encoding_are_escaped(tmp_path):
     script = "from moa_train.runtime.output import protect_output; protect_output(); print('\\udcff \\u00e9')"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env={"PYTHONIOENCODING": "ascii"}

@@ -12,17 +12,17 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs /proc/cpuinfo to compare with")
-def test_bf16_is_found_where_the_kernel_lists_it():
+def test_bf16_is_detected_if_the_kernel_lists_it():
     words = Path("/proc/cpuinfo").read_text().split()
     assert has_bf16(CPU) == any(flag in words for flag in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
 
 
-def test_auto_is_bf16_with_the_hardware_and_fp32_without():
+def test_auto_is_bf16_if_the_hardware_supports_it_and_otherwise_fp32():
     assert Precision.resolve("auto", CPU).name == ("bf16" if has_bf16(CPU) else "fp32")
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_the_forward_pass_computes_in_it_and_gradients_stay_fp32(name, dtype):
+def test_the_forward_pass_uses_the_precision_and_gradients_are_fp32(name, dtype):
     precision = Precision.resolve(name, CPU)
     layer = torch.nn.Linear(4, 4)
     with precision.autocast():
@@ -36,12 +36,12 @@ def test_the_forward_pass_computes_in_it_and_gradients_stay_fp32(name, dtype):
     assert precision.scaler.state_dict() == {}
 
 
-def test_what_cannot_be_done_is_named_with_the_options():
+def test_an_unsupported_precision_is_rejected_with_the_options():
     with pytest.raises(UserError, match=r"needs a GPU.*auto, bf16 and fp32"):
         Precision.resolve("fp16", CPU)
 
 
-# In a process of its own: torch's switches are global, and warnings must be errors before torch is imported.
+# Runs in its own process, because torch's switches are global and warnings must be errors before torch is imported.
 SWITCHES = """
 import torch
 from moa_train.runtime.precision import set_fp32_products
@@ -58,14 +58,32 @@ except ValueError as error:
 """
 
 
-def test_tf32_can_be_read_by_old_and_new_names_without_a_warning():
+def test_tf32_is_visible_through_old_and_new_names_without_warnings():
     done = subprocess.run([sys.executable, "-W", "error", "-c", SWITCHES], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+EVALUATION = """
+import torch
+from moa_train.runtime.precision import Precision, set_fp32_products
+set_fp32_products("tf32")
+switches = lambda: (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+for name, expected in (("fp32", ("highest", False)), ("bf16", ("high", True))):
+    with Precision.resolve(name, torch.device("cpu")).evaluation():
+        assert switches() == expected, (name, switches())
+        assert torch.is_autocast_enabled("cpu") == (name == "bf16")
+    assert switches() == ("high", True)
+"""
+
+
+def test_evaluation_in_fp32_does_not_use_tf32():
+    done = subprocess.run([sys.executable, "-c", EVALUATION], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_fp16_skips_the_update_at_an_infinite_gradient():
+def test_fp16_skips_updates_with_infinite_gradients():
     device = torch.device("cuda", 0)
     precision = Precision.resolve("fp16", device)
     weight = torch.nn.Parameter(torch.ones(2, device=device))

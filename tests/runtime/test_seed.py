@@ -10,7 +10,7 @@ from moa_train.runtime.seed import key_seed, reseed, seed_everything, set_determ
 CPU = torch.device("cpu")
 
 
-def test_keys_are_what_they_were_when_the_first_checkpoints_were_written():
+def test_keys_have_not_changed_since_the_first_checkpoints():
     # printf 'i1\0smixup\0i1000\0i3\0' | b2sum -l 64, and so on
     for name, b2sum in (
         ((0,), "68a770529bea7b5f"),
@@ -30,7 +30,7 @@ def test_keys_of_different_names_differ():
     assert abs(ones - 0.5).max() < 0.025  # five standard deviations of 10,000 fair coins
 
 
-def test_reseed_names_the_stream_whatever_ran_before():
+def test_reseed_does_not_depend_on_earlier_draws():
     torch.rand(3)
     reseed(CPU, 5, "model", 17)
     first = torch.rand(4)
@@ -67,7 +67,7 @@ def test_seed_everything_covers_all_three_global_generators():
 
 def test_deterministic_mode_can_be_switched(monkeypatch):
     for name in ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"):
-        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
     try:
         set_deterministic(True)
         assert torch.are_deterministic_algorithms_enabled()

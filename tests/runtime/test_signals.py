@@ -27,7 +27,7 @@ sys.exit(Exit.STOPPED)
 
 @pytest.fixture
 def launch() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Start processes that do not outlive their test."""
+    """A function that starts processes, which are killed at the end of the test."""
     with contextlib.ExitStack() as running:
 
         def launch(command: list[str], **options) -> subprocess.Popen:
@@ -40,7 +40,7 @@ def launch() -> Iterator[Callable[..., subprocess.Popen]]:
 
 @pytest.fixture
 def started(launch) -> Callable[..., subprocess.Popen]:
-    """Start the loop, with these arguments, and come back when it is ready."""
+    """A function that starts the loop with the given arguments and waits until it is ready."""
 
     def started(*arguments: str, before: tuple[str, ...] = ()) -> subprocess.Popen:
         command = [*before, sys.executable, "-c", LOOP, *arguments]
@@ -52,7 +52,7 @@ def started(launch) -> Callable[..., subprocess.Popen]:
 
 
 @pytest.mark.parametrize("number", StopSignals.HANDLED)
-def test_each_signal_lets_the_loop_end_by_itself(started, number):
+def test_each_signal_requests_a_stop(started, number):
     process = started()
     process.send_signal(number)
     output, _ = process.communicate(timeout=10)
@@ -60,21 +60,21 @@ def test_each_signal_lets_the_loop_end_by_itself(started, number):
 
 
 @pytest.mark.parametrize("number", StopSignals.HANDLED)
-def test_before_anybody_looks_at_the_flag_each_signal_leaves_at_once(started, number):
+def test_each_signal_exits_immediately_while_nothing_watches_the_flag(started, number):
     process = started("early", "stubborn")
     process.send_signal(number)
     output, errors = process.communicate(timeout=10)
     assert (process.returncode, output, errors) == (75, "", "")
 
 
-def test_the_first_ctrl_c_is_answered_at_once(started):
+def test_the_first_ctrl_c_prints_a_message_immediately(started):
     process = started("stubborn")
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline() == "\n"
     assert "SIGINT: saving and stopping" in process.stderr.readline()
 
 
-def test_a_second_ctrl_c_leaves_at_once(started):
+def test_a_second_ctrl_c_exits_immediately(started):
     process = started("stubborn")
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
         process.send_signal(number)
@@ -86,7 +86,7 @@ def test_a_second_ctrl_c_leaves_at_once(started):
     assert "without saving" in errors
 
 
-def test_handlers_come_back():
+def test_handlers_are_restored():
     before = [signal.getsignal(number) for number in StopSignals.HANDLED]
     with StopSignals() as stop:
         stop.watched = True
@@ -101,7 +101,7 @@ def test_handlers_come_back():
     ("number", "end"),
     [(signal.SIGINT, "exit 0"), (signal.SIGUSR1, "exit 0"), (signal.SIGHUP, "exit 0"), (signal.SIGTERM, "signal 15")],
 )
-def test_forked_children_leave_ctrl_c_to_their_parent_and_can_be_terminated(number, end):
+def test_forked_children_ignore_ctrl_c_and_can_be_terminated(number, end):
     with StopSignals() as stop:
         child = os.fork()
         if child == 0:
@@ -115,24 +115,24 @@ def test_forked_children_leave_ctrl_c_to_their_parent_and_can_be_terminated(numb
 
 
 @pytest.mark.parametrize("early", [(), ("early", "stubborn")])
-def test_a_closed_terminal_is_a_stop_like_any_other(launch, early):
-    """Nothing can be printed there any more, which must not end the process before it has saved."""
+def test_a_closed_terminal_requests_a_stop(launch, early):
+    """The terminal accepts no more output, but the process must not end before it has saved."""
     ours, terminal = pty.openpty()
     process = launch([sys.executable, "-c", LOOP, *early], stdout=terminal, stderr=terminal, start_new_session=True)
     os.close(terminal)
-    said = b""
-    while not said.endswith(b"\n"):  # a terminal passes on what it has
-        said += os.read(ours, 100)
-    assert said == b"ready\r\n"
+    output = b""
+    while not output.endswith(b"\n"):  # a terminal may return fewer bytes
+        output += os.read(ours, 100)
+    assert output == b"ready\r\n"
     os.close(ours)
     time.sleep(0.1)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=10) == Exit.STOPPED
 
 
-def test_a_pipe_into_what_the_terminal_has_ended_is_no_error(started):
+def test_a_closed_pipe_is_not_an_error(started):
     process = started()
-    process.stdout.close()  # as when tee is gone
+    process.stdout.close()  # as if tee had exited
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=10) == Exit.STOPPED
     assert "SIGHUP: saving and stopping" in process.stderr.read()

@@ -1,10 +1,11 @@
-"""Measuring, with ratios that can be believed: everything that is compared runs in turn, in one process.
+"""Measure performance. Candidates run interleaved in one process, so that their ratios are reliable.
 
-A part of `moa-bench` is a module here with one function:
+Every part of ``moa-bench`` is a module with one function:
 
     def prepare(job: Job) -> Callable[[], Iterator[Table]]
 
-It checks all that can be known before anything is measured (data, peers, precision; `UserError`), and returns the
-function that measures. That one times its contenders with `timing.timed` and `timing.alternate`, and yields a `Table`
-of `Row` as soon as it has one. A new part is entered in `PARTS` of cli/bench.py.
+``prepare`` checks everything that can be checked before the measurement (data, peers, precision), raises `UserError` if
+necessary, and returns the function that measures. This function times its candidates with `timing.timed` and
+`timing.alternate`, and yields each `Table` of `Row` objects as soon as it is complete. To add a part, add it to
+``PARTS`` in cli/bench.py.
 """

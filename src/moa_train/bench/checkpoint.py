@@ -1,6 +1,7 @@
-"""Checkpoints of the configured model: how long training waits for one, and what it takes to save and to go on.
+"""Measure checkpoints of the configured model: how long training waits for a save, and the times to save and restore.
 
-A whole save writes, flushes, verifies and removes older ones, in the background; torch.save writes and flushes.
+A full save writes, flushes and verifies the files and removes older checkpoints, in the background; torch.save only
+writes and flushes.
 """
 
 import os
@@ -22,21 +23,21 @@ from moa_train.engine.state import TrainState
 from moa_train.runtime.precision import Precision
 from moa_train.schema import image_shape
 
-RATE = 1e-6
+LR = 1e-6
 
 
 def prepare(job: Job) -> Callable[[], Iterator[Table]]:
-    """Check the precision; return what yields one table."""
+    """Check the precision, and return the function that yields one table."""
     precision = Precision.resolve(job.config.runtime.precision, job.device)
     return lambda: iter([_measure(job, precision)])
 
 
 def _measure(job: Job, precision: Precision) -> Table:
     config, device = job.config, job.device
-    state = build_state(config, job.num_classes, RATE, precision, fresh=False)
+    state = build_state(config, job.num_classes, LR, precision, fresh=False)
     images = torch.randn(2, 3, *image_shape(config.data.image_size), device=device)
     targets = torch.full((2, job.num_classes), 1 / job.num_classes, device=device)
-    inputs = [(images, targets)]  # an update, or there would be no optimizer state to save
+    inputs = [(images, targets)]  # one update creates the optimizer state to save
     plain.update(state.model, state.optimizer, inputs, passes=1, precision=precision, clip=lambda parameters: None)
     with tempfile.TemporaryDirectory() as folder, CheckpointStore(Path(folder)) as store:
         seconds = alternate(_measures(state, store, device), job.rounds)
@@ -44,9 +45,9 @@ def _measure(job: Job, precision: Precision) -> Table:
         assert newest is not None
         size = sum(path.stat().st_size for path in newest.path.iterdir())
     rows = [Row(name, "ms", [1e3 * value for value in taken]) for name, taken in seconds.items()]
-    waits, whole, *_, theirs = rows
-    title = f"{config.model.title}, {config.optim.name}, {size / 2**20:.1f} MiB of files, in the system's cache"
-    return Table("checkpoint", title, [*rows, waits.over(theirs), whole.over(theirs)])
+    waits, full, *_, theirs = rows
+    title = f"{config.model.title}, {config.optim.name}, {size / 2**20:.1f} MiB of files, in the page cache"
+    return Table("checkpoint", title, [*rows, waits.over(theirs), full.over(theirs)])
 
 
 def _measures(state: TrainState, store: CheckpointStore, device: torch.device) -> dict[str, Measure]:
@@ -66,7 +67,7 @@ def _measures(state: TrainState, store: CheckpointStore, device: torch.device) -
             after()
             return seconds
 
-        once()  # to warm up
+        once()  # warmup
         return once
 
     def save_and_wait() -> None:
@@ -87,8 +88,8 @@ def _measures(state: TrainState, store: CheckpointStore, device: torch.device) -
 
     return {
         "training waits": measure(save, after=store.wait),
-        "whole save": measure(save_and_wait),
-        "found, verified": measure(store.newest),
+        "full save": measure(save_and_wait),
+        "find and verify": measure(store.newest),
         "restore": measure(restore),
         "torch.save": measure(torch_save),
     }

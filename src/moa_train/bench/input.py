@@ -1,8 +1,8 @@
-"""Input pipelines on one core, without workers: ours and others' as a whole in turn, and ours by stage.
+"""Measure input pipelines on one core, without workers: complete pipelines of several libraries, and our stages.
 
-A whole pipeline goes from a data set to normalised images and mixed targets on the device. All contenders see the same
-images, a few batches of them, which are in memory (files: in the system's cache) after the warm-up. With ``train`` they
-are augmented as configured, with ``infer`` they are prepared for evaluation.
+A complete pipeline goes from a data set to normalized images and mixed targets on the device. All candidates read the
+same few batches of images, which are in memory (files: in the page cache) after the warmup. Mode ``train`` augments the
+images as configured, and ``infer`` prepares them for evaluation.
 """
 
 import copy
@@ -41,13 +41,13 @@ from moa_train.data.source import Source
 from moa_train.schema import RunConfig, image_shape
 
 BATCHES = 8
-"""How many different batches there are."""
+"""Number of different batches."""
 
 Pipeline = Iterator[tuple[Tensor, Tensor]]
 
 
 def prepare(job: Job) -> Callable[[], Iterator[Table]]:
-    """Check the peers and open the training images; return what yields a table for each mode and batch."""
+    """Check the peers, open the training images, and return the function that yields a table per mode and batch."""
     names = [name for name in job.against if "/" not in name]
     for name in names:
         need(name)
@@ -73,27 +73,27 @@ def _compare(job: Job, source: Source, names: list[str], mode: str, batch: int) 
     config.engine.batch_size = config.engine.micro_batch_size = config.engine.eval_batch_size = batch
     config.data.workers, config.data.unreadable = 0, "fail"
 
-    whole = {"moa-train": _ours(job, config, source, mode)}
+    complete = {"moa-train": _ours(job, config, source, mode)}
     arguments = (config, source, mode, batch, job.device)
     if "timm" in names:
-        whole["timm"] = input_peers.timm(*arguments)
-        whole["timm prefetcher"] = input_peers.timm(*arguments, prefetcher=True)
+        complete["timm"] = input_peers.timm(*arguments)
+        complete["timm prefetcher"] = input_peers.timm(*arguments, prefetcher=True)
     if "torchvision" in names:
-        whole["torchvision"] = input_peers.torchvision(*arguments)
-    contenders: dict[str, tuple[Callable[[], object], int]] = {
-        name: (partial(next, pipeline), batch) for name, pipeline in whole.items()
+        complete["torchvision"] = input_peers.torchvision(*arguments)
+    candidates: dict[str, tuple[Callable[[], object], int]] = {
+        name: (partial(next, pipeline), batch) for name, pipeline in complete.items()
     }
-    contenders |= {f"  {name}": stage for name, stage in _stages(job, config, source, mode, batch).items()}
+    candidates |= {f"  {name}": stage for name, stage in _stages(job, config, source, mode, batch).items()}
 
-    measures = {name: timed(call, job.device, least_seconds=job.seconds) for name, (call, _) in contenders.items()}
+    measures = {name: timed(call, job.device, least_seconds=job.seconds) for name, (call, _) in candidates.items()}
     seconds = alternate(measures, job.rounds)
     table = [
         Row.rate(name, seconds[name], images, us=1e6 * median(seconds[name]) / images)
-        for name, (_, images) in contenders.items()
+        for name, (_, images) in candidates.items()
     ]
-    ratios = [table[0].over(row) for row in table[1 : len(whole)]]
+    ratios = [table[0].over(row) for row in table[1 : len(complete)]]
     height, width = image_shape(config.data.image_size)
-    title = f"{mode}, batch {batch}, {height} x {width}, {config.data.name}, one core; us: microseconds an image"
+    title = f"{mode}, batch {batch}, {height} x {width}, {config.data.name}, one core; us: microseconds per image"
     return Table("input", title, [*table, *ratios])
 
 
@@ -111,7 +111,7 @@ def _ours(job: Job, config: RunConfig, source: Source, mode: str) -> Pipeline:
 def _stages(
     job: Job, config: RunConfig, source: Source, mode: str, size: int
 ) -> dict[str, tuple[Callable[[], object], int]]:
-    """Return each stage of ours, with the number of images that it works on at a time."""
+    """Return the stages of our pipeline by name, each with the number of images that it processes at a time."""
     loader = build_train_loader(config, source, job.alone)
     view = loader.view if mode == "train" else build_eval_loader(config, source, job.alone).view
     draw = loader.order.step(0)

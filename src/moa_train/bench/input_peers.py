@@ -1,7 +1,7 @@
-"""What others would write to make the same batches: Pillow images, one by one, through a library's transforms.
+"""Input pipelines of other libraries for the same batches: each Pillow image goes through the library's transforms.
 
-Both peers run without workers, in this process, and give what ours gives: normalised float32 images on the device, and
-targets mixed by the same rules.
+The peers run in this process, without workers. Like our pipeline, they produce normalized float32 images on the device,
+and targets mixed by the same rules.
 """
 
 import math
@@ -26,14 +26,14 @@ from moa_train.schema import DataConfig, RunConfig, image_shape
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 PASSES = 100
-"""Over the images, one after the other, that count as one: at the end of a pass prefetching pauses."""
+"""Passes over the images that count as one epoch, because prefetching pauses at the end of an epoch."""
 
 
 class PillowImages(Dataset):
-    """The images of a source as Pillow images, as torchvision's data sets hold them.
+    """The images of a source as Pillow images, like those of torchvision's data sets.
 
     Args:
-        source: of arrays, kept as H W C in memory; or of files, opened when they are asked for.
+        source: arrays, which are kept in memory as (H, W, C), or files, which are opened on access.
     """
 
     def __init__(self, source: Source) -> None:
@@ -52,7 +52,7 @@ class PillowImages(Dataset):
         return self.transform(self.open(index)), self.labels[index]
 
     def open(self, index: int) -> Image.Image:
-        """Return an image before its transform."""
+        """Return an image without its transform."""
         if self.source.in_memory:
             return Image.fromarray(self.pixels[index])
         with Path(self.source.name(index)).open("rb") as file:
@@ -60,7 +60,7 @@ class PillowImages(Dataset):
 
 
 def statistics(config: DataConfig) -> tuple[list[float], list[float]]:
-    """Return the channel means and standard deviations that images are normalized with."""
+    """Return the channel means and standard deviations for normalization."""
     known = DATASETS.load(config.name)
     return list(config.mean or known.mean), list(config.std or known.std)
 
@@ -68,9 +68,9 @@ def statistics(config: DataConfig) -> tuple[list[float], list[float]]:
 def timm(
     config: RunConfig, source: Source, mode: str, batch: int, device: torch.device, prefetcher: bool = False
 ) -> Batches:
-    """Yield the batches of timm's ``create_loader``, which its train.py uses with ``prefetcher`` by default.
+    """Yield the batches of timm's ``create_loader``, which timm's train.py uses with ``prefetcher`` by default.
 
-    The prefetcher normalises and erases in whole batches. Colour jitter is left out, as timm does beside RandAugment.
+    The prefetcher normalizes and erases complete batches. As in timm, RandAugment replaces color jitter.
     """
     from timm.data import Mixup, create_loader
     from timm.data.auto_augment import RandAugment
@@ -91,12 +91,12 @@ def timm(
     common |= {"auto_augment": recipe if augment.randaugment_ops else None}
     loader = create_loader(dataset, re_prob=augment.erasing, re_mode="pixel", **common)
     steps = dataset.transform.transforms
-    if augment.crop != "resized":  # as Swin's and DeiT's scripts do for small images
+    if augment.crop != "resized":  # like the scripts of Swin and DeiT for small images
         pad = [transforms.RandomCrop(size, augment.padding)] if augment.crop == "pad" else []
-        steps[:1] = [*_whole(source, size), *pad]
+        steps[:1] = [*_resize(source, size), *pad]
     for step in steps:
         for operation in step.ops if isinstance(step, RandAugment) else ():
-            if operation.name == "PosterizeIncreasing":  # to 0 bits, which Pillow refuses since version 13
+            if operation.name == "PosterizeIncreasing":  # to 0 bits, which Pillow rejects since version 13
                 operation.aug_fn = _at_least_one_bit(operation.aug_fn)
     batches = _endless(loader, device)
     if not (augment.mixup or augment.cutmix):
@@ -113,7 +113,7 @@ def timm(
 
 
 def torchvision(config: RunConfig, source: Source, mode: str, batch: int, device: torch.device) -> Batches:
-    """Yield the batches of ``transforms.v2`` and a DataLoader. RandAugment's strength does not vary there."""
+    """Yield the batches of ``transforms.v2`` and a DataLoader. The strength of this RandAugment does not vary."""
     from torchvision.transforms import v2
 
     augment, size = config.augment, image_shape(config.data.image_size)
@@ -127,8 +127,8 @@ def torchvision(config: RunConfig, source: Source, mode: str, batch: int, device
         return _endless(DataLoader(dataset, batch), device)
     crops: dict[str, list[Any]] = {
         "resized": [v2.RandomResizedCrop(size, augment.scale, augment.ratio, v2.InterpolationMode.BICUBIC)],
-        "pad": [*_whole(source, size), v2.RandomCrop(size, augment.padding)],
-        "none": _whole(source, size),
+        "pad": [*_resize(source, size), v2.RandomCrop(size, augment.padding)],
+        "none": _resize(source, size),
     }
     strength = round(augment.randaugment_magnitude)
     dataset.transform = v2.Compose(
@@ -152,8 +152,8 @@ def _endless(loader: Any, device: torch.device) -> Batches:
         yield images.to(device), labels.to(device)
 
 
-def _whole(source: Source, size: tuple[int, int]) -> list[Any]:
-    """Return what gives a whole image its size: nothing for those in memory, which have it."""
+def _resize(source: Source, size: tuple[int, int]) -> list[Any]:
+    """Return the transforms that bring an uncropped image to ``size``; images in memory already have it."""
     from torchvision import transforms
 
     resize = transforms.Resize(min(size), transforms.InterpolationMode.BICUBIC)

@@ -1,4 +1,4 @@
-"""What a call of `moa-bench` is to measure."""
+"""The settings of a ``moa-bench`` call."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,24 +11,24 @@ from moa_train.schema import RunConfig
 
 @dataclass(frozen=True)
 class Job:
-    """A configuration, and how it is to be measured. Several values of a sequence mean one case each.
+    """A configuration and how to measure it. Every value of a sequence is a case of its own.
 
     Attributes:
-        config: what is measured: model, data, optimizer, precision, ... as `moa-train` would run it.
-        overrides: the arguments it was composed from, as `moa-train` takes them.
-        compose: composes another configuration from such arguments.
-        num_classes: of the configured data.
-        device: from ``config.runtime.device``.
-        rounds: how often each contender has its turn.
-        seconds: least length of one turn of a step, a stage, a save.
-        steps: length of one turn of a whole training.
-        modes: of ``train`` and ``infer``.
-        batches: images of a forward pass; none: the configured micro-batch.
-        precisions: names as in `runtime.precision`; none: the configured one.
-        compiles: whether torch.compile is on.
-        checkpointings: whether activations are recomputed in the backward pass.
-        against: peers: ``timm`` or ``torchvision`` for input; ``timm/NAME``, ``torchvision/NAME`` and
-            ``moa-train/OPTION`` for step, with arguments after a colon.
+        config: model, data, optimizer, precision and so on, as in ``moa-train``.
+        overrides: command-line arguments from which ``config`` was composed.
+        compose: function that composes another configuration from such arguments.
+        num_classes: number of classes of the configured data set.
+        device: device chosen by ``config.runtime.device``.
+        rounds: number of measurements per candidate.
+        seconds: minimum duration of a measurement of a step, stage or save.
+        steps: number of training steps per measurement of a complete training.
+        modes: ``train``, ``infer`` or both.
+        batches: images per forward pass; empty: the configured micro-batch size.
+        precisions: values of ``runtime.precision``; empty: the configured precision.
+        compiles: whether to use torch.compile.
+        checkpointings: whether to recompute activations in the backward pass.
+        against: peers. For input: ``timm`` and ``torchvision``. For step: ``timm/NAME``, ``torchvision/NAME`` and
+            ``moa-train/OPTION``, with arguments after a colon.
         ranks: number of processes.
     """
 
@@ -50,5 +50,5 @@ class Job:
 
     @property
     def alone(self) -> Distributed:
-        """This process, as the only one."""
+        """This process as the only rank."""
         return Distributed(0, 0, 1, 1, self.device)

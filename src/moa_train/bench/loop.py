@@ -1,8 +1,8 @@
-"""The trainer over the bare step: what logging, checkpoints and all the rest of the loop cost.
+"""Compare the trainer with a bare loop: the difference is the cost of logging, checkpoints and the rest of the loop.
 
-A real run, with TensorBoard and background checkpoints, and a plain loop over the same batches, transform, model and
-optimizer have their turns in the midst of one `Trainer.fit`: whenever the trainer asks for the first batch of a turn,
-the plain loop goes first.
+A real run, with TensorBoard and background checkpoints, alternates with a bare loop over the same batches, transform,
+model and optimizer. Both run within one `Trainer.fit`: when the trainer requests the first batch of a measurement, the
+bare loop runs first.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ from moa_train.schema import RunConfig
 
 
 def prepare(job: Job) -> Callable[[], Iterator[Table]]:
-    """Check the configuration and the data; return what yields one table."""
-    # A save in the middle of each turn, so that its background work falls into the turn that pays for it.
+    """Check the configuration and the data, and return the function that yields one table."""
+    # Each measurement has a save in its middle, so that it includes the background work of this save.
     config = training(job.config, steps=job.steps // 2 + job.rounds * job.steps + 1)
     config.engine.save_every = f"{job.steps} steps"
     check_config(config)
@@ -42,7 +42,7 @@ def prepare(job: Job) -> Callable[[], Iterator[Table]]:
 
 
 def training(config: RunConfig, steps: int) -> RunConfig:
-    """Return the configuration of a run of so many steps as they are anywhere in the run; nothing is evaluated."""
+    """Return the configuration of a run of ``steps`` typical steps, without evaluation."""
     config = copy.deepcopy(config)
     config.run_dir = config.resume = config.replay = config.init = config.engine.stop_after = None
     config.schedule.duration, config.schedule.warmup, config.augment.weak_for = f"{steps} steps", "0%", "0%"
@@ -52,7 +52,7 @@ def training(config: RunConfig, steps: int) -> RunConfig:
 
 
 def before_each_step(run: Run, action: Callable[[int], None]) -> None:
-    """Have the trainer call ``action(step)`` before it gets the first batch of that step."""
+    """Make the trainer call ``action(step)`` before it loads the first batch of each step."""
 
     def batches(start_step: int) -> Iterator[Any]:
         loaded = run.loader.batches(start_step)
@@ -78,7 +78,7 @@ def _compare(job: Job, config: RunConfig) -> Table:
             run.trainer.store.wait()
             synchronize(device)
             if step == first:
-                bare(first)  # to warm up
+                bare(first)  # warmup
             else:
                 seconds["trainer"].append(time.perf_counter() - started)
                 begun = time.perf_counter()
@@ -91,13 +91,15 @@ def _compare(job: Job, config: RunConfig) -> Table:
         run.trainer.tracker.close()
     rows = [Row(name, "ms", [1e3 * value / job.steps for value in taken]) for name, taken in seconds.items()]
     batch = f"batch {config.engine.batch_size} = {bare.passes} x {config.engine.micro_batch_size}"
-    title = f"{config.model.title}, {config.data.name}, {bare.precision.name}, {batch}, turns of {job.steps} steps"
-    saves = f"a save each, a log row every {config.tracking.log_every}"
+    title = (
+        f"{config.model.title}, {config.data.name}, {bare.precision.name}, {batch}, {job.steps} steps per measurement"
+    )
+    saves = f"one save per measurement, a log row every {config.tracking.log_every} steps"
     return Table("loop", f"{title}, {saves}", [*rows, rows[0].over(rows[1])])
 
 
 class BareLoop:
-    """What a run does, by hand: copies of its model and optimizer, its batches, its transform, its clipping."""
+    """A hand-written loop over a run's batches, transform and clipping, with copies of its model and optimizer."""
 
     def __init__(self, run: Run) -> None:
         self.run, step = run, run.trainer.train_step
@@ -109,7 +111,7 @@ class BareLoop:
         self.batches = run.loader.batches(0)
 
     def __call__(self, steps: int) -> None:
-        """Make so many updates, and wait until the device has made them."""
+        """Run ``steps`` updates and wait for the device."""
         for _ in range(steps):
             plain.update(
                 self.model, self.optimizer, self._inputs(), passes=self.passes, precision=self.precision, clip=self.clip

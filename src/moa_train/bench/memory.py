@@ -1,4 +1,4 @@
-"""The most memory that a step takes, with what it works on."""
+"""Measure the peak memory of a step, including its model and inputs."""
 
 from collections.abc import Callable
 
@@ -10,15 +10,16 @@ from moa_train.model.summary import PeakMemory
 
 
 def allocated(device: torch.device) -> int:
-    """Return the bytes of all tensors on a GPU; 0 on a CPU, which does not count them."""
+    """Return the bytes of all tensors on a GPU, or 0 for a CPU, where PyTorch does not count them."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def peak(step: Callable[[], object], device: torch.device, *, alive: object, before: int) -> int:
-    """Run ``step`` once more and return the most bytes of tensors that it needed at a time.
+    """Run ``step`` once more and return its peak memory in bytes of tensors.
 
-    On CUDA that is what the allocator says, less what was there ``before`` the model. On a CPU tensors are counted as
-    they come and go, beginning with those in ``alive`` (nested lists and dictionaries of weights, states and inputs).
+    On CUDA, the allocator reports the peak, from which the memory used ``before`` the model is subtracted. On a CPU,
+    tensors are counted as they are created and freed, starting with those in ``alive`` (nested lists and dictionaries
+    of weights, optimizer state and inputs).
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,7 +1,8 @@
-"""Models of other libraries, and others of ours, to be measured in turn with the configured one.
+"""Build models of other libraries, to be compared with the configured model.
 
-A peer is written ``timm/NAME``, ``torchvision/NAME`` or ``moa-train/OPTION``, an option of the group ``model``. Those
-of libraries take arguments: ``timm/swin_tiny_patch4_window7_224:img_size=32,depths=(2,2,6,2)``.
+The peers of ``--against`` are ``timm/NAME``, ``torchvision/NAME`` and ``moa-train/OPTION``, where OPTION belongs to the
+group ``model``. Models of other libraries take arguments:
+``timm/swin_tiny_patch4_window7_224:img_size=32,depths=(2,2,6,2)``.
 """
 
 import ast
@@ -20,7 +21,7 @@ def build_peer(text: str, num_classes: int) -> nn.Module:
     """Build the model of a library, with random weights, on the CPU.
 
     Raises:
-        UserError: the library is not installed or has no such model, or the arguments cannot be read.
+        UserError: the library is not installed or has no such model, or the arguments cannot be parsed.
     """
     library, _, rest = text.partition("/")
     name, _, arguments = rest.partition(":")
@@ -42,32 +43,32 @@ def build_peer(text: str, num_classes: int) -> nn.Module:
 
 
 def need(library: str) -> None:
-    """Raise UserError unless ``library`` is one of LIBRARIES and installed."""
+    """Raise `UserError` unless ``library`` is in LIBRARIES and installed."""
     if library not in LIBRARIES:
         raise UserError(choose("--against", library, ("moa-train", *LIBRARIES)))
     if importlib.util.find_spec(library) is None:
-        raise UserError(f"--against {library} needs {library}: pip install 'moa-train[bench]'")
+        raise UserError(f"--against {library} requires {library}. Install it: pip install 'moa-train[bench]'")
 
 
 def read_arguments(text: str, arguments: str) -> dict[str, Any]:
-    """Read ``key=value,key=value``, values being Python literals."""
+    """Parse ``key=value,key=value``, where the values are Python literals."""
     try:
         call = ast.parse(f"peer({arguments})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
-            raise ValueError("only key=value")
+            raise ValueError("not of the form key=value")
         return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError):
         raise UserError(
-            f"Cannot read the arguments in {text}. They are written NAME:key=value,key=value, values as in Python: "
-            "img_size=32,depths=(2,2,6,2)."
+            f"Cannot parse the arguments in {text}. Write NAME:key=value,key=value with values as in Python, such as "
+            "NAME:img_size=32,depths=(2,2,6,2)."
         ) from None
 
 
 def check_peer(text: str, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
-    """Build a peer, put an image through it on the meta device, where that costs nothing, and return it there.
+    """Build a peer, run it on the meta device, which costs nothing, and return it on this device.
 
     Raises:
-        UserError: as in `build_peer`, or it cannot be built so, or does not take images of that size.
+        UserError: as in `build_peer`, or the model rejects the arguments or the image size.
     """
     try:
         model = build_peer(text, num_classes).to("meta").eval()
@@ -77,7 +78,7 @@ def check_peer(text: str, num_classes: int, image_size: tuple[int, int]) -> nn.M
         raise
     except Exception as error:
         raise UserError(
-            f"--against {text} does not work for images of {image_size[0]} x {image_size[1]}: {error}\nArguments "
-            "follow a colon: timm/swin_tiny_patch4_window7_224:img_size=32,patch_size=1,window_size=4"
+            f"--against {text} does not work for images of {image_size[0]} x {image_size[1]}: {error}\nGive "
+            "arguments after a colon: timm/swin_tiny_patch4_window7_224:img_size=32,patch_size=1,window_size=4"
         ) from error
     return model

@@ -1,7 +1,7 @@
-"""Several processes over one, each launched for real.
+"""Compare several processes with one, launched as real trainings.
 
-On CPUs both have the same threads and the same batch, and N processes are compared with one. On CUDA every process has
-a GPU and its share of the batch, and N of them are compared with N times one.
+On CPUs, N processes are compared with one process that has the same total number of threads and the same batch. On
+CUDA, every process has a GPU and its share of the batch, and N processes are compared with N times one process.
 """
 
 import copy
@@ -29,18 +29,20 @@ from moa_train.runtime.signals import StopSignals
 from moa_train.schema import RunConfig, from_dict, to_dict
 
 WARMUP = 5
-"""Steps before the clock starts."""
+"""Steps before the measurement starts."""
 
 
 def prepare(job: Job) -> Callable[[], Iterator[Table]]:
-    """Check that there is something to share and that it can be shared; return what yields one table."""
+    """Check that the threads or GPUs and the batch can be shared, and return the function that yields one table."""
     ranks, batch = job.ranks, job.config.engine.batch_size
     cuda = job.device.type == "cuda"
     shared = torch.cuda.device_count() if cuda else job.config.runtime.threads or torch.get_num_threads()
     if shared < ranks:
-        raise UserError(f"--ranks {ranks}, but there are only {shared} {'GPUs' if cuda else 'CPU threads'} to share.")
+        raise UserError(
+            f"--ranks {ranks} requires as many {'GPUs' if cuda else 'CPU threads'}, but there are only {shared}."
+        )
     if batch % ranks:
-        raise UserError(f"--ranks {ranks} cannot share engine.batch_size={batch}: it must be a multiple.")
+        raise UserError(f"engine.batch_size={batch} is not a multiple of --ranks {ranks}. Change one of the two.")
     config = training(job.config, steps=WARMUP + job.steps + 1)
     config.engine.micro_batch_size, config.engine.save_every = batch // ranks, config.schedule.duration
     config.tracking.loggers = []
@@ -63,13 +65,13 @@ def _compare(job: Job, config: RunConfig, alone: RunConfig) -> Table:
     several = Row.rate(f"{job.ranks} processes", seconds["ranks"], job.steps * config.engine.batch_size)
     one = Row.rate("N x one process" if cuda else "one process", seconds["one"], job.steps * config.engine.batch_size)
     each = "a GPU each" if cuda else f"{config.runtime.threads} of {alone.runtime.threads} threads each"
-    batch = f"batch {config.engine.batch_size}, turns of {job.steps} steps"
+    batch = f"batch {config.engine.batch_size}, {job.steps} steps per measurement"
     title = f"{config.model.title}, {config.data.name}, {each}, {batch}"
     return Table("ranks", title, [several, one, several.over(one)])
 
 
 def launch(config: RunConfig, ranks: int, steps: int) -> float:
-    """Train in ``ranks`` processes of their own and return the seconds that ``steps`` steps took after warming up."""
+    """Train in ``ranks`` new processes and return the seconds that ``steps`` steps take after the warmup."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(to_dict(config)))
@@ -85,7 +87,7 @@ def launch(config: RunConfig, ranks: int, steps: int) -> float:
 
 
 def worker(folder: Path, steps: int) -> None:
-    """Be one of the processes."""
+    """Train as one of the processes."""
     config: RunConfig = from_dict(json.loads((folder / "config.json").read_text()))
     with Distributed.start(config.runtime.device, config.runtime.timeout) as distributed:
         set_up_process(config.runtime, distributed)

@@ -1,4 +1,4 @@
-"""What was measured, as a table to read and as JSON to keep."""
+"""Report measurements as tables and as JSON."""
 
 import importlib.metadata
 import importlib.util
@@ -19,9 +19,13 @@ PEERS = ("timm", "torchvision")
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity, measured once a round: ``values`` in ``unit``, in order of rounds.
+    """One quantity, measured once per round.
 
-    ``facts`` are further columns, a number each, whose names tell their units: ``{"ms": 12.5, "MFU %": 41.0}``.
+    Attributes:
+        what: name of the quantity.
+        unit: unit of the values.
+        values: one value per round.
+        facts: additional columns, whose names include the units: ``{"ms": 12.5, "MFU %": 41.0}``.
     """
 
     what: str
@@ -31,35 +35,35 @@ class Row:
 
     @classmethod
     def rate(cls, what: str, seconds: Sequence[float], work: float, unit: str = "images/s", **facts: float) -> "Row":
-        """Return the row of so much ``work`` in those ``seconds`` a round."""
+        """Return a row of ``work`` per second, given the seconds of each round."""
         return cls(what, unit, [work / value for value in seconds], facts)
 
     def over(self, other: "Row") -> "Row":
-        """Return the row of this one's values over the other's, round by round."""
+        """Return the row of ratios to the other row's values, computed round by round."""
         pairs = zip(self.values, other.values, strict=True)
-        return Row(f"{self.what} / {other.what}", "ratio", [mine / its for mine, its in pairs])
+        return Row(f"{self.what} / {other.what}", "ratio", [value / reference for value, reference in pairs])
 
     @property
     def median(self) -> float:
-        """The median of the rounds."""
+        """The median over the rounds."""
         return statistics.median(self.values)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything about the row, JSON-able."""
+        """Return the row and its statistics in a form that JSON can represent."""
         numbers = {"median": self.median, "min": min(self.values), "max": max(self.values), "n": len(self.values)}
         return {"what": self.what, "unit": self.unit, **numbers, "values": list(self.values), **self.facts}
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one comparison. ``part`` is that of the command line, ``title`` says what holds for all rows."""
+    """The rows of one comparison. ``part`` is a part of moa-bench; ``title`` describes what all rows have in common."""
 
     part: str
     title: str
     rows: Sequence[Row]
 
     def text(self) -> str:
-        """Lay the rows out for reading."""
+        """Return the table as text with aligned columns."""
         facts = list(dict.fromkeys(name for row in self.rows for name in row.facts))
         cells = [["", "", "median", "min", "max", "n", *facts]]
         for row in self.rows:
@@ -74,17 +78,17 @@ class Table:
         return "\n".join([f"{self.part}: {self.title}", *(f"  {line}".rstrip() for line in lines)])
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the table, JSON-able."""
+        """Return the table in a form that JSON can represent."""
         return {"part": self.part, "title": self.title, "rows": [row.as_dict() for row in self.rows]}
 
 
 def number(value: float) -> str:
-    """Write a number with four significant digits, and none behind the point from 1000 on."""
+    """Format a number with four significant digits, and without decimals from 1000 on."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
 
 
 def header(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
-    """Describe when, where and with what is measured, JSON-able."""
+    """Return date, hardware, versions and code of a measurement in a form that JSON can represent."""
     origin = provenance.collect()
     return {
         "date": origin["started"],
@@ -100,15 +104,15 @@ def header(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
 
 
 def describe(header: Mapping[str, Any]) -> str:
-    """Write a header for reading."""
+    """Return a header as text."""
     shown = ("torch", *(["cuda"] if torch.cuda.is_available() else []), *PEERS)
     versions = ", ".join(f"{name} {header['versions'][name]}" for name in shown if name in header["versions"])
-    where = f"{header['device']}, {header['threads']} of {header['cores']} cores' threads"
+    where = f"{header['device']}, {header['threads']} threads on {header['cores']} cores"
     return f"moa-bench {header['versions']['moa-train']}, {header['date']}\n{where}; {versions}"
 
 
 def write(path: Path, header: Mapping[str, Any], tables: Iterable[Table]) -> None:
-    """Write header and tables as JSON."""
+    """Write a header and tables to a JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**header, "tables": [table.as_dict() for table in tables]}, indent=1) + "\n")
 

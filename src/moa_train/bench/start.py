@@ -1,4 +1,4 @@
-"""From typing `moa-train` to the first step, over importing torch and torchvision and building the model."""
+"""Compare the time from starting ``moa-train`` to its first step with that of imports and building the model."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from moa_train.bench.report import Row, Table
 from moa_train.bench.timing import alternate
 from moa_train.schema import image_shape
 
-LEAST = """
+BASELINE = """
 import json, sys, torch, torchvision
 from moa_train.model.registry import create_model
 from moa_train.schema import ModelConfig, from_dict
@@ -26,7 +26,7 @@ print("built", flush=True)
 
 
 def prepare(job: Job) -> Callable[[], Iterator[Table]]:
-    """Check the configuration and the data; return what yields one table."""
+    """Check the configuration and the data, and return the function that yields one table."""
     check_config(job.config)
     open_splits(job.config, job.alone)
     return lambda: iter([_compare(job)])
@@ -46,14 +46,14 @@ def _compare(job: Job) -> Table:
             ]
             return until("step 1/", ["-m", "moa_train.cli.train", *job.overrides, *settings])
 
-    measures = {"first step": product, "imports, model": lambda: until("built", ["-c", LEAST, json.dumps(model)])}
-    alternate(measures, 1)  # to warm up the system's cache
+    measures = {"first step": product, "imports, model": lambda: until("built", ["-c", BASELINE, json.dumps(model)])}
+    alternate(measures, 1)  # fill the page cache
     rows = [Row(name, "s", seconds) for name, seconds in alternate(measures, job.rounds).items()]
     return Table("start", f"{config.model.title}, {config.data.name}", [*rows, rows[0].over(rows[1])])
 
 
 def until(mark: str, arguments: Sequence[str]) -> float:
-    """Run Python and return the seconds until it prints ``mark``; then ask it to stop, and wait for that."""
+    """Run Python, return the seconds until it prints ``mark``, and terminate it."""
     lines: list[str] = []
     started = time.perf_counter()
     with subprocess.Popen(
@@ -67,4 +67,4 @@ def until(mark: str, arguments: Sequence[str]) -> float:
                 process.terminate()
                 process.communicate()
                 return seconds
-    raise RuntimeError(f"python {' '.join(arguments)} has not printed {mark!r}:\n{''.join(lines[-50:])}")
+    raise RuntimeError(f"python {' '.join(arguments)} ended without printing {mark!r}:\n{''.join(lines[-50:])}")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from statistics import median
-from typing import cast
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from moa_train.bench.job import Job
 from moa_train.bench.peers import build_peer, check_peer
 from moa_train.bench.report import Row, Table
 from moa_train.bench.timing import alternate, timed
+from moa_train.model.compiling import compile_model
 from moa_train.model.registry import create_model
 from moa_train.optim.clip import clip_gradients
 from moa_train.optim.optimizers import Optimizers
@@ -114,7 +114,7 @@ def _compare(job: Job, entrants: list[Entrant], mode: str, precision: Precision,
         before = memory.allocated(device)
         model, optimizer = entrant.build(precision)
         model = model.to(memory_format=layout).train(mode == "train")
-        called = cast(nn.Module, torch.compile(model)) if entrant.compiled else model
+        called = compile_model(model, "blocks") if entrant.compiled else model
         step: Callable[[], object] = partial(plain.predict, called, images, precision)
         if mode == "train":
             inputs = [(images, targets)]

@@ -1,4 +1,4 @@
-"""Timing by turns: A B A B. A ratio of two times of one round is a ratio in one state of the machine."""
+"""Time candidates alternately: A B A B. The two times of a ratio then come from the same state of the machine."""
 
 import math
 import time
@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 import torch
 
 Measure = Callable[[], float]
-"""Takes one time, in seconds."""
+"""A function that measures once and returns seconds."""
 
 
 def alternate(measures: Mapping[str, Measure], rounds: int) -> dict[str, list[float]]:
-    """Take every measure once in each round, in turn; return the results by name, in order of rounds."""
+    """Run every measurement once per round, alternately, and return the results by name, one per round."""
     taken: dict[str, list[float]] = {name: [] for name in measures}
     for _ in range(rounds):
         for name, measure in measures.items():
@@ -22,10 +22,10 @@ def alternate(measures: Mapping[str, Measure], rounds: int) -> dict[str, list[fl
 def timed(
     function: Callable[[], object], device: torch.device, *, least_seconds: float = 0.5, warmup: int = 2
 ) -> Measure:
-    """Warm ``function`` up, here and now, and return the measure of one call of it.
+    """Warm up ``function`` immediately, and return a measurement of the seconds per call.
 
-    The measure is the mean of as many calls in a row as take about ``least_seconds``: a call alone may be shorter than
-    what disturbs it. On CUDA the device's own clock is read (events), after all that was queued before.
+    Each measurement is the mean over consecutive calls that together take about ``least_seconds``, because a single
+    call can be shorter than the noise. On CUDA, events on the device measure the time, after all queued work.
     """
     for _ in range(warmup):
         function()
@@ -51,6 +51,6 @@ def _elapsed(function: Callable[[], object], calls: int, device: torch.device) -
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until ``device`` has done all that it was given."""
+    """Wait until ``device`` has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""The frame of the commands that Hydra composes: typed configuration, help, and errors for users."""
+"""What the commands based on Hydra share: typed configuration, help and error messages."""
 
 import contextlib
 import difflib
@@ -9,9 +9,11 @@ import re
 import shlex
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -42,7 +44,6 @@ from moa_train.cli.compose import (
 )
 from moa_train.knobs import in_words, knobs
 from moa_train.plugins import args_type
-from moa_train.runtime.command_line import hydra_quoted
 from moa_train.runtime.cpu import wait_briefly
 from moa_train.runtime.errors import LostRankError, UserError, choose
 from moa_train.runtime.output import protect_output
@@ -51,22 +52,22 @@ from moa_train.schema import parts
 
 
 def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name: str, examples: str) -> None:
-    """Compose a configuration from the command line, check it, and run ``task`` with it; never returns.
+    """Compose a configuration from the command line, validate it and run ``task`` with it. This never returns.
 
     Args:
-        task: called with the typed, validated configuration and the overrides as typed; returns the exit code.
+        task: called with the validated configuration and the overrides as the user typed them; returns the exit code.
         schema: dataclass of the configuration.
         config_name: primary YAML file below ``conf/``, whose defaults list names the schema.
-        examples: shown at the end of ``--help``.
+        examples: title and example commands, shown at the top of ``--help``.
     """
     store = ConfigStore.instance()
     store.store(name=f"{config_name}_schema", node=schema)
     store.store(group="hydra/help", name=f"{config_name}_help", node={})
 
     def checked(config: DictConfig) -> None:
-        # Inside Hydra's task, so that --help, --cfg and multirun stay Hydra's.
+        # This runs inside Hydra's task, so that Hydra still handles --help, --cfg and multirun.
         job = HydraConfig.get().job
-        # As typed: reading the entries would replace ${oc.env:NAME} by the variable's value.
+        # Do not resolve the overrides, which would replace ${oc.env:NAME} with the value of the variable.
         overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         if HydraConfig.get().mode is RunMode.MULTIRUN and os.environ.get("RANK", "0") == "0":
             print(
@@ -74,7 +75,7 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
             )
         code = _guarded(lambda: task(typed(config), overrides), arguments, schema)
         if HydraConfig.get().mode is RunMode.MULTIRUN and code not in (Exit.STOPPED, Exit.INTERRUPTED):
-            outcomes.append((code, overrides))  # the other jobs run all the same
+            outcomes.append((code, overrides))  # a failed job does not stop the others
         elif code:
             sys.exit(code)
 
@@ -82,16 +83,16 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
     protect_output()
     wait_briefly()
     arguments = sys.argv[1:] = [readable(text) for text in sys.argv[1:]]
-    # A user's own modules lie next to the recipe or in the current folder; last, so that they never hide a library.
+    # Users keep modules next to their recipes or in the current folder. They come last, to never shadow a library.
     sys.path += [str(root.resolve()) for root in config_roots(arguments)[1:]] + [str(Path.cwd())]
     if "--version" in arguments:
         print(f"moa-train {__version__}")
         sys.exit(Exit.FINISHED)
     if {"--help", "-h", "--cfg", "-c"} & set(arguments) and hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into `head`, or a pager that is left early: no traceback
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback if `head` or a pager exits early
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("moa_train").setLevel(logging.INFO)  # not the root logger: libraries have much to say
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions arrive as they are: whose they are is told apart here
+    logging.getLogger("moa_train").setLevel(logging.INFO)  # not the root logger, because libraries log a lot
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions through, and _guarded handles them
 
     def execute() -> None:
         for root in config_roots(arguments):
@@ -102,27 +103,22 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
             store.store(group="hydra/help", name=f"{config_name}_help", node=text)
         elif not {"--hydra-help", "--shell-completion", "-sc"} & set(arguments):
             check_overrides(arguments, schema)
-        # Options first: argparse takes arguments on one side of them only.
+        # Options come first, because argparse accepts positional arguments only on one side of them.
         sys.argv[1:] = sorted(map(addable, arguments), key=lambda text: "=" in text and not text.startswith("-"))
         if sweep.requested(arguments):
             sweep.check_jobs(arguments, config_name)
-            # Hydra writes a file there, and the current folder may be read-only.
-            folder = held.enter_context(TemporaryDirectory())
-            sys.argv.append(f"hydra.sweep.dir={hydra_quoted(folder)}")
         hydra.main(version_base="1.3", config_path="pkg://moa_train.conf", config_name=config_name)(checked)()
-        if failed := [code for code, _ in outcomes if code]:
-            lines = [f"  {'failed' if code else 'done':8}{shlex.join(overrides)}" for code, overrides in outcomes]
-            print(
-                f"error: {len(failed)} of {len(outcomes)} runs of the sweep failed:", *lines, sep="\n", file=sys.stderr
-            )
-            sys.exit(max(failed))
+        sweep.report(outcomes)
 
     with contextlib.ExitStack() as held:
+        # Hydra writes a file to the folder of a sweep, and the current folder may be read-only.
+        folder = cache(lambda: held.enter_context(TemporaryDirectory()))
+        OmegaConf.register_new_resolver("temporary_folder", folder, replace=True)
         sys.exit(_guarded(execute, arguments, schema))
 
 
 def _own_settings(arguments: Sequence[str], config_name: str) -> list[tuple[str, Any, str]]:
-    """Return key, default and help of the settings that the parts named on the command line have."""
+    """Return key, default and help of the settings that belong to parts named on the command line."""
     overrides = [text for text in arguments if is_override(text)]
     if not overrides:
         return []
@@ -141,11 +137,12 @@ def check_overrides(arguments: list[str], schema: type) -> None:
     """Check ``key=value`` arguments before Hydra composes anything.
 
     Raises:
-        UserError: for unknown keys, options and groups, with the nearest right name, and for values of the wrong type.
+        UserError: a key, option or group is unknown (the message suggests the nearest name), or a value has the wrong
+            type.
     """
     stray = [text for text in arguments if "=" not in text and not text.startswith(("-", "~"))]
     if stray and not any(text.startswith("-") for text in arguments):
-        raise UserError(f"{stray[0]!r} is not an argument of the form key=value. See --help.")
+        raise UserError(f"Unexpected argument {stray[0]!r}: arguments have the form key=value. See --help.")
     items = {key: item for key, item, _ in knobs(schema())}
     roots = config_roots(arguments)
     parser = OverridesParser.create()
@@ -156,8 +153,9 @@ def check_overrides(arguments: list[str], schema: type) -> None:
             override = parser.parse_override(text)
         except HydraException:
             raise UserError(
-                f"Cannot read {text}. The form is key=value, without spaces; brackets and quotes must close; a value "
-                "with other signs, such as = or a space, needs quotes in quotes: \"run_dir='a=b'\"."
+                f"Cannot parse {text}. Write key=value without spaces around the equals sign, and close all brackets "
+                "and quotes. A value with special characters, such as =, needs two pairs of quotes, one of them for "
+                "the shell: \"run_dir='a=b'\"."
             ) from None
         _check_override(override, schema, items, sweep.requested(arguments), roots)
 
@@ -169,24 +167,24 @@ def _check_override(
     if key.startswith("hydra"):
         return
     if override.is_delete():
-        raise UserError(f"{text}: nothing can be removed. What is left out has its default.")
+        raise UserError(f"{text}: settings cannot be removed. Leave a setting out to use its default.")
     if ARGS_KEY.match(f"{key}=") and key.split(".args.")[0] + ".args" in items:
-        return  # checked by the part that has this setting
+        return  # checked by the part that declares this setting
     known = key in GROUPS or key in items
     if not known and key in {head for name in items for head in _sections(name)}:
         return  # a whole section, as in model.moa={overlap:1,reduction:16}
     if not known:
-        raise UserError(f"There is no {key}.{_similar(key, list(items))}")
+        raise UserError(f"Unknown key {key}.{_similar(key, list(items))}")
     if override.is_add():
-        raise UserError(f"{text}: {key} is there already. Write {text.lstrip('+')}.")
+        raise UserError(f"{text}: {key} exists already and cannot be added. Write {text.lstrip('+')}.")
     values = [override.value()]
     if override.is_sweep_override():
         if not in_sweep:
             raise UserError(
-                f"{text} means several runs: add -m for them. A list is written [1,2], a text with commas in quotes: "
-                f"\"{key}='a,b'\"."
+                f"{text} gives several values. To start one run for each, add -m. To pass a list, write [1,2]. To pass "
+                f"text that contains commas, write \"{key}='a,b'\"."
             )
-        # Of quoted texts the text; lists in sweeps, intervals and ranges are left to Hydra.
+        # Unwrap quoted text. Hydra checks lists in sweeps, intervals and ranges itself.
         values = [getattr(value, "text", value) for value in getattr(override.value(), "list", [])]
     for value in values:
         if key in GROUPS:
@@ -196,13 +194,13 @@ def _check_override(
 
 
 def _sections(key: str) -> list[str]:
-    """Return what a key lies in: model.moa.form lies in model.moa and model."""
+    """Return the sections that contain a key: model and model.moa for model.moa.form."""
     parts = key.split(".")
     return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 def _similar(key: str, keys: list[str]) -> str:
-    """Say what an unknown key may have meant: by the whole of it, else by its last part, else what its section has."""
+    """Return a hint for an unknown key: the nearest key, keys with a similar last part, or the keys of its section."""
     leaves: dict[str, list[str]] = {}
     for known in keys:
         leaves.setdefault(known.rpartition(".")[2], []).append(known)
@@ -223,7 +221,7 @@ def _check_type(key: str, value: Any, schema: type, kind: Any) -> None:
         OmegaConf.update(OmegaConf.structured(schema), key, value)
     except OmegaConfBaseException:
         shown = "null" if value is None else value
-        raise UserError(f"{key}={shown} is not of the right type: it must be {in_words(kind)}.") from None
+        raise UserError(f"{key}={shown} has the wrong type: it must be {in_words(kind)}.") from None
 
 
 ELSEWHERE = {
@@ -242,7 +240,7 @@ def _check_option(group: str, option: Any, roots: Sequence[Path]) -> None:
 
 
 def _guarded(action: Callable[[], int | None], arguments: Sequence[str] = (), schema: type | None = None) -> int:
-    """Run ``action``, and print errors that users can fix without a traceback.
+    """Run ``action`` and return the exit code; print errors that users can fix without a traceback.
 
     Args:
         action: returns the exit code.
@@ -257,10 +255,12 @@ def _guarded(action: Callable[[], int | None], arguments: Sequence[str] = (), sc
         print(f"error: {error}", file=sys.stderr)
         return Exit.FAILED
     except (HydraException, OmegaConfBaseException) as error:
-        lines = str(error).split("\n\n")[0].splitlines()  # what follows explains Hydra, not the mistake
+        lines = str(error).split("\n\n")[0].splitlines()  # the rest explains Hydra rather than the error
         lines = [line for line in lines if not line.startswith(" ")]
         if "Key 'False'" in str(error):
-            lines.append('YAML takes the words off and no for false. As a key, write it in quotes: "off": 10%')
+            lines.append(
+                "YAML reads the keys off and no as false. The setting augment.off is now called augment.weak_for."
+            )
         if schema and (found := re.search(r"Key '\w+' not in '\w+'\n\s+full_key: (\S+)", str(error))):
             lines.append(_explain_key(found[1], schema))
         _explain("\n".join(["error: " + lines[0], *lines[1:]]))
@@ -271,7 +271,7 @@ def _guarded(action: Callable[[], int | None], arguments: Sequence[str] = (), sc
         if not files:
             raise
         _explain(f"error: {files[0]} is not encoded in UTF-8 ({error}). Save it as UTF-8.")
-    except KeyboardInterrupt:  # where no training is under way, which answers it with a save
+    except KeyboardInterrupt:  # during a training, StopSignals handles this instead
         return Exit.INTERRUPTED
     return Exit.USER_ERROR
 
@@ -280,7 +280,7 @@ def _explain_key(key: str, schema: type) -> str:
     """Explain what is wrong with an unknown key in a recipe."""
     if key in GROUPS:
         return f"The first line of a recipe in {key}/ must be: # @package _global_"
-    return f"There is no {key}.{_similar(key, [known for known, _, _ in knobs(schema())])}"
+    return f"Unknown key {key}.{_similar(key, [known for known, _, _ in knobs(schema())])}"
 
 
 def _is_utf8(path: Path) -> bool:
@@ -292,15 +292,29 @@ def _is_utf8(path: Path) -> bool:
 
 
 def _explain(text: str) -> None:
-    """Print an error for users; under torchrun also at the end of what that prints, where it shows the root cause."""
+    """Print an error. Under torchrun, also pass it to torchrun, whose final report shows the root cause."""
     print(text, file=sys.stderr)
     if name := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         path = Path(name)
         with contextlib.suppress(OSError):
-            # Where the exception is recorded with its traceback already, its time decides whose was the first.
+            # If the exception is recorded already, keep its time: torchrun takes the earliest error as the root cause.
             when = path.stat().st_mtime if path.exists() else time.time()
-            # The format is torch's, which would take two seconds to import.
+            # This is torch's format; importing torch to write it would take two seconds.
             path.write_text(json.dumps({"message": text, "timestamp": str(int(when))}))
+
+
+OPTIONS = """Options:
+  -m, --multirun                              run all combinations of comma-separated values, one after the other
+  --config-dir DIR                            folder with your own recipes (DIR/GROUP/OPTION.yaml) and modules
+  --cfg job                                   print the composed configuration and exit
+  --version                                   print the version and exit
+"""
+GROUPS_HELP = """Groups (GROUP=OPTION), each a folder of conf/:
+
+$APP_CONFIG_GROUPS
+"""
+WIDTH, INDENT = 120, 46
+"""Columns of the help, and the one where descriptions start."""
 
 
 def _help(schema: type, examples: str, own: Sequence[tuple[str, Any, str]]) -> dict[str, str]:
@@ -313,18 +327,31 @@ def _help(schema: type, examples: str, own: Sequence[tuple[str, Any, str]]) -> d
             section = head
         rule = item.metadata
         names = (*rule["plugins"].table, "package.module:name") if rule["plugins"] else rule["options"]
-        options = f" [{', '.join(names)}]" if names else ""
-        lines.append(f"  {key + '=' + _shown(value):<44}{rule['help']}{options}")
-    lines += ["", *(f"  {key + '=' + _shown(value):<44}{text}" for key, value, text in own)] if own else []
-    above, below = (text.replace("$", "$$") for text in (examples, "\n".join(lines)))  # of Hydra's template
-    return {
-        "app_name": Path(sys.argv[0]).name,
-        "header": "",
-        "footer": "",
-        "template": f"{above}\n\nGroups (group=option; a folder of conf/ each)\n\n$APP_CONFIG_GROUPS\n"
-        f"Keys (key=value): default and meaning; --cfg job shows what the groups make of them\n{below}\n",
-    }
+        lines += _entry(key, value, rule["help"] + (f" [{', '.join(names)}]" if names else ""))
+    if own:
+        lines.append("")
+    for key, value, text in own:
+        lines += _entry(key, value, text)
+    grouped = any(item.name in GROUPS for item in fields(schema))
+    usage = (
+        f"usage: {examples.partition(':')[0]} {'[GROUP=OPTION ...] ' if grouped else ''}[KEY=VALUE ...] [OPTION ...]"
+    )
+    settings = "Settings (KEY=VALUE) with their defaults" + (
+        ". Groups change some defaults; --cfg job shows the result.\n" if grouped else ":\n"
+    )
+    above, below = (text.replace("$", "$$") for text in (examples, "\n".join(lines)))  # $ is special in the template
+    blocks = [usage, f"{above}\n", OPTIONS, *([GROUPS_HELP] if grouped else []), settings + below, ""]
+    return {"app_name": Path(sys.argv[0]).name, "header": "", "footer": "", "template": "\n".join(blocks)}
+
+
+def _entry(key: str, value: Any, text: str) -> list[str]:
+    """Return the lines of the help that describe a setting."""
+    first = f"  {key}={_shown(value)}".ljust(INDENT - 1) + " "
+    lines = textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * INDENT, break_on_hyphens=False)
+    return lines or [first.rstrip()]
 
 
 def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
+    if isinstance(value, list):
+        return f"[{','.join(map(_shown, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

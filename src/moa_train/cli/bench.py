@@ -23,31 +23,33 @@ if TYPE_CHECKING:
     from moa_train.bench.report import Table
 
 PARTS = {
-    "step": "model steps, training and inference: speed, memory, share of the machine's peak",
-    "input": "input on one core, training and evaluation: images/s as a whole and by stage",
-    "loop": "the trainer, with logging and background checkpoints, over the bare step",
-    "checkpoint": "saving (how long training waits for it), verifying, restoring",
-    "ranks": "several processes over one process with all their threads; on CUDA several GPUs over one",
-    "start": "from typing moa-train to the first step, over importing torch and building the model",
+    "step": "training and inference steps of models: speed, memory, share of peak performance (MFU)",
+    "input": "input pipelines on one core, for training and evaluation: images/s in total and per stage",
+    "loop": "the training loop, with logging and background checkpoints, compared with a bare loop",
+    "checkpoint": "time to save (and how long training waits for it), verify and restore a checkpoint",
+    "ranks": "several processes compared with one that has all their threads; on CUDA, GPUs compared with one",
+    "start": "time from starting moa-train to the first step, compared with imports and building the model",
 }
 
-EXAMPLES = """moa-bench: ratios of what takes turns in one run; medians, spread, versions, JSON.
+EXAMPLES = """moa-bench: measure speed and memory, alone or compared with other libraries.
 
-  moa-bench                                              all parts, small model and data, some minutes
+Examples:
+  moa-bench                                              all parts, small model and data set, takes minutes
   moa-bench step model=moa_t data=imagenet --batch 8 --against timm/swin_tiny_patch4_window7_224
   moa-bench step model=moa_t data=cifar100 --batch 64 --precision bf16 fp32 --compile off on --mode infer
+  moa-bench step data=cifar100 --against timm/swin_tiny_patch4_window7_224:img_size=32,patch_size=1,window_size=4
   moa-bench input data=imagenet data.root=/data/imagenet --batch 64 --against timm torchvision
   moa-bench loop checkpoint model=moa_t data=imagenet data.root=/data/imagenet engine.micro_batch_size=64"""
 
 MODES = ("train", "infer")
 IMAGELESS = {"step", "checkpoint"}
-"""Parts that look at no image of the data set."""
+"""Parts that do not read the data set's images."""
 
 _OVERRIDE = re.compile(r"[+~]*[\w./@]+=")
 
 
 def bench(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> None:
-    """Check everything, then measure part after part, and print and write each table when it is there."""
+    """Check all settings first, then measure part by part; print and write each table as soon as it is complete."""
     import torch
 
     from moa_train.assembly.process import set_up_process
@@ -82,65 +84,79 @@ def bench(options: argparse.Namespace, config: RunConfig, overrides: list[str]) 
     tables: list[Table] = []
     for part, measure in measures.items():
         if sys.stderr.isatty():
-            print(f"measuring: {part}", end="\r", file=sys.stderr)
+            print(f"measuring {part}", end="\r", file=sys.stderr)
         try:
             for table in measure():
                 print(f"\n{table.text()}", flush=True)
                 tables.append(table)
                 report.write(options.json, header, tables)
         except torch.OutOfMemoryError as error:
-            raise UserError(f"The memory of {device} is too small. Choose a smaller --batch.") from error
+            raise UserError(
+                f"{device} ran out of memory. Choose a smaller --batch or engine.micro_batch_size."
+            ) from error
     print(f"\nwrote {options.json}")
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the options; ``key=value`` arguments are for Hydra."""
+    """Return the parser of the options; Hydra parses the ``key=value`` arguments."""
     parts = "\n".join(f"  {name:<12}{text}" for name, text in PARTS.items())
     result = argparse.ArgumentParser(
         "moa-bench",
-        usage="moa-bench [PART ...] [options] [key=value ...]",
-        description=f"{__doc__.partition(': ')[2]}\nparts (default: all)\n{parts}\n\nkey=value: what is measured, as "
-        "moa-train takes it; moa-train --help lists them.",
+        usage="moa-bench [PART ...] [OPTION ...] [GROUP=OPTION ...] [KEY=VALUE ...]",
+        description="Measure speed and memory, alone or compared with other libraries.\n"
+        "Candidates run interleaved in one process; the report gives medians, ratios and their spread.\n\n"
+        f"parts (default: all):\n{parts}\n\n"
+        "GROUP=OPTION and KEY=VALUE choose the model, data and settings to measure; moa-train --help lists them.",
         epilog=EXAMPLES.partition("\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("parts", nargs="*", metavar="PART", help=argparse.SUPPRESS)
-    result.add_argument("--rounds", type=_count, default=7, help="turns of each contender (default: 7)")
-    result.add_argument("--seconds", type=float, default=0.5, help="least length of a turn (default: 0.5)")
-    result.add_argument("--steps", type=_count, default=100, help="length of a turn of loop and ranks (default: 100)")
+    result.add_argument(
+        "--rounds", type=_count, default=7, metavar="COUNT", help="measurements per candidate (default: 7)"
+    )
+    result.add_argument("--seconds", type=float, default=0.5, help="minimum duration of a measurement (default: 0.5)")
+    result.add_argument(
+        "--steps", type=_count, default=100, metavar="COUNT", help="loop, ranks: steps per measurement (default: 100)"
+    )
     result.add_argument(
         "--against", nargs="+", default=[], metavar="PEER",
-        help="step: timm/NAME, torchvision/NAME, moa-train/OPTION; arguments after a colon, as in "
-        "timm/swin_tiny_patch4_window7_224:img_size=32,patch_size=1,window_size=4; input: timm, torchvision",
+        help="step: timm/NAME, torchvision/NAME or moa-train/OPTION, each optionally followed by :KEY=VALUE,...; "
+        "input: timm or torchvision (default: none)",
     )  # fmt: skip
-    result.add_argument("--mode", nargs="+", default=MODES, choices=MODES, help="step, input (default: both)")
+    result.add_argument("--mode", nargs="+", default=MODES, choices=MODES, help="step, input: modes (default: both)")
     result.add_argument(
-        "--batch", nargs="+", type=_count, default=[], help="step, input: images (default: as configured)"
-    )
+        "--batch", nargs="+", type=_count, default=[], metavar="SIZE",
+        help="step, input: images per forward pass (default: as configured)",
+    )  # fmt: skip
     result.add_argument(
-        "--precision", nargs="+", default=[], choices=PRECISIONS, help="step: bf16, fp16, fp32 (default: as configured)"
-    )
+        "--precision", nargs="+", default=[], choices=PRECISIONS, metavar="NAME",
+        help="step: auto, bf16, fp16 or fp32 (default: as configured)",
+    )  # fmt: skip
     switch: dict[str, Any] = {"nargs": "+", "default": ["off"], "choices": ("off", "on")}
-    result.add_argument("--compile", **switch, help="step: torch.compile (default: off)")
+    result.add_argument("--compile", **switch, help="step: use torch.compile (default: off)")
     result.add_argument("--checkpointing", **switch, help="step: recompute activations in training (default: off)")
-    result.add_argument("--ranks", type=_count, default=2, help="ranks: processes (default: 2)")
-    result.add_argument("--config-dir", metavar="DIR", help="recipes of your own, as in moa-train")
-    result.add_argument("--json", type=Path, metavar="FILE", help="result (default: outputs/bench-TIME.json)")
+    result.add_argument(
+        "--ranks", type=_count, default=2, metavar="COUNT", help="ranks: number of processes (default: 2)"
+    )
+    result.add_argument("--config-dir", metavar="DIR", help="folder with your own recipes, as in moa-train")
+    result.add_argument(
+        "--json", type=Path, metavar="FILE", help="file for the results (default: outputs/bench-TIME.json)"
+    )
     return result
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:
-    """Return the configuration that such arguments lead to; options among them are Hydra's already."""
+    """Return the configuration composed from ``overrides``; Hydra has already read the options among them."""
     app.check_overrides(list(overrides), RunConfig)
     config: RunConfig = typed(hydra.compose("train", [text for text in overrides if not text.startswith("-")]))
     return config
 
 
 def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Tell options from ``key=value`` arguments, and check what can be checked without a configuration.
+    """Separate options from ``key=value`` arguments, and check what can be checked without a configuration.
 
     Raises:
-        UserError: a part is not known, or a peer is for none of the parts.
+        UserError: a part is unknown, or a peer applies to none of the selected parts.
     """
     overrides = [text for text in arguments if _OVERRIDE.match(text)]
     options = parser().parse_args([text for text in arguments if not _OVERRIDE.match(text)])
@@ -152,12 +168,13 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         part = "step" if "/" in peer else "input"
         if part not in options.parts:
             raise UserError(
-                f"--against {peer} is for {part}, which is not among the parts: {', '.join(options.parts)}."
+                f"--against {peer} applies to the part {part}, but the selected parts are: {', '.join(options.parts)}. "
+                f"Add {part} to them."
             )
     options.config_dir = [f"--config-dir={options.config_dir}"] if options.config_dir else []
     options.json = options.json or Path("outputs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}.json"
     if "data=imagenet" in overrides and IMAGELESS.issuperset(options.parts):
-        overrides.insert(0, "data.root=.")  # its classes are known
+        overrides.insert(0, "data.root=.")  # the number of its classes is known
     return options, overrides
 
 
@@ -174,7 +191,7 @@ def main() -> None:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 

@@ -1,4 +1,4 @@
-"""Composing a configuration from command-line arguments, with Hydra."""
+"""Compose configurations from command-line arguments, with Hydra."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ from moa_train.schema import validate
 
 CONF = Path(moa_train.conf.__file__).parent
 GROUPS = {folder.name: folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "__pycache__"}
-"""The groups of the configuration: a folder each, a YAML file per option."""
+"""The groups of the configuration: one folder per group, one YAML file per option."""
 
 
 OPTIONAL = ("experiment", "debug")
@@ -25,14 +25,14 @@ OPTIONAL = ("experiment", "debug")
 
 
 def is_override(argument: str) -> bool:
-    """Return whether an argument is of the form key=value."""
+    """Return whether an argument has the form key=value."""
     return "=" in argument and not argument.startswith("-")
 
 
 def addable(argument: str) -> str:
-    """Return an argument as Hydra takes it: keys of ``args`` are new to Hydra, because the part defines them.
+    """Return an argument in the form that Hydra accepts: keys below ``args`` are not in its schema and need ``++``.
 
-    No option of a group, null, is an empty list to Hydra.
+    Hydra writes "no option of a group", null, as an empty list.
     """
     if argument in [f"{group}=null" for group in OPTIONAL]:
         return argument.replace("null", "[]")
@@ -50,16 +50,16 @@ def readable(argument: str) -> str:
 
 
 ARGS_KEY = re.compile(r"\w+\.args\.[\w.]+=")
-"""Matches the keys of settings that a part defines itself."""
+"""Matches keys of settings that a part declares itself."""
 
 
 def compose(config_name: str, overrides: Sequence[str], roots: Sequence[Path]) -> DictConfig:
-    """Compose the configuration that such overrides lead to, for a command that does not run it.
+    """Return the configuration composed from overrides, without running a command.
 
     Args:
         config_name: primary YAML file below ``conf/``; its schema must be in Hydra's store.
         overrides: ``key=value`` arguments.
-        roots: as `config_roots` returns them.
+        roots: folders from `config_roots`.
     """
     folders = [f"file://{root.resolve()}" for root in roots[1:]]
     search = [f"hydra.searchpath={folders}"] if folders else []
@@ -68,7 +68,7 @@ def compose(config_name: str, overrides: Sequence[str], roots: Sequence[Path]) -
 
 
 def config_roots(arguments: Sequence[str]) -> list[Path]:
-    """Return the folders that options are files of: conf/, and one of the user's own behind ``--config-dir``."""
+    """Return the folders that hold the options: conf/, then the user's own folder given by ``--config-dir``."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd", type=Path)
     known, _ = parser.parse_known_args(arguments)
@@ -76,7 +76,7 @@ def config_roots(arguments: Sequence[str]) -> list[Path]:
 
 
 def typed(config: DictConfig) -> Any:
-    """Return the composed configuration as its dataclass, validated."""
+    """Return the composed configuration as a validated dataclass."""
     _refuse_secrets(config)
     result: Any = OmegaConf.to_object(config)
     expand_home(result)
@@ -100,15 +100,15 @@ _SECRET = "secret|token|pass|key|credential|auth|private"
 
 
 def _refuse_secrets(config: DictConfig) -> None:
-    """Raise UserError if a setting takes an environment variable whose name suggests a secret.
+    """Raise `UserError` if a setting uses an environment variable whose name suggests a secret.
 
-    The values of all settings are recorded, and no setting needs a secret: libraries read theirs from the environment.
+    All settings are recorded, and none needs a secret, because libraries read secrets from the environment themselves.
     """
     text = str(OmegaConf.to_container(config, resolve=False))
     for name in re.findall(r"\boc\.env:\s*\W*(\w+)", text):
         if re.search(_SECRET, name, re.IGNORECASE):
             raise UserError(
                 f"${{oc.env:{name}}} looks like a secret. The values of all settings are written to config.json and to "
-                f"every checkpoint, and no setting needs a secret. Remove it; if {name} is not a secret, let the shell "
-                f"insert it: ${name}."
+                f"every checkpoint, and no setting needs a secret. Remove it, or, if {name} is not a secret, let the "
+                f"shell insert it: ${name}."
             )

@@ -20,9 +20,9 @@ FOUND = 1
 """Exit code of `moa-data check` if there are findings."""
 
 EXAMPLES = """examples:
-  moa-data pack cifar100_images data/cifar100     once; then: moa-train data=cifar100
-  moa-data check /data/imagenet --workers 16      before a long run
-  moa-data stats /data/flowers --image-size 224   gives data.mean and data.std
+  moa-data pack cifar100_images data/cifar100     run once; afterwards: moa-train data=cifar100
+  moa-data check /data/imagenet --workers 16      run before a long training
+  moa-data stats /data/flowers --image-size 224   prints data.mean and data.std
 """
 
 
@@ -33,10 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         sys.exit(options.command(options))
     except UserError as error:
-        print(f"moa-data: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(Exit.USER_ERROR)
     except OSError as error:
-        print(f"moa-data: {error.filename or 'the output'}: {error.strerror or error}.", file=sys.stderr)
+        print(f"error: {error.filename or 'the output'}: {error.strerror or error}.", file=sys.stderr)
         sys.exit(Exit.USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(Exit.INTERRUPTED)
@@ -46,13 +46,14 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     root = "folder that holds train/, val/ or test/, each with class folders of images, or their packs"
     result = argparse.ArgumentParser(
-        "moa-data", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        "moa-data",
+        description="Pack and check data sets, and compute their statistics.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = result.add_subparsers(required=True, metavar="COMMAND")
 
-    pack = _command(
-        commands, "pack", run_pack, "write small images of equal size as arrays that training maps into memory"
-    )
+    pack = _command(commands, "pack", run_pack, "convert small images of equal size to memory-mapped arrays")
     pack.add_argument("source", metavar="SRC", type=Path, help=root)
     pack.add_argument(
         "out", metavar="OUT", type=Path, help="folder for pack-train.npy, pack-val.npy, pack-test.npy; may be SRC"
@@ -60,16 +61,23 @@ def parser() -> argparse.ArgumentParser:
     _add_decoding(pack)
 
     check = _command(
-        commands, "check", run_check, "find unreadable, duplicate and leaked images; exit with 1 if there are any"
+        commands, "check", run_check, "find unreadable images, duplicates, and images that occur in several splits"
     )
     check.add_argument("root", metavar="ROOT", type=Path, help=root + "; or a folder that holds class folders")
     check.add_argument(
         "--workers",
         type=_whole,
         default=0,
+        metavar="COUNT",
         help="number of processes that decode images (default: 0, decode in the main process)",
     )
-    check.add_argument("--show", type=_whole, default=10, help="number of findings to print of each kind (default: 10)")
+    check.add_argument(
+        "--show",
+        type=_whole,
+        metavar="COUNT",
+        default=10,
+        help="number of findings to print of each kind (default: 10)",
+    )
     check.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this JSON file")
     _add_decoding(check)
 
@@ -78,15 +86,24 @@ def parser() -> argparse.ArgumentParser:
     )
     stats.add_argument("root", metavar="ROOT", type=Path, help=root)
     stats.add_argument(
-        "--image-size", type=_whole, default=224, help="side of the center crop in pixels (default: 224)"
+        "--image-size",
+        type=_whole,
+        metavar="PIXELS",
+        default=224,
+        help="side of the center crop in pixels (default: 224)",
     )
     stats.add_argument(
-        "--samples", type=_whole, default=10_000, help="largest number of images to use (default: 10000; 0: all)"
+        "--samples",
+        type=_whole,
+        metavar="COUNT",
+        default=10_000,
+        help="largest number of images to use (default: 10000; 0: all)",
     )
     stats.add_argument(
         "--workers",
         type=_whole,
         default=0,
+        metavar="COUNT",
         help="number of processes that decode images (default: 0, decode in the main process)",
     )
     _add_decoding(stats)
@@ -94,14 +111,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_pack(options: argparse.Namespace) -> int:
-    """Pack every split of a class-folder tree."""
+    """Pack every split of a folder tree."""
     from moa_train.data.pack import pack_tree
     from moa_train.data.tree import check_split_names, compare_classes, scan_split
     from moa_train.schema import SPLITS
 
     splits = [split for split in SPLITS if (options.source / split).is_dir()]
     if not splits:
-        raise UserError(f"{options.source} has no folder {', '.join(SPLITS[:-1])} or {SPLITS[-1]}.")
+        raise UserError(f"{options.source} contains no folder train, val or test. Give the folder that contains them.")
     check_split_names(options.source)
     trees = [scan_split(options.source, split) for split in splits]
     for tree in trees[1:]:
@@ -124,11 +141,11 @@ def run_check(options: argparse.Namespace) -> int:
         print(f"{split:10} {count:,} images" + (f", {ignored:,} other files ignored" if ignored else ""))
     kinds: dict[str, Sequence[str | list[str]]] = {
         "unreadable images": report.unreadable,
-        "groups of equal images within a split": report.duplicates,
-        "groups of equal images in different splits": report.leaks,
-        "of these groups whose images have different classes": report.conflicts,
-        "images with hardly any contrast": report.flat,
-        "links that lead nowhere or to a folder that contains them": report.broken,
+        "groups of identical images within a split": report.duplicates,
+        "groups of identical images in different splits": report.leaks,
+        "of these groups contain different classes": report.conflicts,
+        "images with almost no contrast": report.flat,
+        "links that are broken or lead to a folder that contains them": report.broken,
         "images that differ from those in the pack": report.stale,
     }
     for kind, findings in kinds.items():
@@ -136,12 +153,12 @@ def run_check(options: argparse.Namespace) -> int:
         for finding in findings[: options.show]:
             print("           " + (finding if isinstance(finding, str) else " = ".join(finding)))
         if len(findings) > options.show:
-            print(f"           ... {len(findings) - options.show:,} more: --show, --json")
+            print(f"           ... and {len(findings) - options.show:,} more; see --show and --json")
     return Exit.FINISHED if report.clean else FOUND
 
 
 def run_stats(options: argparse.Namespace) -> int:
-    """Print channel statistics as settings of data."""
+    """Print channel statistics in the form of settings."""
     import numpy as np
 
     from moa_train.data.dataset import open_split
@@ -149,7 +166,7 @@ def run_stats(options: argparse.Namespace) -> int:
     from moa_train.data.statistics import channel_statistics
 
     if not options.image_size:
-        raise UserError("--image-size=0: must be at least 1. Usual: 224.")
+        raise UserError("--image-size is 0, but must be at least 1. The usual value is 224.")
     config = DataConfig(
         name="folder",
         root=str(options.root),
@@ -173,7 +190,7 @@ def _command(
     run: Callable[[argparse.Namespace], int],
     purpose: str,
 ) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=purpose, description=purpose)
+    command = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
     command.set_defaults(command=run)
     return command
 
@@ -184,13 +201,14 @@ def _add_decoding(command: argparse.ArgumentParser) -> None:
         nargs=2,
         type=float,
         metavar=("LOW", "HIGH"),
-        help="gray levels of black and white in images of more than 8 bits per channel, as data.range",
+        help="gray levels of black and white in images with more than 8 bits per channel, like data.range",
     )
     command.add_argument(
         "--max-pixels",
         type=_whole,
         default=100_000_000,
-        help="images with more pixels are unreadable, as data.max_pixels (default: 100000000)",
+        metavar="COUNT",
+        help="images with more pixels count as unreadable, like data.max_pixels (default: 100000000)",
     )
 
 
@@ -202,7 +220,7 @@ def _decoding(options: argparse.Namespace) -> "Decoding":
 
 def _whole(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a non-negative integer")
     return int(text)
 
 

@@ -1,4 +1,4 @@
-"""moa-model: describe models, and convert published weights."""
+"""moa-model: describe models and convert published weights."""
 
 import argparse
 import json
@@ -16,15 +16,28 @@ from moa_train.schema import RunConfig, image_shape, to_dict
 if TYPE_CHECKING:
     from moa_train.model.published_weights import PublishedModel
 
-EXAMPLES = """moa-model summary: shapes, parameters, multiply-accumulates and memory of a model, without building it.
+EXAMPLES = """moa-model summary: print a model's shapes, parameters, multiply-accumulates and memory.
 
+Examples:
   moa-model summary model=moa_t data=imagenet
-  moa-model summary model=swin_t data=cifar100 engine.micro_batch_size=128
-  moa-model convert --help                               published weights to this product's format, and back"""
+  moa-model summary model=swin_t data=cifar100 engine.micro_batch_size=128"""
+
+HELP = f"""usage: moa-model COMMAND ...
+
+Describe models and convert published weights.
+
+commands:
+  summary  print a model's shapes, parameters, multiply-accumulates and memory
+  convert  convert published weights to .safetensors, or back
+
+moa-model COMMAND --help describes a command.
+
+{EXAMPLES.partition(chr(10) * 2)[2]}
+  moa-model convert published.pth moa_t.safetensors"""
 
 
 def summary(config: RunConfig, overrides: list[str]) -> None:
-    """Print what the configured model costs, for the micro-batch that one process would train on."""
+    """Print the cost of the configured model for the micro-batch of one process."""
     import torch
 
     from moa_train.data.dataset import open_split
@@ -47,16 +60,18 @@ def summary(config: RunConfig, overrides: list[str]) -> None:
         states=(1 if config.optim.name in ("sgd", "muon") else 2) + (config.engine.ema_decay > 0),
         device=precision.device.type if torch.cuda.is_available() else "cpu",
     )
-    print(f"\na training step of {images} images in {precision.name}: about {memory / 2**30:.2f} GiB")
+    print(f"\nmemory of a training step of {images} images in {precision.name}: about {memory / 2**30:.2f} GiB")
 
 
 def convert(source: Path, target: Path, image_size: int | None = None) -> int:
-    """Convert between the published layout (.pth) and this product's (.safetensors); the suffixes say which way."""
+    """Convert weights from the published format (.pth) to .safetensors, or back if ``source`` is .safetensors."""
     wanted = ".pth" if source.suffix == ".safetensors" else ".safetensors"
     if target.suffix != wanted:
-        raise UserError(f"{source.name} is converted to a file {target.with_suffix(wanted).name}, not {target.name}.")
+        raise UserError(
+            f"{source.name} can be converted to {target.with_suffix(wanted).name}, but not to {target.name}."
+        )
     if not target.parent.is_dir():
-        raise UserError(f"There is no folder {target.parent} to write {target.name} to.")
+        raise UserError(f"Cannot write {target.name}: the folder {target.parent} does not exist. Create it first.")
     if source.suffix == ".safetensors":
         from moa_train.engine.find_weights import find_weights
         from moa_train.model.published_weights import write_published
@@ -73,16 +88,16 @@ def convert(source: Path, target: Path, image_size: int | None = None) -> int:
         weights = read_state_dict(source)
         found = published_model(weights, (image_size, image_size) if image_size else None)
         model = create_model(found.config, image_size=found.image_size, num_classes=found.num_classes)
-        load_weights(model, weights)  # everything must fit before anything is written
+        load_weights(model, weights)  # writes nothing unless all weights fit
         write_tensors(target, model.state_dict(), header(found))
     print(f"wrote {target}: {len(weights)} tensors")
     return Exit.FINISHED
 
 
 def header(found: "PublishedModel") -> dict[str, str]:
-    """Return the header of a weights file, from which ``moa-eval`` and ``init=`` rebuild the model.
+    """Return the header of a weights file. ``moa-eval`` and ``init=`` rebuild the model from it.
 
-    Published files do not name their classes; they are ImageNet's folders in sorted order.
+    Published files do not name their classes, which are ImageNet's folders in sorted order.
     """
     config = RunConfig(model=found.config)
     config.data.name, config.data.image_size = "imagenet", list(found.image_size)
@@ -94,12 +109,15 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of ``moa-model convert``."""
     result = argparse.ArgumentParser(
         "moa-model convert",
-        description="Convert weights in the published layout (a .pth pickle, read without executing anything in it) to "
-        ".safetensors, for moa-eval ckpt= and moa-train init=; or back. What does not match is listed.",
+        description="Convert published weights (a .pth pickle, read without executing code from it) to .safetensors, "
+        "for moa-eval ckpt= and moa-train init=, or convert .safetensors back to .pth. If weights do not fit, they "
+        "are listed and nothing is written.",
     )
-    result.add_argument("source", metavar="IN", type=Path, help="published.pth, or weights.safetensors")
-    result.add_argument("target", metavar="OUT", type=Path, help="weights.safetensors, or published.pth")
-    result.add_argument("--image-size", type=int, help="pixels a side, where the weights do not tell it")
+    result.add_argument("source", metavar="IN", type=Path, help="file to convert, .pth or .safetensors")
+    result.add_argument("target", metavar="OUT", type=Path, help="file to write, with the other suffix")
+    result.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="image size, needed only if the weights do not determine it"
+    )
     return result
 
 
@@ -110,7 +128,7 @@ def main() -> None:
     sys.argv[1:] = rest
     if command == "summary":
         if "data=imagenet" in rest and not any(text.startswith("data.root=") for text in rest):
-            sys.argv.append("data.root=.")  # its classes are known: no image is looked at
+            sys.argv.append("data.root=.")  # the number of its classes is known, so no image is read
         app.run(summary, RunConfig, "train", EXAMPLES)
     elif command == "convert":
         options = parser().parse_args(rest)
@@ -120,9 +138,9 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(Exit.USER_ERROR)
     elif command in ("--help", "-h"):
-        print(EXAMPLES)
+        print(HELP)
     else:
-        print(f"error: moa-model {command} is not known. Commands: summary, convert.", file=sys.stderr)
+        print(f"error: unknown command {command!r}. Commands: summary, convert.", file=sys.stderr)
         sys.exit(Exit.USER_ERROR)
 
 

@@ -1,6 +1,7 @@
-"""Sweeps: several runs from one command line, ``-m key=a,b``."""
+"""Run sweeps: several runs from one command line, ``-m key=a,b``."""
 
 import itertools
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,7 @@ def check_jobs(arguments: Sequence[str], config_name: str) -> None:
     """Compose and validate every job of a sweep before the first one starts.
 
     Raises:
-        UserError: a job is not valid, or two jobs would share one run folder.
+        UserError: a job is invalid, or two jobs would share a run folder.
     """
     overrides = OverridesParser.create().parse_overrides([addable(text) for text in arguments if is_override(text)])
     values = [
@@ -36,11 +37,11 @@ def check_jobs(arguments: Sequence[str], config_name: str) -> None:
         try:
             folder = getattr(typed(compose(config_name, job, config_roots(arguments))), "run_dir", None)
         except UserError as error:
-            raise UserError(f"{error}\nThis is the run {line}. No run of the sweep was started.") from error
+            raise UserError(f"{error}\nThis error is in the run {line}. No run of the sweep was started.") from error
         if folder in folders:
             raise UserError(
                 f"Two runs of the sweep would share run_dir={folder}: {folders[folder]} and {line}. Remove run_dir, so "
-                "that each run gets a folder of its own below outputs/, or make it depend on what is swept: "
+                "that each run gets its own folder below outputs/, or make it depend on the swept settings: "
                 "'run_dir=outputs/lr-${optim.lr}'."
             )
         if folder:
@@ -48,20 +49,20 @@ def check_jobs(arguments: Sequence[str], config_name: str) -> None:
 
 
 def report(outcomes: Sequence[tuple[int, Sequence[str]]]) -> None:
-    """Exit with the worst code if runs of the sweep failed, after listing all runs.
+    """If runs of the sweep failed, list all runs and exit with the highest code.
 
     Args:
         outcomes: exit code and overrides of each run.
     """
     failed = [code for code, _ in outcomes if code]
     if failed:
-        lines = [f"  {'failed' if code else 'done':8}{' '.join(overrides)}" for code, overrides in outcomes]
+        lines = [f"  {'failed' if code else 'done':8}{shlex.join(overrides)}" for code, overrides in outcomes]
         print(f"error: {len(failed)} of {len(outcomes)} runs of the sweep failed:", *lines, sep="\n", file=sys.stderr)
         sys.exit(max(failed))
 
 
 def arguments_of_one_run(overrides: Sequence[str]) -> list[str] | None:
-    """Return what repeats the run of these ``overrides`` alone, if the command line is that of a sweep; else None."""
+    """Return the arguments that repeat one run of a sweep, given its ``overrides``, or None if this is no sweep."""
     if not requested(sys.argv[1:]):
         return None
     options = [text for text in sys.argv[1:] if text not in FLAGS and not is_override(text)]

@@ -1,4 +1,4 @@
-"""moa-train: train, resume, fine-tune."""
+"""moa-train: train, resume and fine-tune models."""
 
 import copy
 from typing import Any
@@ -12,18 +12,19 @@ from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals
 from moa_train.schema import RunConfig, validate
 
-EXAMPLES = """moa-train: train a MOA-Transformer, or a model to compare it with.
+EXAMPLES = """moa-train: train, resume or fine-tune a MOA-Transformer or a baseline model.
 
-  moa-train                                              digits, offline, about a minute on two cores
+Examples:
+  moa-train                                              train on handwritten digits: offline, about a minute
   moa-train model=moa_b data=cifar100 data.download=true
   moa-train model=moa_t data=imagenet data.root=/data/imagenet
   torchrun --nproc-per-node 8 -m moa_train.cli.train model=moa_t data=imagenet data.root=/data/imagenet
-  moa-train resume=outputs/RUN                           resume a run that was stopped
-  moa-train -m optim.lr=5e-4,1e-3,2e-3                   several runs, one after the other
-  moa-train model=swin_t data=cifar100 --cfg job         print the composed configuration, run nothing
-  moa-train --config-dir my_conf experiment=mine         a recipe of your own, my_conf/experiment/mine.yaml
-  moa-train model.name=my_package.blocks:Tiny            a model of your own, see docs/DEVELOPMENT.md
-  eval "$(moa-train --shell-completion install=bash)"    complete groups, options and keys with the Tab key"""
+  moa-train resume=outputs/RUN                           resume a stopped run
+  moa-train -m optim.lr=5e-4,1e-3,2e-3                   train several runs, one after the other
+  moa-train model=swin_t data=cifar100 --cfg job         print the composed configuration and exit
+  moa-train --config-dir my_conf experiment=mine         use your own recipe, my_conf/experiment/mine.yaml
+  moa-train model.name=my_package.blocks:Tiny            train your own model, see docs/DEVELOPMENT.md
+  eval "$(moa-train --shell-completion install=bash)"    enable completion with the Tab key"""
 
 
 def train(config: RunConfig, overrides: list[str]) -> int:
@@ -38,10 +39,10 @@ def train(config: RunConfig, overrides: list[str]) -> int:
 
 
 def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
-    """Return ``config``, a run's own, with ``key=value`` arguments applied to it.
+    """Return the configuration of a run with ``key=value`` arguments applied to it.
 
     Raises:
-        UserError: an argument selects an option of a group, which would replace many settings of the run at once.
+        UserError: an argument selects an option of a group, which would replace many settings of the run.
     """
     from moa_train.assembly.resume import PLACES
 
@@ -50,8 +51,8 @@ def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
         key = override.key_or_group
         if key in GROUPS:
             raise UserError(
-                f"{override.input_line}: a resumed run keeps its groups. Change single settings instead, such as "
-                "optim.lr=1e-4, or start a new run from its weights with init=."
+                f"{override.input_line}: a resumed run cannot select an option of a group. Change individual settings "
+                "instead, such as optim.lr=1e-4, or start a new run from its weights with init=."
             )
         if key not in PLACES and not key.startswith("hydra"):
             OmegaConf.update(result, key, override.value(), force_add=True)

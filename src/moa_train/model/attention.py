@@ -110,8 +110,10 @@ def fused_pays(q_GNLD: Tensor, bias: Tensor) -> bool:
     On a GPU it is for all but short rows, of which its tiles of 64 tokens would mostly be empty. On a CPU, a bias that
     needs a gradient takes a slow path, and without matrix tiles its bf16 products are slower than oneDNN's.
     """
+    if q_GNLD.device.type == "meta":  # shapes only: one operation is enough, and autocast does not know this device
+        return True
     if q_GNLD.device.type != "cpu":
-        return q_GNLD.shape[-2] >= LONG_ROW
+        return q_GNLD.device.type != "cuda" or q_GNLD.shape[-2] >= LONG_ROW
     needs_gradient = bias.requires_grad and torch.is_grad_enabled()
     return not needs_gradient and (HAS_MATRIX_TILES or q_GNLD.dtype != torch.bfloat16)
 

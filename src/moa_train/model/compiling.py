@@ -18,9 +18,9 @@ def compile_model(model: nn.Module, mode: str, **options: Any) -> nn.Module:
 
     Args:
         model: its parameters and their names stay as they are.
-        mode: ``model`` compiles everything as one graph. ``blocks`` compiles one graph for each kind and shape of block:
-            all blocks of a stage share it, so that compiling takes a fraction of the time. A model without such blocks
-            is compiled as a whole.
+        mode: ``model`` compiles everything as one graph. ``blocks`` compiles one graph for each kind and shape of
+            block: all blocks of a stage share it, so compiling takes a fraction of the time. A model without such
+            blocks is compiled as a whole.
         options: of ``torch.compile``, such as ``backend``.
     """
     options = {"dynamic": False, **options}

@@ -178,7 +178,7 @@ class Distributed:
         # NCCL and gloo may wait for peers that are gone: they get a moment, and are then left behind.
         closing = threading.Thread(target=self._leave, daemon=True)
         closing.start()
-        closing.join(2.0)
+        closing.join(1.0)
 
     # What the hosts agree upon
 

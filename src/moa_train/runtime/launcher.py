@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-STUCK = 3.0
+STUCK = 2.0
 """Seconds for which torchrun may leave an ended rank unnoticed. It looks ten times a second."""
 
 _SCRIPT = """
