@@ -1,3 +1,4 @@
+import contextlib
 import os
 import resource
 import signal
@@ -193,8 +194,11 @@ def test_a_data_set_without_readable_images_is_an_error(files: FileSource) -> No
 
 
 def workers_of(process: int) -> list[int]:
-    tasks = Path(f"/proc/{process}/task")
-    return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+    children: list[int] = []
+    for task in Path(f"/proc/{process}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+            children += map(int, (task / "children").read_text().split())
+    return children
 
 
 @pytest.fixture
