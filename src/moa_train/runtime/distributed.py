@@ -67,6 +67,11 @@ class Distributed:
         ``timeout`` in seconds bounds every wait for another process: a peer that hangs ends the run.
         """
         rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
+        if rank >= world_size:
+            raise UserError(
+                f"RANK={rank}, but WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set')}. Start the processes "
+                "with torchrun, or unset RANK for a single process."
+            )
         if world_size > 1 and "MASTER_ADDR" not in os.environ:
             raise UserError(f"WORLD_SIZE={world_size}, but there is no MASTER_ADDR. Start the processes with torchrun.")
         local_rank = _environment("LOCAL_RANK", rank)
