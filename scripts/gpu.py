@@ -456,7 +456,9 @@ def main() -> int:
 
     def keep(found: list[Row]) -> None:
         rows.extend(found)
-        (options.out / "GPU.json").write_text(json.dumps({"runs": [{**header(options.small), "rows": rows}]}, indent=1) + "\n")
+        (options.out / "GPU.json").write_text(
+            json.dumps({"runs": [{**header(options.small), "rows": rows}]}, indent=1) + "\n"
+        )
 
     def left() -> float:
         return min(options.limit, options.budget - (time.monotonic() - start))
