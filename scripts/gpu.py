@@ -456,8 +456,14 @@ def main() -> int:
 
     def keep(found: list[Row]) -> None:
         rows.extend(found)
+<<<<<<< HEAD
         runs = {"runs": [{**header(options.small), "rows": rows}]}
         (options.out / "GPU.json").write_text(json.dumps(runs, indent=1) + "\n")
+=======
+        (options.out / "GPU.json").write_text(
+            json.dumps({"runs": [{**header(options.small), "rows": rows}]}, indent=1) + "\n"
+        )
+>>>>>>> main
 
     def left() -> float:
         return min(options.limit, options.budget - (time.monotonic() - start))
@@ -484,9 +490,9 @@ def header(small: bool) -> Row:
     """Describe the machine."""
     import torch
 
-    from moa_train.bench import report
+    from moa_train.bench import tables
 
-    return report.header(torch.device("cpu" if small else "cuda"), sys.orig_argv)
+    return tables.header(torch.device("cpu" if small else "cuda"), sys.orig_argv)
 
 
 if __name__ == "__main__":

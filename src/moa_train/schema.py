@@ -350,7 +350,10 @@ class RunConfig:
         "with resume: repeat the update that follows this step, report NaN and infinity, and save nothing",
         least=0,
     )
-    init: str | None = knob(None, "weights to start from: run folder, checkpoint folder or .safetensors file")
+    init: str | None = knob(
+        None,
+        "weights to start from: run folder, checkpoint folder, .safetensors file, or .pth file of a torchvision model",
+    )
     init_head: str = knob(
         "strict",
         "strict: all weights of init must fit the model; new: reinitialize the classifier",
@@ -403,8 +406,12 @@ def compile_mode(choice: Any) -> str:
 
 def image_shape(image_size: Any) -> tuple[int, int]:
     """Return ``data.image_size`` as (height, width), in pixels."""
-    height, width = image_size if isinstance(image_size, list | tuple) else (image_size, image_size)
+    height, width = _sides(image_size)
     return int(height), int(width)
+
+
+def _sides(image_size: Any) -> Any:
+    return image_size if isinstance(image_size, list | tuple) else (image_size, image_size)
 
 
 def parts(config: Any) -> Iterator[tuple[Plugins, str, dict[str, Any], str]]:
@@ -435,6 +442,8 @@ def validate(config: Any) -> None:
         UserError: the message gives the key, the value and the allowed values.
     """
     for key, item, value in knobs(config):
+        if value == "":
+            raise UserError(f"{key} is empty, perhaps because a shell variable is not set. Leave it out, or set it.")
         if not isinstance(value, dict):
             check_entries(key, value, item.metadata)
     if isinstance(config, RunConfig):
@@ -451,6 +460,8 @@ def _check_rules(config: RunConfig) -> None:
     compile_mode(config.runtime.compile)
     try:
         height, width = image_shape(data.image_size)
+        if [height, width] != [float(side) for side in _sides(data.image_size)]:
+            height = 0
     except (TypeError, ValueError):
         height = width = 0
     if height < 1 or width < 1:

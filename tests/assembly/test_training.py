@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet50
 
 from moa_train.assembly import training
 from moa_train.assembly.training import build_compiled, load_init
@@ -60,3 +61,20 @@ def test_the_error_for_unsuitable_weights_lists_the_settings_of_their_model(tiny
     model = build(matching)
     load_init(model, path, matching)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_of_torchvisions_models_fit(tiny, tmp_path: Path):
+    theirs = dict(resnet50(num_classes=10).state_dict())
+    torch.save(theirs, tmp_path / "new.pth")
+    counters = {name for name in theirs if name.endswith("num_batches_tracked")}
+    torch.save({name: value for name, value in theirs.items() if name not in counters}, tmp_path / "old.pth")
+    config = tiny({"model.name": "resnet", "model.embed_dim": 64, "model.depths": "[3,4,6,3]", "model.patch_size": 4})
+    config.model.dropout = config.model.drop_path = 0.0
+    for name in ("new.pth", "old.pth"):
+        model = build(config)
+        load_init(model, tmp_path / name, config)
+        assert all(torch.equal(value, theirs[name]) for name, value in model.state_dict().items())
+    theirs.pop("layer1.0.bn1.weight")
+    torch.save(theirs, tmp_path / "damaged.pth")
+    with pytest.raises(UserError, match=r"missing: layer1\.0\.bn1\.weight"):
+        load_init(model, tmp_path / "damaged.pth", config)

@@ -5,6 +5,7 @@ One child process tries all command lines, which also shows that none of them im
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,13 +23,17 @@ import contextlib, io, json, sys
 from moa_train.cli import app, evaluate, train
 from moa_train.schema import EvalConfig, RunConfig
 
+def shown(config):
+    paths = [config.run_dir, config.init, config.data.root] if isinstance(config, RunConfig) else []
+    return ascii([path for path in paths if path])
+
 def run(command, arguments):
     sys.argv = [f"moa-{command}", *arguments]
     schema, module = (RunConfig, train) if command == "train" else (EvalConfig, evaluate)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            app.run(lambda config, overrides: print("ran", overrides), schema, command, module.EXAMPLES)
+            app.run(lambda config, overrides: print("ran", overrides, shown(config)), schema, command, module.EXAMPLES)
             code = "returned"
         except SystemExit as leaving:
             code = leaving.code or 0
@@ -46,7 +51,7 @@ MISTAKES = {
     "lr=1e-3": ["optim.lr"],
     "batch_size=32": ["engine.batch_size"],
     "engine.batchsize=32": ["engine.batch_size"],
-    "learning_rate=1": ["learning_rate", "--help"],
+    "learning_rate=1": ["learning_rate", "Did you mean optim.lr?"],
     "optim.foo=3": ["optim.foo", "Keys of optim: name, lr"],
     "++optim.foo=3": ["optim.foo", "Keys of optim"],
     "model.moa.ovelap=1": ["model.moa.overlap"],
@@ -95,12 +100,32 @@ MISTAKES = {
     "engine.batch_size=64 engine.micro_batch_size=48": ["engine.batch_size=64", "48 or 96"],
     "--config-dir=false experiment=off": ["'experiment/off'", "off and no as false", "augment.weak_for"],
     "resume=x init=y": ["resume", "init", "one of the two"],
+    "data.image_size=32.5": ["data.image_size=32.5 must be a number of pixels"],
+    "data.image_size=[32,32.5]": ["data.image_size=[32, 32.5] must be a number of pixels"],
+    # variables of the shell that are not set
+    "init=": ["init is empty", "a shell variable is not set"],
+    "resume=": ["resume is empty"],
+    "run_dir=": ["run_dir is empty"],
+    "data.root= data=folder": ["data.root is empty"],
+    # recipes
+    "--config-dir=nowhere experiment=x": ["--config-dir nowhere: there is no such folder"],
+    "--config-dir=bad experiment=tab": ["not valid YAML", "bad/experiment/tab.yaml", "line 3"],
+    "--config-dir=bad experiment=brace": ["not valid YAML", "bad/experiment/brace.yaml", "line 2"],
+    "--config-dir=bad experiment=twice": ["not valid YAML", "duplicate key optim", "line 3"],
+    "--config-dir=bad experiment=latin": ["bad/experiment/latin.yaml is not encoded in UTF-8"],
+    "--config-dir=bad experiment=unknown": ["Unknown key optim.weight_decy", "Did you mean optim.weight_decay?"],
+    "--config-dir=bad experiment=local": ["experiment/ must be: # @package _global_"],
+    "--config-dir=bad experiment=empty": ["experiment/ must be: # @package _global_"],
+    # what other trainers call it
+    "epochs=10": ["Unknown key epochs", "schedule.duration='10 epochs'"],
+    "engine.max_steps=10": ["schedule.duration='10 steps'"],
 }
 EVAL_MISTAKES = {
     "cpkt=x": ["ckpt"],
     "ckpt=x split=dev": ["split=dev", "train, val, test"],
     "ckpt=x batch_size=0": ["batch_size=0", ">= 1"],
     "outputs/RUN": ["'outputs/RUN'", "key=value"],
+    "ckpt=": ["ckpt is empty"],
 }
 RIGHT = {
     "help": ["train", ["--help"]],
@@ -112,6 +137,9 @@ RIGHT = {
     "own, not there": ["train", ["--config-dir=own", "experiment=mone"]],
     "completion": ["train", ["-sc", "install=bash"]],
     "quoted": ["train", ["run_dir='a=b, c'", "data.root=/data/x y", "model.moa={overlap:2}", "data.mean=null"]],
+    "ä": ["train", ["run_dir=Läufe/é b", "engine.metrics=[top1]", "data.root=~/bilder", "init='ö'"]],
+    "home": ["train", ["--config-dir", "own", "experiment=home"]],
+    "no recipe": ["train", ["experiment=null", "debug=null"]],
     "environment": ["train", ["data.root=/data/${oc.env:HOME}"]],
 }
 
@@ -129,6 +157,17 @@ augment: {off: 10%}
 """
 
 
+BAD = {
+    "tab": b"# @package _global_\noptim:\n\tlr: 1\n",
+    "brace": b"# @package _global_\noptim: {lr: 1\n",
+    "twice": b"# @package _global_\noptim: {lr: 1}\noptim: {eps: 2}\n",
+    "latin": b"# @package _global_\n# caf\xe9\noptim: {lr: 1}\n",
+    "unknown": b"# @package _global_\noptim: {weight_decy: 1}\n",
+    "local": b"optim: {lr: 1}\n",
+    "empty": b"",
+}
+
+
 def split(text: str) -> list[str]:
     return [text] if " = " in text else text.split()
 
@@ -142,6 +181,10 @@ def tried(tmp_path_factory) -> dict[str, dict]:
     (folder / "own" / "experiment" / "mine.yaml").write_text(MINE)
     (folder / "false" / "experiment").mkdir(parents=True)
     (folder / "false" / "experiment" / "off.yaml").write_text(OFF)
+    (folder / "own" / "experiment" / "home.yaml").write_text("# @package _global_\ndata: {root: ~/images}\n")
+    (folder / "bad" / "experiment").mkdir(parents=True)
+    for name, content in BAD.items():
+        (folder / "bad" / "experiment" / f"{name}.yaml").write_bytes(content)
     done = subprocess.run(
         [sys.executable, "-c", CHILD],
         input=json.dumps(list(cases.values())),
@@ -242,7 +285,7 @@ def test_own_recipes_can_be_in_any_folder(tried):
     for line in ("  variant: swin_t", "  patch_size: 1", "  name: sgd", "  duration: 7 epochs"):
         assert line in lines
     assert tried["own, not there"]["code"] == 2
-    assert "Did you mean 'mine'? Options: cifar100_cpu, mine, paper_" in tried["own, not there"]["err"]
+    assert "Did you mean 'mine'? Options: cifar100_cpu, home, mine, paper_" in tried["own, not there"]["err"]
 
 
 def test_shell_completion(tried):
@@ -261,12 +304,23 @@ def test_a_sweep_runs_every_combination(tried):
     assert found["code"] == 0, found["err"]
     assert found["out"].count("ran [") == 8
     announced = [line for line in found["out"].splitlines() if line.startswith("run ")]
-    assert announced[0] == "run 1 of the sweep: model=moa_t schedule.milestones=['1%','2%'] optim.lr=0.001"
+    typed = shlex.join(["model=moa_t", "schedule.milestones=['1%','2%']", "optim.lr=0.001"])
+    assert announced[0] == f"run 1 of the sweep: {typed}"  # can be pasted
     assert len(announced) == 8
 
 
 def test_special_characters_in_values(tried):
     assert tried["quoted"]["code"] == 0, tried["quoted"]["err"]
+
+
+def test_paths_are_accepted_as_typed(tried):
+    assert tried["ä"]["code"] == 0, tried["ä"]["err"]
+    assert ascii(["Läufe/é b", "ö", str(Path("~/bilder").expanduser())]) in tried["ä"]["out"]
+    assert ascii([str(Path("~/images").expanduser())]) in tried["home"]["out"]  # of a recipe
+
+
+def test_no_recipe_is_a_choice(tried):
+    assert "ran [" in tried["no recipe"]["out"], tried["no recipe"]["err"]
 
 
 def test_overrides_are_not_resolved(tried):

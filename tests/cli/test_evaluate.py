@@ -159,6 +159,11 @@ def test_missing_splits_and_folders_are_errors_that_name_the_settings_of_moa_eva
         run(ckpt=tmp_path / "x.safetensors")
 
 
+def test_a_folder_for_the_result_that_does_not_exist_is_named_first(tmp_path):
+    with pytest.raises(UserError, match=r"output=.*x\.json: there is no folder .*nowhere"):
+        evaluate(EvalConfig(ckpt="not looked at", output=str(tmp_path / "nowhere" / "x.json")), [])
+
+
 def test_the_command_prints_only_json(copy):
     done = subprocess.run(
         [sys.executable, "-m", "moa_train.cli.evaluate", f"ckpt={copy}", "device=cpu"], capture_output=True, text=True

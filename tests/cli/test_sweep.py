@@ -43,6 +43,13 @@ def test_a_run_that_fails_does_not_end_the_sweep(tmp_path):
     assert json.loads((tmp_path / "run-digits" / "result.json").read_text())["step"] in (1, 2)
 
 
+def test_a_sweep_needs_no_current_folder_to_write_to(tmp_path):
+    folder = f"run_dir={tmp_path}/${{optim.lr}}"
+    done = sweep("-m", "optim.lr=1e-3", folder, "engine.eval_split=none", cwd=Path("/proc"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "0.001" / "result.json").is_file()
+
+
 def test_a_finished_run_keeps_its_records(train, tmp_path):
     run_dir = tmp_path / "run"
     assert train(run_dir) == 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moa_train.assembly.inputs import open_splits
-from moa_train.data.arrays import ArraySource
+from moa_train.data.array_source import ArraySource
 from moa_train.data.dataset import open_split
 from moa_train.data.pack import pack_tree, write_pack
 from moa_train.data.source import Source, align

@@ -1,4 +1,6 @@
+import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from PIL import Image
 from moa_train.data import loader
 from moa_train.data.batch import Batch
 from moa_train.data.dataset import open_split
-from moa_train.data.files import FileSource
+from moa_train.data.file_source import FileSource
 from moa_train.data.image import EncodedImage
 from moa_train.data.loader import EvalLoader, TrainLoader
 from moa_train.data.order import Order
@@ -192,8 +194,11 @@ def test_a_data_set_without_readable_images_is_an_error(files: FileSource) -> No
 
 
 def workers_of(process: int) -> list[int]:
-    tasks = Path(f"/proc/{process}/task")
-    return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+    children: list[int] = []
+    for task in Path(f"/proc/{process}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+            children += map(int, (task / "children").read_text().split())
+    return children
 
 
 @pytest.fixture
@@ -224,6 +229,17 @@ def test_storage_that_hangs_is_an_error_in_bounded_time(files: FileSource) -> No
     while set(workers_of(os.getpid())) - before:
         assert time.monotonic() < deadline
         active_children()  # also reaps dead processes
+
+
+def test_shared_memory_that_is_too_small_is_named_at_once(files: FileSource) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    batches = train(files, workers=1).batches()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # also of files in /dev/shm
+    try:
+        with pytest.raises(UserError, match=r"in shared memory \(.*\)\. /dev/shm has .*--shm-size=8g.*data.workers=0"):
+            next(batches)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -262,7 +278,7 @@ def hang(path: Path) -> None:
 SCRIPT = """
 import signal, sys, time
 from pathlib import Path
-from moa_train.data.files import FileSource
+from moa_train.data.file_source import FileSource
 from moa_train.data.loader import TrainLoader
 from moa_train.data.order import Order
 from moa_train.data.tree import scan

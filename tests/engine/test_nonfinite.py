@@ -196,12 +196,12 @@ def test_a_policy_writes_a_report_and_aborts_skips_or_rolls_back(tmp_path: Path)
     with pytest.raises(
         UserError, match=r"step 12 is not finite: the first such value is in module head, micro-batch 0 \(rank 0\)"
     ):
-        NonFinitePolicy("abort", 10, 0.5, tmp_path, alone).answer(12, origins, 1, 1.0)
+        NonFinitePolicy("abort", 10, 0.5, tmp_path, alone, f"moa-train resume={tmp_path}").answer(12, origins, 1, 1.0)
     assert '"index": [' in (tmp_path / "nonfinite-step-00000012.json").read_text()
-    skip = NonFinitePolicy("skip", 1, 0.5, tmp_path, alone)
+    skip = NonFinitePolicy("skip", 1, 0.5, tmp_path, alone, f"moa-train resume={tmp_path}")
     assert "Skipped: number 1 of at most 1" in skip.answer(12, origins, 1, 1.0)
     with pytest.raises(UserError, match=r"number 2, which exceeds engine\.nonfinite_budget=1"):
         skip.answer(13, origins, 2, 1.0)
     with pytest.raises(RollBack) as request:
-        NonFinitePolicy("rollback", 3, 0.5, tmp_path, alone).answer(12, origins, 2, 0.5)
+        NonFinitePolicy("rollback", 3, 0.5, tmp_path, alone, f"moa-train resume={tmp_path}").answer(12, origins, 2, 0.5)
     assert (request.value.nonfinite, request.value.lr_factor) == (2, 0.25)

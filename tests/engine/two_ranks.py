@@ -22,7 +22,7 @@ from moa_train.cli.train import train as train_command
 from moa_train.data.batch import Batch
 from moa_train.data.dataset import open_split
 from moa_train.data.loader import EvalLoader
-from moa_train.engine.evaluate import evaluate
+from moa_train.engine.evaluator import evaluate
 from moa_train.engine.loss import soft_cross_entropy
 from moa_train.engine.metrics import create_metrics
 from moa_train.engine.step import TrainStep

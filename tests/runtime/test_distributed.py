@@ -154,6 +154,12 @@ def test_an_incomplete_torchrun_environment_is_an_error(monkeypatch):
         Distributed.start("cpu", 60.0),
     ):
         pass
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(UserError, match="RANK=2, but WORLD_SIZE is 2"), Distributed.start("cpu", 60.0):
+        pass
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(UserError, match=r"not set\. Start .* torchrun, or unset RANK"), Distributed.start("cpu", 60.0):
+        pass
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UserError, match="WORLD_SIZE='two'"), Distributed.start("cpu", 60.0):
         pass

@@ -3,7 +3,7 @@ import resource
 import pytest
 
 from moa_train.runtime.errors import UserError
-from moa_train.tracking.files import write_whole
+from moa_train.runtime.files import write_whole
 
 
 def test_a_disk_that_fills_up_leaves_what_was_there_before(tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 from moa_train.assembly.inputs import build_eval_loader, build_eval_transform
 from moa_train.data.augment import Normalize
 from moa_train.data.source import Source
-from moa_train.engine.evaluate import Evaluation, evaluate
+from moa_train.engine.evaluator import Evaluation, evaluate
 from moa_train.engine.metrics import create_metrics
 from moa_train.engine.state import TrainState
 from moa_train.plugins import short_name

@@ -1,19 +1,20 @@
 """The outcome of a finished run: final evaluation, result.json, and the summary on the console."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
+from moa_train.assembly.commands import command
 from moa_train.assembly.evaluation import build_evaluation
 from moa_train.assembly.run import Run
-from moa_train.engine.evaluate import Evaluation
+from moa_train.engine.evaluator import Evaluation
 from moa_train.engine.manifest import Checkpoint
 from moa_train.engine.tensorfile import CheckpointError
-from moa_train.engine.trainer import Trainer
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_whole
 from moa_train.tracking.console import block
-from moa_train.tracking.files import write_whole
 from moa_train.tracking.jsonl import read_rows
 
 UNREADABLE = "unreadable.txt"
@@ -26,12 +27,15 @@ def report(run: Run, distributed: Distributed) -> str | None:
     Returns None if a stop was requested meanwhile.
     """
     trainer, state, run_dir = run.trainer, run.trainer.state, Path(run.config.run_dir or "")
-    checkpoint = final_checkpoint(trainer)
+    checkpoint = final_checkpoint(run)
     outcome: dict[str, Any] = {"step": checkpoint.step, "weights": str(checkpoint.path)}
+    outcome["measured"] = trainer.record["measured"]
     if state.best:
         outcome[trainer.eval_split] = state.best
-        outcome["measured"] = trainer.record["measured"]
-    rows = {"weights": checkpoint.path, "logs": f"{run_dir}/metrics.jsonl; tensorboard --logdir {run_dir}"}
+    rows = {
+        "weights": checkpoint.path,
+        "logs": f"{run_dir}/metrics.jsonl; tensorboard --logdir {shlex.quote(str(run_dir))}",
+    }
     if unreadable := quarantined(run, distributed):
         rows["unreadable"] = f"{unreadable} training images were replaced: {run_dir}/{UNREADABLE}"
         outcome["unreadable"] = unreadable
@@ -46,11 +50,15 @@ def report(run: Run, distributed: Distributed) -> str | None:
             epoch = float(state.step / trainer.plan.steps_per_epoch)
             trainer.tracker.log_eval(state.step, {"epoch": epoch, **result.as_dict()}, run.final_split)
         trainer.tracker.close({f"{run.final_split}_{key}": value for key, value in result.as_dict().items()})
-        rows = {"result": describe(result, run.final_split), **rows, "next": f"moa-eval ckpt={run_dir}"}
+        rows = {
+            "result": describe(result, run.final_split),
+            **rows,
+            "next": command("moa-eval", run.config, ckpt=run_dir),
+        }
     title, total = "done", trainer.plan.total_steps
     if state.step < total:
         title = f"stopped at step {state.step:,} of {total:,}, as engine.stop_after requests"
-        rows["resume"] = f"moa-train resume={run_dir}"
+        rows["resume"] = command("moa-train", run.config, resume=run_dir)
     if distributed.is_main:
         write_whole(run_dir / "result.json", json.dumps(outcome, indent=2) + "\n")
     return block(title, rows)
@@ -68,18 +76,18 @@ def describe(result: Evaluation, split: str) -> str:
     return ", ".join(metrics)
 
 
-def final_checkpoint(trainer: Trainer) -> Checkpoint:
+def final_checkpoint(run: Run) -> Checkpoint:
     """Return the checkpoint with the final weights: the best one or, if none was chosen, the last one.
 
     Raises:
         UserError: it is damaged or missing. The message lists valid ones.
     """
-    state, store = trainer.state, trainer.store
+    trainer, state, store = run.trainer, run.trainer.state, run.trainer.store
     try:
         return store.at(state.best["step"] if state.best else state.step)
     except CheckpointError as error:
         valid = {found.step: found.path for found in (store.best(), store.newest()) if found is not None}
-        remedies = [f"\n  moa-eval ckpt={path}" for _, path in sorted(valid.items())]
+        remedies = ["\n  " + command("moa-eval", run.config, ckpt=path) for _, path in sorted(valid.items())]
         score = ""
         if state.best:
             score = f", the best one ({trainer.best_by} {state.best[trainer.best_by]:.4g} on {trainer.eval_split}),"

@@ -8,6 +8,7 @@ from moa_train.engine.find_weights import resolve_link
 from moa_train.engine.state import check_form
 from moa_train.knobs import knobs
 from moa_train.plugins import check_trusted
+from moa_train.runtime.command_line import argument
 from moa_train.runtime.errors import UserError
 from moa_train.schema import RunConfig, from_dict, own_code
 
@@ -67,8 +68,9 @@ def run_of(path: Path) -> Path:
     newest = CheckpointStore(run_dir).newest()
     if newest is not None and resolve_link(path).name != newest.path.name:
         raise UserError(
-            f"resume={path}: a run is resumed from its newest checkpoint, step {newest.step}, with resume={run_dir}. "
-            f"To start a new run from the weights of another checkpoint: init={path}."
+            f"resume={path}: a run is resumed from its newest checkpoint, step {newest.step}, with "
+            f"{argument('resume', run_dir)}. To start a new run from the weights of another checkpoint: "
+            f"{argument('init', path)}."
         )
     return run_dir
 
@@ -77,7 +79,7 @@ def refuse_other_run(folder: Path) -> None:
     """Raise `UserError` if ``folder``, in which a new run is to start, already holds a run."""
     if (newest := CheckpointStore(folder).newest()) is not None:
         raise UserError(
-            f"run_dir={folder} already holds a run (step {newest.step}). To resume it: resume={folder}. "
+            f"run_dir={folder} already holds a run (step {newest.step}). To resume it: {argument('resume', folder)}. "
             "To start a new run, choose another run_dir."
         )
 
@@ -94,6 +96,6 @@ def changes(before: RunConfig, now: RunConfig) -> list[str]:
     if fixed:
         raise UserError(
             "A run cannot be resumed with these changes:\n" + "\n".join(fixed) + "\n"
-            "Keep the old values, or start a new run from its weights: init=" + str(now.run_dir)
+            "Keep the old values, or start a new run from its weights: " + argument("init", now.run_dir)
         )
     return [f"{key}: {old[key]} -> {value}" for key, _, value in changed]

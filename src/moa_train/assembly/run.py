@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from moa_train.assembly.commands import command
 from moa_train.assembly.evaluation import build_validation, measurement
 from moa_train.assembly.inputs import build_train_loader, open_splits, validation_split
 from moa_train.assembly.timeline import build_plan, build_schedule
@@ -122,7 +123,12 @@ def build_run(
         store=store,
         tracker=tracker,
         nonfinite=NonFinitePolicy(
-            engine.nonfinite, engine.nonfinite_budget, engine.rollback_lr_factor, run_dir, distributed
+            engine.nonfinite,
+            engine.nonfinite_budget,
+            engine.rollback_lr_factor,
+            run_dir,
+            distributed,
+            command("moa-train", config, resume=run_dir),
         ),
         stop=stop,
         distributed=distributed,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moa_train.assembly.commands import command
 from moa_train.assembly.outcome import report
 from moa_train.assembly.process import set_up_process
 from moa_train.assembly.run import Run, build_run
@@ -15,11 +16,11 @@ from moa_train.engine.nonfinite import RollBack
 from moa_train.optim.scaling import explain_lr
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_whole
 from moa_train.runtime.signals import Exit, StopRequestedError, StopSignals
 from moa_train.schema import RunConfig, to_dict
 from moa_train.tracking import provenance
 from moa_train.tracking.console import block
-from moa_train.tracking.files import write_whole
 
 
 def run_session(config: RunConfig, changed: list[str], arguments: list[str] | None, stop: StopSignals) -> int:
@@ -59,7 +60,15 @@ def run_session(config: RunConfig, changed: list[str], arguments: list[str] | No
             except StopRequestedError as error:  # where it could be answered without the other ranks, it was
                 raise UserError(
                     f"{error} The newest checkpoint is of step {run.trainer.saved_step}. To resume: "
-                    f"moa-train resume={config.run_dir}"
+                    f"{command('moa-train', config, resume=config.run_dir)}"
+                ) from error
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise UserError(
+                    "Batch normalization needs more than one value per channel, but with engine.micro_batch_size="
+                    f"{config.engine.micro_batch_size} and images of {config.data.image_size} pixels, a layer has one. "
+                    "Set engine.micro_batch_size or data.image_size to a larger value."
                 ) from error
             except torch.OutOfMemoryError as error:
                 raise UserError(
@@ -75,7 +84,8 @@ def train(run: Run, distributed: Distributed) -> int:
     """Train until the end or a stop, print the outcome, and return the exit code."""
     outcome = report(run, distributed) if run.trainer.fit() else None
     if distributed.is_main:
-        stopped = f"Stopped at step {run.trainer.state.step}; saved. To resume: moa-train resume={run.config.run_dir}"
+        again = command("moa-train", run.config, resume=run.config.run_dir)
+        stopped = f"Stopped at step {run.trainer.state.step}; saved. To resume: {again}"
         print(outcome or stopped)
     return Exit.FINISHED if outcome else Exit.STOPPED
 

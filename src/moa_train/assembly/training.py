@@ -16,6 +16,7 @@ from moa_train.engine.step import TrainStep
 from moa_train.knobs import knobs
 from moa_train.model.compiling import compile_model, compiles, has_blocks
 from moa_train.model.load import load_weights
+from moa_train.model.pth_file import read_state_dict
 from moa_train.model.registry import create_model
 from moa_train.optim.clip import clip_gradients
 from moa_train.optim.ema import AveragedWeights
@@ -56,7 +57,10 @@ def load_init(model: nn.Module, path: Path, config: RunConfig) -> None:
     Raises:
         UserError: they do not fit. The message lists the settings of the model they belong to, if the file has them.
     """
-    weights, metadata = find_weights(path).load()
+    if path.is_file() and path.suffix in (".pth", ".pt"):  # torchvision's, whose models have these names
+        weights, metadata = read_state_dict(path), dict[str, str]()
+    else:
+        weights, metadata = find_weights(path).load()
     try:
         load_weights(model, weights, head=config.init_head)
     except UserError as error:

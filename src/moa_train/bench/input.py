@@ -29,12 +29,12 @@ from moa_train.assembly.inputs import (
 from moa_train.bench import input_peers
 from moa_train.bench.job import Job
 from moa_train.bench.peers import need
-from moa_train.bench.report import Row, Table
+from moa_train.bench.tables import Row, Table
 from moa_train.bench.timing import alternate, timed
 from moa_train.data.batch import images_at_once
 from moa_train.data.counter import sample_keys
 from moa_train.data.dataset import open_split
-from moa_train.data.files import FileSource
+from moa_train.data.file_source import FileSource
 from moa_train.data.image import EncodedImage
 from moa_train.data.mix import Mixer
 from moa_train.data.source import Source

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from moa_train.data.arrays import ArraySource
+from moa_train.data.array_source import ArraySource
 from moa_train.data.image import open_image
 from moa_train.data.source import Source
 from moa_train.plugins import DATASETS

@@ -23,7 +23,7 @@ from moa_train.assembly.run import Run, build_run
 from moa_train.assembly.validation import check_config
 from moa_train.bench import plain
 from moa_train.bench.job import Job
-from moa_train.bench.report import Row, Table
+from moa_train.bench.tables import Row, Table
 from moa_train.bench.timing import synchronize
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.signals import StopSignals

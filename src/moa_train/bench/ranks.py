@@ -21,7 +21,7 @@ from moa_train.assembly.run import build_run
 from moa_train.assembly.validation import check_config
 from moa_train.bench.job import Job
 from moa_train.bench.loop import before_each_step, training
-from moa_train.bench.report import Row, Table
+from moa_train.bench.tables import Row, Table
 from moa_train.bench.timing import alternate, synchronize
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError

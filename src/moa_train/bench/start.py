@@ -11,7 +11,7 @@ from dataclasses import asdict
 from moa_train.assembly.inputs import open_splits
 from moa_train.assembly.validation import check_config
 from moa_train.bench.job import Job
-from moa_train.bench.report import Row, Table
+from moa_train.bench.tables import Row, Table
 from moa_train.bench.timing import alternate
 from moa_train.schema import image_shape
 

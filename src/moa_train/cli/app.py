@@ -5,13 +5,17 @@ import difflib
 import json
 import logging
 import os
+import re
+import shlex
 import signal
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import hydra
@@ -23,10 +27,21 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from moa_train import __version__
 from moa_train.cli import sweep
-from moa_train.cli.compose import ARGS_KEY, GROUPS, addable, compose, config_roots, is_override, typed
+from moa_train.cli.compose import (
+    ARGS_KEY,
+    GROUPS,
+    OPTIONAL,
+    addable,
+    compose,
+    config_roots,
+    is_override,
+    readable,
+    typed,
+)
 from moa_train.knobs import in_words, knobs
 from moa_train.plugins import args_type
 from moa_train.runtime.cpu import wait_briefly
@@ -55,8 +70,10 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
         # Do not resolve the overrides, which would replace ${oc.env:NAME} with the value of the variable.
         overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         if HydraConfig.get().mode is RunMode.MULTIRUN and os.environ.get("RANK", "0") == "0":
-            print(f"{'' if job.num == 0 else chr(10)}run {job.num + 1} of the sweep: {' '.join(overrides)}", flush=True)
-        code = _guarded(lambda: task(typed(config), overrides))
+            print(
+                f"{'' if job.num == 0 else chr(10)}run {job.num + 1} of the sweep: {shlex.join(overrides)}", flush=True
+            )
+        code = _guarded(lambda: task(typed(config), overrides), arguments, schema)
         if HydraConfig.get().mode is RunMode.MULTIRUN and code not in (Exit.STOPPED, Exit.INTERRUPTED):
             outcomes.append((code, overrides))  # a failed job does not stop the others
         elif code:
@@ -65,7 +82,7 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
     outcomes: list[tuple[int, list[str]]] = []
     protect_output()
     wait_briefly()
-    arguments = sys.argv[1:]
+    arguments = sys.argv[1:] = [readable(text) for text in sys.argv[1:]]
     # Users keep modules next to their recipes or in the current folder. They come last, to never shadow a library.
     sys.path += [str(root.resolve()) for root in config_roots(arguments)[1:]] + [str(Path.cwd())]
     if "--version" in arguments:
@@ -78,6 +95,9 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions through, and _guarded handles them
 
     def execute() -> None:
+        for root in config_roots(arguments):
+            if not root.is_dir():
+                raise UserError(f"--config-dir {root}: there is no such folder.")
         if {"--help", "-h"} & set(arguments):
             text = _help(schema, examples, _own_settings(arguments, config_name))
             store.store(group="hydra/help", name=f"{config_name}_help", node=text)
@@ -90,7 +110,11 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
         hydra.main(version_base="1.3", config_path="pkg://moa_train.conf", config_name=config_name)(checked)()
         sweep.report(outcomes)
 
-    sys.exit(_guarded(execute))
+    with contextlib.ExitStack() as held:
+        # Hydra writes a file to the folder of a sweep, and the current folder may be read-only.
+        folder = cache(lambda: held.enter_context(TemporaryDirectory()))
+        OmegaConf.register_new_resolver("temporary_folder", folder, replace=True)
+        sys.exit(_guarded(execute, arguments, schema))
 
 
 def _own_settings(arguments: Sequence[str], config_name: str) -> list[tuple[str, Any, str]]:
@@ -181,6 +205,9 @@ def _similar(key: str, keys: list[str]) -> str:
     for known in keys:
         leaves.setdefault(known.rpartition(".")[2], []).append(known)
     head, _, leaf = key.rpartition(".")
+    if leaf in ELSEWHERE and ELSEWHERE[leaf] in keys:
+        unit = f"='10 {leaf[4:] if '_' in leaf else leaf}'" if ELSEWHERE[leaf] == "schedule.duration" else ""
+        return f" Did you mean {ELSEWHERE[leaf]}{unit}? --help lists every key."
     if close := difflib.get_close_matches(key, [*keys, *([] if head else GROUPS)], n=1, cutoff=0.8):
         return f" Did you mean {close[0]}? --help lists every key."
     if close := difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6):
@@ -197,14 +224,29 @@ def _check_type(key: str, value: Any, schema: type, kind: Any) -> None:
         raise UserError(f"{key}={shown} has the wrong type: it must be {in_words(kind)}.") from None
 
 
+ELSEWHERE = {
+    **dict.fromkeys(("epochs", "num_epochs", "max_epochs", "steps", "max_steps"), "schedule.duration"),
+    "learning_rate": "optim.lr",
+}
+"""What other trainers call some settings."""
+
+
 def _check_option(group: str, option: Any, roots: Sequence[Path]) -> None:
     options = sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")})
+    if option is None and group in OPTIONAL:
+        return
     if str(option) not in options:
         raise UserError(choose(group, "null" if option is None else option, options))
 
 
-def _guarded(action: Callable[[], int | None]) -> int:
-    """Run ``action`` and return the exit code; print errors that users can fix without a traceback."""
+def _guarded(action: Callable[[], int | None], arguments: Sequence[str] = (), schema: type | None = None) -> int:
+    """Run ``action`` and return the exit code; print errors that users can fix without a traceback.
+
+    Args:
+        action: returns the exit code.
+        arguments: of the command line.
+        schema: dataclass of the configuration, if there is one.
+    """
     try:
         return action() or Exit.FINISHED
     except UserError as error:
@@ -219,10 +261,34 @@ def _guarded(action: Callable[[], int | None]) -> int:
             lines.append(
                 "YAML reads the keys off and no as false. The setting augment.off is now called augment.weak_for."
             )
+        if schema and (found := re.search(r"Key '\w+' not in '\w+'\n\s+full_key: (\S+)", str(error))):
+            lines.append(_explain_key(found[1], schema))
         _explain("\n".join(["error: " + lines[0], *lines[1:]]))
+    except YAMLError as error:
+        _explain(f"error: A recipe is not valid YAML: {error}")
+    except UnicodeDecodeError as error:
+        files = [path for root in config_roots(arguments)[1:] for path in root.rglob("*.yaml") if not _is_utf8(path)]
+        if not files:
+            raise
+        _explain(f"error: {files[0]} is not encoded in UTF-8 ({error}). Save it as UTF-8.")
     except KeyboardInterrupt:  # during a training, StopSignals handles this instead
         return Exit.INTERRUPTED
     return Exit.USER_ERROR
+
+
+def _explain_key(key: str, schema: type) -> str:
+    """Explain what is wrong with an unknown key in a recipe."""
+    if key in GROUPS:
+        return f"The first line of a recipe in {key}/ must be: # @package _global_"
+    return f"Unknown key {key}.{_similar(key, [known for known, _, _ in knobs(schema())])}"
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _explain(text: str) -> None:

@@ -20,7 +20,7 @@ from moa_train.runtime.signals import Exit
 from moa_train.schema import PRECISIONS, RunConfig, to_dict
 
 if TYPE_CHECKING:
-    from moa_train.bench.report import Table
+    from moa_train.bench.tables import Table
 
 PARTS = {
     "step": "training and inference steps of models: speed, memory, share of peak performance (MFU)",
@@ -30,6 +30,9 @@ PARTS = {
     "ranks": "several processes compared with one that has all their threads; on CUDA, GPUs compared with one",
     "start": "time from starting moa-train to the first step, compared with imports and building the model",
 }
+
+MODULES = {"step": "model_step", "checkpoint": "saving"}
+"""Parts whose module has another name."""
 
 EXAMPLES = """moa-bench: measure speed and memory, alone or compared with other libraries.
 
@@ -53,7 +56,7 @@ def bench(options: argparse.Namespace, config: RunConfig, overrides: list[str]) 
     import torch
 
     from moa_train.assembly.process import set_up_process
-    from moa_train.bench import report
+    from moa_train.bench import tables
     from moa_train.bench.job import Job
     from moa_train.data.dataset import open_split
     from moa_train.runtime.device import pick_device
@@ -78,18 +81,20 @@ def bench(options: argparse.Namespace, config: RunConfig, overrides: list[str]) 
         against=options.against,
         ranks=options.ranks,
     )
-    measures = {part: import_module(f"moa_train.bench.{part}").prepare(job) for part in options.parts}
-    header = {**report.header(device, sys.orig_argv), "config": to_dict(config)}
-    print(report.describe(header))
-    tables: list[Table] = []
+    measures = {
+        part: import_module(f"moa_train.bench.{MODULES.get(part, part)}").prepare(job) for part in options.parts
+    }
+    header = {**tables.header(device, sys.orig_argv), "config": to_dict(config)}
+    print(tables.describe(header))
+    measured: list[Table] = []
     for part, measure in measures.items():
         if sys.stderr.isatty():
             print(f"measuring {part}", end="\r", file=sys.stderr)
         try:
             for table in measure():
                 print(f"\n{table.text()}", flush=True)
-                tables.append(table)
-                report.write(options.json, header, tables)
+                measured.append(table)
+                tables.write(options.json, header, measured)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{device} ran out of memory. Choose a smaller --batch or engine.micro_batch_size."

@@ -1,6 +1,7 @@
 """Compose configurations from command-line arguments, with Hydra."""
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import moa_train.conf
+from moa_train.runtime.command_line import hydra_quoted
 from moa_train.runtime.errors import UserError
 from moa_train.schema import validate
 
@@ -18,14 +20,33 @@ GROUPS = {folder.name: folder for folder in CONF.iterdir() if folder.is_dir() an
 """The groups of the configuration: one folder per group, one YAML file per option."""
 
 
+OPTIONAL = ("experiment", "debug")
+"""Groups of which no option may be chosen."""
+
+
 def is_override(argument: str) -> bool:
     """Return whether an argument has the form key=value."""
     return "=" in argument and not argument.startswith("-")
 
 
 def addable(argument: str) -> str:
-    """Return an argument in the form that Hydra accepts: keys below ``args`` are not in its schema and need ``++``."""
+    """Return an argument in the form that Hydra accepts: keys below ``args`` are not in its schema and need ``++``.
+
+    Hydra writes "no option of a group", null, as an empty list.
+    """
+    if argument in [f"{group}=null" for group in OPTIONAL]:
+        return argument.replace("null", "[]")
     return f"++{argument}" if ARGS_KEY.match(argument) else argument
+
+
+def readable(argument: str) -> str:
+    """Return an argument in a form that Hydra's grammar reads, where ~ and characters beyond ASCII need quotes."""
+    key, separator, value = argument.partition("=")
+    if value.startswith("~"):
+        return f"{key}={hydra_quoted(value)}"
+    if not separator or argument.startswith("-") or value.isascii() or re.search(r"""['"{}()]""", value):
+        return argument
+    return f"{key}=" + re.sub(r"[^,\[\]]*[^\x00-\x7f,\[\]][^,\[\]]*", lambda found: hydra_quoted(found[0]), value)
 
 
 ARGS_KEY = re.compile(r"\w+\.args\.[\w.]+=")
@@ -57,9 +78,22 @@ def config_roots(arguments: Sequence[str]) -> list[Path]:
 def typed(config: DictConfig) -> Any:
     """Return the composed configuration as a validated dataclass."""
     _refuse_secrets(config)
-    result = OmegaConf.to_object(config)
+    result: Any = OmegaConf.to_object(config)
+    expand_home(result)
     validate(result)
     return result
+
+
+PATHS = ("run_dir", "resume", "init", "ckpt", "root", "output", "data.root")
+
+
+def expand_home(config: Any) -> None:
+    """Expand ~ in the paths of a ``RunConfig`` or ``EvalConfig``, where the shell did not."""
+    for key in PATHS:
+        section, _, name = key.rpartition(".")
+        holder = getattr(config, section, None) if section else config
+        if value := getattr(holder, name, None):
+            setattr(holder, name, os.path.expanduser(value))  # noqa: PTH111 a Path would change what was typed
 
 
 _SECRET = "secret|token|pass|key|credential|auth|private"

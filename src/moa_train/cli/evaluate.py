@@ -30,6 +30,8 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     """Evaluate weights, and print and write the result."""
     if not config.ckpt:
         raise UserError("ckpt is missing. Give ckpt=PATH: a run folder, a checkpoint folder or a .safetensors file.")
+    if config.output and not Path(config.output).parent.is_dir():
+        raise UserError(f"output={config.output}: there is no folder {Path(config.output).parent}.")
     from moa_train.assembly.evaluation import build_evaluation
     from moa_train.assembly.outcome import describe
     from moa_train.assembly.process import set_up_process

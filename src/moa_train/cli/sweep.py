@@ -1,6 +1,7 @@
 """Run sweeps: several runs from one command line, ``-m key=a,b``."""
 
 import itertools
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -55,7 +56,7 @@ def report(outcomes: Sequence[tuple[int, Sequence[str]]]) -> None:
     """
     failed = [code for code, _ in outcomes if code]
     if failed:
-        lines = [f"  {'failed' if code else 'done':8}{' '.join(overrides)}" for code, overrides in outcomes]
+        lines = [f"  {'failed' if code else 'done':8}{shlex.join(overrides)}" for code, overrides in outcomes]
         print(f"error: {len(failed)} of {len(outcomes)} runs of the sweep failed:", *lines, sep="\n", file=sys.stderr)
         sys.exit(max(failed))
 

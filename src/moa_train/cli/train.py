@@ -7,7 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from moa_train.cli import app, sweep
-from moa_train.cli.compose import GROUPS
+from moa_train.cli.compose import GROUPS, expand_home
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals
 from moa_train.schema import RunConfig, validate
@@ -57,6 +57,7 @@ def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
         if key not in PLACES and not key.startswith("hydra"):
             OmegaConf.update(result, key, override.value(), force_add=True)
     typed: Any = OmegaConf.to_object(result)
+    expand_home(typed)
     validate(typed)
     return typed
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moa_train.data.arrays import ArraySource
+from moa_train.data.array_source import ArraySource
 from moa_train.data.image import Decoding, EncodedImage, reading
 from moa_train.data.pack import check_classes, check_origin, is_packed, read_pack, verify_pack
 from moa_train.data.tree import ClassTree, check_plausible, check_split_names, scan, scan_split

@@ -115,7 +115,7 @@ class DataSet(ABC):
         """
         import numpy as np
 
-        from moa_train.data.arrays import ArraySource
+        from moa_train.data.array_source import ArraySource
 
         images = np.asanyarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
@@ -143,7 +143,7 @@ class DataSet(ABC):
         """
         import numpy as np
 
-        from moa_train.data.files import FileSource
+        from moa_train.data.file_source import FileSource
         from moa_train.data.image import Decoding
         from moa_train.data.tree import ClassTree
 
@@ -159,7 +159,7 @@ class DataSet(ABC):
             split: name of the split.
             folder: name of its folder below ``self.root`` (default: the same).
         """
-        from moa_train.data.files import FileSource
+        from moa_train.data.file_source import FileSource
         from moa_train.data.image import Decoding
         from moa_train.data.tree import check_split_names, scan_split
 

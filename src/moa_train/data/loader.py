@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import ctypes
 import logging
+import shutil
 import signal
 import sys
 import threading
@@ -15,15 +16,17 @@ from functools import partial
 from itertools import count
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from moa_train.data.arrays import ArraySource
+from moa_train.data.array_source import ArraySource
 from moa_train.data.batch import Batch
-from moa_train.data.order import Draw, Order, micro_batches
+from moa_train.data.order import Draw, Indices, Order, micro_batches
 from moa_train.data.source import Source
 from moa_train.data.view import CentreCrop, View
 from moa_train.runtime.errors import UserError
@@ -197,6 +200,11 @@ class _Reader(Dataset):
                 images, index, unreadable = self.source.read(draw, self.seed, self.view, self.substitute)
         except UserError as error:
             return error  # not raised: an exception from a worker would have the worker's traceback as its message
+        batch = self._batch(request, images, index, unreadable)
+        return batch if get_worker_info() is None else _share(batch)
+
+    def _batch(self, request: _Request, images: Tensor, index: Indices, unreadable: list[str]) -> Batch:
+        draw = request.draw
         return Batch(
             images=images,
             labels=torch.from_numpy(self.source.labels[index]),
@@ -207,6 +215,22 @@ class _Reader(Dataset):
             micro=request.micro,
             unreadable=tuple(unreadable),
         )
+
+
+def _share(batch: Batch) -> Batch | UserError:
+    """Move a worker's batch to shared memory, where failures are noticed; the thread that sends it only prints them."""
+    try:
+        for tensor in (batch.images, batch.labels, batch.index, batch.epoch, batch.repeat):
+            tensor.share_memory_()
+    except RuntimeError as error:
+        free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+        return UserError(
+            f"A worker process cannot pass on a batch of {batch.images.nbytes / 2**20:.1f} MiB in shared memory "
+            f"({str(error).splitlines()[0]}). /dev/shm has {free / 2**20:.1f} MiB free. Make it larger (docker run "
+            "--shm-size=8g, or --ipc=host; mount -o remount,size=8g /dev/shm), or use fewer data.workers; with "
+            "data.workers=0 the main process reads the images."
+        )
+    return batch
 
 
 @dataclass(frozen=True)

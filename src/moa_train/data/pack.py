@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moa_train.data.arrays import ArraySource
+from moa_train.data.array_source import ArraySource
 from moa_train.data.image import Decoding, EncodedImage, reading
 from moa_train.data.tree import ClassTree, class_folders, compare_classes
 from moa_train.runtime.errors import UserError

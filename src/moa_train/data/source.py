@@ -12,8 +12,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from moa_train.data.arrays import ArraySource
-from moa_train.data.files import FileSource
+from moa_train.data.array_source import ArraySource
+from moa_train.data.file_source import FileSource
 from moa_train.data.tree import compare_classes
 
 Source: TypeAlias = ArraySource | FileSource

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from moa_train.optim.optimizers import Optimizers
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_whole
 from moa_train.runtime.precision import Precision
-from moa_train.tracking.files import write_whole
 
 
 class RollBack(Exception):  # noqa: N818 a request, not an error
@@ -92,6 +92,7 @@ class NonFinitePolicy:
         name: ``abort``, ``skip`` or ``rollback``.
         budget: number of skipped steps after which the run aborts in any case.
         lr_factor: factor on the learning rate for each rollback.
+        resume: command that resumes the run.
     """
 
     name: str
@@ -99,6 +100,7 @@ class NonFinitePolicy:
     lr_factor: float
     run_dir: Path
     distributed: Distributed
+    resume: str
 
     def answer(self, step: int, origins: list[dict[str, Any]], count: int, lr_factor: float) -> str:
         """Write the report on ``step``, and return a message for the user if the run may continue.
@@ -114,7 +116,7 @@ class NonFinitePolicy:
             RollBack: the policy is rollback.
         """
         ranks = self.distributed.gather_objects(origins)
-        replay = f"moa-train resume={self.run_dir} replay={step}"
+        replay = f"{self.resume} replay={step}"
         report = {"step": step, "count": count, "policy": self.name, "ranks": ranks, "replay": replay}
         path = self.run_dir / f"nonfinite-step-{step:08d}.json"
         self.distributed.on_main(lambda: write_whole(path, json.dumps(report, indent=1) + "\n"))
@@ -129,8 +131,8 @@ class NonFinitePolicy:
             if self.name != "abort":
                 used = f" This is number {count}, which exceeds engine.nonfinite_budget={self.budget}."
             raise UserError(
-                f"{message}{used}\nTo investigate: {replay}\nTo continue from the last checkpoint: moa-train resume="
-                f"{self.run_dir} with a lower optim.lr, runtime.precision=fp32 or engine.nonfinite=skip or rollback."
+                f"{message}{used}\nTo investigate: {replay}\nTo continue from the last checkpoint: "
+                f"{self.resume} with a lower optim.lr, runtime.precision=fp32 or engine.nonfinite=skip or rollback."
             )
         if self.name == "rollback":
             factor = lr_factor * self.lr_factor

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moa_train.engine.checkpoint import CheckpointStore
-from moa_train.engine.evaluate import Evaluation
+from moa_train.engine.evaluator import Evaluation
 from moa_train.engine.nonfinite import NonFinitePolicy
 from moa_train.engine.plan import Plan
 from moa_train.engine.state import TrainState

@@ -38,6 +38,8 @@ def load_weights(model: Any, weights: Mapping[str, Tensor], *, head: str = "stri
     """
     own = model.state_dict()
     fresh = {name for name in own if head == "new" and name.startswith(f"{model.head_name}.")}
+    # Older weights of torchvision lack the counters, which only matter to batch normalization without momentum.
+    fresh |= {name for name in own if name.endswith("num_batches_tracked") and name not in weights}
     given = {name: value for name, value in weights.items() if name not in fresh}
     result = Loaded(new=sorted(fresh))
     problems = [f"unexpected: {name} {_size(value)}" for name, value in given.items() if name not in own]

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moa_train.runtime.device import pick_device
 from moa_train.runtime.errors import LostRankError, UserError
 from moa_train.runtime.launcher import end_stuck_launcher
-from moa_train.runtime.peers import PeerWatch, connect
+from moa_train.runtime.peer_watch import PeerWatch, connect
 from moa_train.runtime.rendezvous import agree_on_attempt, choose_gloo_interface
 
 FORWARD_BUFFERS = "forward_sync_buffers"
@@ -67,6 +67,11 @@ class Distributed:
         ``timeout`` in seconds bounds every wait for another process: a peer that hangs ends the run.
         """
         rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
+        if rank >= world_size:
+            raise UserError(
+                f"RANK={rank}, but WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set')}. Start the processes "
+                "with torchrun, or unset RANK for a single process."
+            )
         if world_size > 1 and "MASTER_ADDR" not in os.environ:
             raise UserError(f"WORLD_SIZE={world_size}, but there is no MASTER_ADDR. Start the processes with torchrun.")
         local_rank = _environment("LOCAL_RANK", rank)

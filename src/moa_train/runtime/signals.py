@@ -9,6 +9,7 @@ import contextlib
 import os
 import select
 import signal
+import threading
 from enum import IntEnum
 from types import FrameType, TracebackType
 from typing import Self
@@ -77,6 +78,8 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         self._pid = os.getpid()
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python lets only the main thread handle signals: the program around decides about them
         for number in self.HANDLED:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup

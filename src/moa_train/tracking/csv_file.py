@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moa_train.runtime.files import write_all
-from moa_train.tracking.files import write_whole, writing
+from moa_train.runtime.files import write_all, write_whole, writing
 from moa_train.tracking.jsonl import Row, make_row, read_rows
 from moa_train.tracking.logger import Logger, Metrics
 

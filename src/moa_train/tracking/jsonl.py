@@ -6,8 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from moa_train.runtime.files import file_type, write_all
-from moa_train.tracking.files import write_whole, writing
+from moa_train.runtime.files import file_type, write_all, write_whole, writing
 from moa_train.tracking.logger import Logger, Metrics
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from moa_train.tracking.files import writing
+from moa_train.runtime.files import writing
 from moa_train.tracking.logger import Logger, Metrics
 
 WARMUP = 3

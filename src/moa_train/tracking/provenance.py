@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from moa_train.runtime.errors import UserError
-from moa_train.runtime.files import file_type
-from moa_train.tracking.files import write_whole, writing
+from moa_train.runtime.files import file_type, write_whole, writing
 
 FILE = "provenance.json"
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "einops", "hydra-core", "omegaconf")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moa_train.tracking.files import writing
+from moa_train.runtime.files import writing
 from moa_train.tracking.logger import Logger, Metrics, numbers
 
 _PREFIX = "events.out.tfevents."

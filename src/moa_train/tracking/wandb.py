@@ -13,7 +13,7 @@ from typing import Any
 
 from moa_train.knobs import knob
 from moa_train.runtime.errors import UserError
-from moa_train.tracking.files import write_whole
+from moa_train.runtime.files import write_whole
 from moa_train.tracking.jsonl import read_rows
 from moa_train.tracking.logger import Logger, Metrics, numbers
 

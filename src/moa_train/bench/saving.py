@@ -16,7 +16,7 @@ import torch
 from moa_train.assembly.training import build_state
 from moa_train.bench import plain
 from moa_train.bench.job import Job
-from moa_train.bench.report import Row, Table
+from moa_train.bench.tables import Row, Table
 from moa_train.bench.timing import Measure, alternate, synchronize
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.state import TrainState

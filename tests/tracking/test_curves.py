@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from moa_train.runtime.errors import UserError
+from moa_train.tracking.curves import Curves, draw, main, table
 from moa_train.tracking.jsonl import JsonLines
-from moa_train.tracking.report import Curves, draw, main, table
 
 
 def make_run(folder: Path, epochs: int = 40) -> Path:
@@ -92,7 +92,7 @@ def test_without_matplotlib_the_message_says_what_to_install(tmp_path: Path) -> 
     run = make_run(tmp_path / "run")
     code = (
         "import sys; sys.modules['matplotlib.figure'] = None\n"
-        f"from moa_train.tracking.report import main; sys.exit(main([{str(run)!r}, '--png', 'x.png']))"
+        f"from moa_train.tracking.curves import main; sys.exit(main([{str(run)!r}, '--png', 'x.png']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "Drawing curves needs matplotlib: pip install 'moa-train[plot]'.\n")

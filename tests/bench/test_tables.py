@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from moa_train.bench import report, timing
-from moa_train.bench.report import Row, Table
+from moa_train.bench import tables, timing
+from moa_train.bench.tables import Row, Table
 
 CPU = torch.device("cpu")
 VALUES = np.random.default_rng(0).uniform(0.1, 5.0, (2, 7))
@@ -71,7 +71,7 @@ def test_ratios_are_computed_round_by_round():
     ("value", "text"), [(0.0123456, "0.01235"), (1.0, "1.000"), (123.45, "123.5"), (1234.5, "1,234"), (0.0, "0.000")]
 )
 def test_numbers_have_four_digits(value, text):
-    assert report.number(value) == text
+    assert tables.number(value) == text
 
 
 def test_tables_are_aligned():
@@ -85,8 +85,8 @@ def test_tables_are_aligned():
 
 
 def test_json_contains_hardware_versions_and_values(tmp_path: Path):
-    head = report.header(CPU, ["moa-bench", "step"])
-    report.write(tmp_path / "new" / "x.json", head, [Table("step", "t", [Row("x", "ms", [2.0, 1.0])])])
+    head = tables.header(CPU, ["moa-bench", "step"])
+    tables.write(tmp_path / "new" / "x.json", head, [Table("step", "t", [Row("x", "ms", [2.0, 1.0])])])
     result = json.loads((tmp_path / "new" / "x.json").read_text())
     assert torch.__version__.startswith(result["versions"]["torch"])
     assert result["threads"] == torch.get_num_threads()
@@ -94,4 +94,4 @@ def test_json_contains_hardware_versions_and_values(tmp_path: Path):
     assert result["tables"][0]["rows"][0] == {
         "what": "x", "unit": "ms", "median": 1.5, "min": 1.0, "max": 2.0, "n": 2, "values": [2.0, 1.0],
     }  # fmt: skip
-    assert result["versions"]["torch"] in report.describe(head)
+    assert result["versions"]["torch"] in tables.describe(head)

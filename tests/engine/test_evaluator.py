@@ -9,9 +9,9 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss, top_k_accuracy_score
 
-from moa_train.data.arrays import ArraySource
+from moa_train.data.array_source import ArraySource
 from moa_train.data.loader import EvalLoader
-from moa_train.engine.evaluate import Evaluation, evaluate
+from moa_train.engine.evaluator import Evaluation, evaluate
 from moa_train.engine.metrics import create_metrics, rank_of_label
 from moa_train.runtime.distributed import Distributed
 from moa_train.schema import EngineConfig

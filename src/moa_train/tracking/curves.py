@@ -1,6 +1,6 @@
 """Tables and curves of runs for documents, from their metrics.jsonl.
 
-python -m moa_train.tracking.report RUN [RUN ...] --png curves.png
+python -m moa_train.tracking.curves RUN [RUN ...] --png curves.png
 """
 
 import argparse
@@ -115,7 +115,7 @@ def _text(value: float | None, form: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table of each run and, with --png, draw the curves of all runs."""
-    parser = argparse.ArgumentParser(prog="python -m moa_train.tracking.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m moa_train.tracking.curves", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--png", type=Path, help="draw the curves to this file")
     options = parser.parse_args(arguments)

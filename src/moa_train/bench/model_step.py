@@ -19,7 +19,7 @@ from moa_train.assembly.training import build_state
 from moa_train.bench import memory, plain
 from moa_train.bench.job import Job
 from moa_train.bench.peers import build_peer, check_peer
-from moa_train.bench.report import Row, Table
+from moa_train.bench.tables import Row, Table
 from moa_train.bench.timing import alternate, timed
 from moa_train.model.compiling import compile_model
 from moa_train.model.registry import create_model

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moa_train.runtime import peers
-from moa_train.runtime.peers import PeerWatch, connect
+from moa_train.runtime.peer_watch import PeerWatch, connect
 
 
 class Pair:
@@ -127,7 +127,7 @@ def test_strangers_are_not_taken_for_ranks():
 
 ORPHAN = """
 import sys, time
-from moa_train.runtime.peers import PeerWatch
+from moa_train.runtime.peer_watch import PeerWatch
 import socket, signal
 ours, theirs = socket.socketpair()
 signal.signal(signal.SIGTERM, lambda *_: (print("asked to stop", flush=True), sys.exit(0)))
