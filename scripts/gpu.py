@@ -456,14 +456,9 @@ def main() -> int:
 
     def keep(found: list[Row]) -> None:
         rows.extend(found)
-<<<<<<< HEAD
-        runs = {"runs": [{**header(options.small), "rows": rows}]}
-        (options.out / "GPU.json").write_text(json.dumps(runs, indent=1) + "\n")
-=======
         (options.out / "GPU.json").write_text(
             json.dumps({"runs": [{**header(options.small), "rows": rows}]}, indent=1) + "\n"
         )
->>>>>>> main
 
     def left() -> float:
         return min(options.limit, options.budget - (time.monotonic() - start))
