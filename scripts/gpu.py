@@ -244,6 +244,25 @@ def ranks(part: Part) -> None:
     part.row("one rank, two micro-batches", ok, loss=losses[-1:], output="" if ok else done.stdout[-2500:])
 
 
+def evaluation(part: Part) -> None:
+    """Evaluate in fp32 with two batch sizes, whose counts must be equal, and in bf16, whose count may differ a little."""
+    done = part.train("evaluated", steps=6 if part.small else 200)
+    counts = {}
+    for precision, batch in (("fp32", "64"), ("fp32", "33"), ("bf16", "64")):
+        output = part.folder / f"{precision}-{batch}.json"
+        done = part.run(
+            "-m", "moa_train.cli.evaluate", f"ckpt={part.folder / 'evaluated'}", f"device={part.device}",
+            f"precision={precision}", f"batch_size={batch}", f"output={output}",
+        )  # fmt: skip
+        counts[precision, batch] = json.loads(output.read_text())["top1_count"] if output.exists() else -1
+    exact = counts["fp32", "64"] == counts["fp32", "33"] >= 0
+    part.row(
+        "fp32, batches of 64 and 33", exact, count=counts["fp32", "64"], output="" if exact else done.stdout[-800:]
+    )
+    near = abs(counts["bf16", "64"] - counts["fp32", "64"]) <= 4
+    part.row("bf16 against fp32", near, count=counts["bf16", "64"], output="" if near else done.stdout[-800:])
+
+
 # --- measurements -----------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +316,33 @@ def trainer(part: Part) -> None:
         rows = part.rows_of(mode)
         facts = {"images_s": rows[-1]["images_per_second"], "MiB": rows[-1]["memory"] / 2**20} if rows else {}
         part.row(f"trainer, compile={mode}", done.returncode == 0, **facts, output="" if rows else done.stdout[-1500:])
+
+
+def inputs(part: Part) -> None:
+    """Measure the input pipeline: gathering, the copy to the device, augmentation there."""
+    part.bench("input", "data=digits", "augment=cifar", "--batch", "512", "--mode", "train", "--rounds", "3")
+
+
+def kernels(part: Part) -> None:
+    """Name the kernels that attention runs in, forward and backward, in training and in evaluation."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from moa_train.model.attention import attend
+
+    for groups, heads, tokens in ((64, 3, 196), (512, 4, 16)):
+        shape = (2, heads, tokens, 32) if part.small else (groups, heads, tokens, 32)
+        q, k, v = (torch.randn(shape, device=part.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        bias = torch.randn(heads, tokens, tokens, device=part.device, dtype=torch.bfloat16, requires_grad=True)
+        activity = ProfilerActivity.CPU if part.small else ProfilerActivity.CUDA
+        for mode in ("train", "evaluate"):
+            with profile(activities=[activity]) as trace:
+                with torch.set_grad_enabled(mode == "train"):
+                    out = attend(q, k, v, bias)
+                if mode == "train":
+                    out.float().sum().backward()
+            names = sorted({event.key[:60] for event in trace.key_averages()})
+            part.row(f"{mode}, {tokens} tokens", None, kernels=len(names), names=names)
 
 
 def layers(part: Part) -> None:
@@ -393,8 +439,8 @@ def measure(part: Part, what: str, function: Callable[[], object]) -> None:
     part.row(what, None, **facts)
 
 
-CHECKS = (tests, numerics, digits, compiled, exact, faults, ranks)
-MEASUREMENTS = (step, batches, cifar, trainer, layers, augmentation)
+CHECKS = (tests, numerics, digits, compiled, exact, faults, ranks, evaluation)
+MEASUREMENTS = (step, batches, cifar, trainer, inputs, kernels, layers, augmentation)
 PARTS: dict[str, Callable[[Part], None]] = {function.__name__: function for function in (*CHECKS, *MEASUREMENTS)}
 
 

@@ -106,3 +106,29 @@ def test_the_summary_includes_the_memory_of_ema_weights(monkeypatch, capsys):
 def test_unknown_command(monkeypatch, capsys):
     assert run(monkeypatch, "sumary") == 2
     assert "Commands: summary, convert." in capsys.readouterr().err
+
+
+def test_a_summary_for_several_gpus_says_what_limits_a_step(monkeypatch: pytest.MonkeyPatch, capsys):
+    setting = [
+        "summary",
+        "--gpus",
+        "8",
+        "data=cifar10",
+        "model.embed_dim=32",
+        "model.depths=[1,1]",
+        "model.heads=[1,2]",
+    ]
+    shown = {}
+    for batch in (64, 2097152):
+        assert run(monkeypatch, *setting, f"engine.batch_size={batch}") == 0
+        shown[batch] = capsys.readouterr().out
+    assert "8 GPUs: 64 images per update are 8 per GPU" in shown[64]
+    assert "The host limits this step" in shown[64]
+    assert "The device limits this step" in shown[2097152]
+    operations = {re.search(r"about ([\d,]+) operations", text)[1] for text in shown.values()}
+    assert len(operations) == 1  # they do not depend on the batch
+
+
+def test_a_summary_for_no_gpus_is_refused(monkeypatch: pytest.MonkeyPatch, capsys):
+    assert run(monkeypatch, "summary", "--gpus", "many") == 2
+    assert "--gpus many must be followed by the number of GPUs" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moa_train.model.registry import create_model
-from moa_train.model.summary import PeakMemory, _without_memory, training_memory
+from moa_train.model.summary import PeakMemory, _without_memory, training_cost
 from moa_train.schema import MoaConfig, ModelConfig
 
 MOA_T = ModelConfig(drop_path=0.0, moa=MoaConfig(drop_path=0.0))
@@ -174,5 +174,5 @@ def test_a_step_takes_no_more_than_the_straightforward_one_and_half_of_it_with_c
             replace(MOA_T, checkpointing=checkpointing),
             {"image_size": (size, size), "num_classes": 1000},
         )
-        estimate = training_memory(config, **geometry, batch_size=IMAGES, dtype=dtype)
+        estimate = training_cost(config, **geometry, batch_size=IMAGES, dtype=dtype).memory
         assert estimate == pytest.approx(bytes_, rel=0.05)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moa_train.model.stages import plan_stages
-from moa_train.model.summary import PeakMemory, summarize, training_memory
+from moa_train.model.summary import PeakMemory, summarize, training_cost
 from moa_train.schema import ModelConfig, to_dict
 
 IMAGENET = {"image_size": (224, 224), "num_classes": 1000}
@@ -161,7 +161,7 @@ def test_memory_of_a_training_step_is_estimated_within_a_quarter(small_config, c
     # By default glibc keeps freed memory; the estimate counts only memory in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     real = int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
-    estimate = training_memory(config, batch_size=batch_size, dtype=getattr(torch, dtype), **geometry)
+    estimate = training_cost(config, batch_size=batch_size, dtype=getattr(torch, dtype), **geometry).memory
     print(f"{estimate / real:.3f} of {real / 2**20:.0f} MiB")
     assert real > 50 * 2**20  # enough for a meaningful comparison
     assert estimate == pytest.approx(real, rel=0.25)
@@ -170,7 +170,7 @@ def test_memory_of_a_training_step_is_estimated_within_a_quarter(small_config, c
 def test_checkpointing_and_bf16_save_memory(small_config):
     config, geometry = small_config(image_size=(32, 32), patch_size=1, depths=[4, 4])
     plain, half, recomputed = (
-        training_memory(replace(config, checkpointing=checkpointing), batch_size=64, dtype=dtype, **geometry)
+        training_cost(replace(config, checkpointing=checkpointing), batch_size=64, dtype=dtype, **geometry).memory
         for dtype, checkpointing in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True))
     )
     assert recomputed < 0.5 * plain
@@ -180,6 +180,6 @@ def test_checkpointing_and_bf16_save_memory(small_config):
 def test_weights_count_with_their_gradients_and_states(small_config):
     config, geometry = small_config(embed_dim=256)
     weights = 4 * summarize(config, **geometry).total_parameters
-    adamw, sgd = (training_memory(config, batch_size=1, states=states, **geometry) for states in (2, 1))
+    adamw, sgd = (training_cost(config, batch_size=1, states=states, **geometry).memory for states in (2, 1))
     assert adamw - sgd == weights
     assert 4 * weights < adamw < 4.5 * weights

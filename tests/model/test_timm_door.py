@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from moa_train.model.registry import check_model, create_model
-from moa_train.model.summary import summarize, training_memory
+from moa_train.model.summary import summarize, training_cost
 from moa_train.optim.groups import parameter_groups, split_matrices
 from moa_train.runtime.errors import UserError
 from moa_train.schema import OptimConfig
@@ -102,12 +102,12 @@ def test_checkpointing_changes_no_gradient_and_saves_memory(build, model_config)
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
     plain, recomputed = (
-        training_memory(
+        training_cost(
             model_config(name="timm", variant="vit_tiny_patch16_224", checkpointing=checkpointing),
             image_size=(128, 128),
             num_classes=7,
             batch_size=32,
-        )
+        ).memory
         for checkpointing in (False, True)
     )
     assert recomputed < 0.6 * plain

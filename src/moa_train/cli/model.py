@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,14 @@ from moa_train.schema import RunConfig, image_shape, to_dict
 
 if TYPE_CHECKING:
     from moa_train.model.published_weights import PublishedModel
+    from moa_train.model.summary import TrainingCost
 
 EXAMPLES = """moa-model summary: print a model's shapes, parameters, multiply-accumulates and memory.
 
 Examples:
   moa-model summary model=moa_t data=imagenet
-  moa-model summary model=swin_t data=cifar100 engine.micro_batch_size=128"""
+  moa-model summary model=swin_t data=cifar100 engine.micro_batch_size=128
+  moa-model summary --gpus 8 model=moa_t data=imagenet   what limits a step on each of 8 GPUs"""
 
 HELP = f"""usage: moa-model COMMAND ...
 
@@ -36,22 +39,23 @@ moa-model COMMAND --help describes a command.
   moa-model convert published.pth moa_t.safetensors"""
 
 
-def summary(config: RunConfig, overrides: list[str]) -> None:
-    """Print the cost of the configured model for the micro-batch of one process."""
+def summary(gpus: int | None, config: RunConfig, overrides: list[str]) -> None:
+    """Print the cost of the configured model for the micro-batch of one process, or of one of several GPUs."""
     import torch
 
     from moa_train.data.dataset import open_split
-    from moa_train.model.summary import summarize, training_memory
+    from moa_train.model.summary import summarize, training_cost
     from moa_train.runtime.device import pick_device
     from moa_train.runtime.precision import Precision
 
     classes = DATASETS.load(config.data.name).num_classes or len(open_split(config.data, "train").classes)
     size = image_shape(config.data.image_size)
     precision = Precision.resolve(config.runtime.precision, pick_device(config.runtime.device))
-    images = config.engine.micro_batch_size or config.engine.batch_size
+    engine = config.engine
+    images = min(engine.micro_batch_size or engine.batch_size, max(1, engine.batch_size // (gpus or 1)))
     print(f"{config.model.title} at {size[0]} x {size[1]}, {classes} classes\n")
     print(summarize(config.model, image_size=size, num_classes=classes).table())
-    memory = training_memory(
+    cost = training_cost(
         config.model,
         image_size=size,
         num_classes=classes,
@@ -60,7 +64,31 @@ def summary(config: RunConfig, overrides: list[str]) -> None:
         states=(1 if config.optim.name in ("sgd", "muon") else 2) + (config.engine.ema_decay > 0),
         device=precision.device.type if torch.cuda.is_available() else "cpu",
     )
-    print(f"\nmemory of a training step of {images} images in {precision.name}: about {memory / 2**30:.2f} GiB")
+    print(f"\nmemory of a training step of {images} images in {precision.name}: about {cost.memory / 2**30:.2f} GiB")
+    if gpus:
+        print(advise(gpus, engine.batch_size, images, cost))
+
+
+HOST_US, TERABYTES_PER_SECOND = 30, 2.5
+"""Host time of an operation, and memory bandwidth, on one H100 machine (docs/GPU.md)."""
+
+
+def advise(gpus: int, batch_size: int, images: int, cost: "TrainingCost") -> str:
+    """Describe what limits a step of ``images`` images per GPU, and what to do about it."""
+    host, device = cost.operations * HOST_US / 1e3, cost.moved / (TERABYTES_PER_SECOND * 1e9)
+    lines = [
+        f"{gpus} GPUs: {batch_size} images per update are {batch_size // gpus} per GPU, in passes of {images}",
+        f"  host     about {cost.operations:,} operations: {host:.0f} ms at {HOST_US} us each",
+        f"  device   about {cost.moved / 1e9:.1f} GB moved: {device:.0f} ms at {TERABYTES_PER_SECOND} TB/s",
+    ]
+    if host > device:
+        lines.append(
+            "  The host limits this step. Use larger passes (a larger engine.batch_size, or fewer GPUs), or "
+            "runtime.compile=blocks, which needs fewer operations."
+        )
+    else:
+        lines.append("  The device limits this step, so the GPUs are used well.")
+    return "\n".join(lines)
 
 
 def convert(source: Path, target: Path, image_size: int | None = None) -> int:
@@ -121,6 +149,19 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def take_gpus(arguments: list[str]) -> int | None:
+    """Remove ``--gpus N`` from the arguments, and return N."""
+    if "--gpus" not in arguments:
+        return None
+    place = arguments.index("--gpus")
+    number = arguments[place + 1] if place + 1 < len(arguments) else ""
+    if not number.isdecimal() or not int(number):
+        print(f"error: --gpus {number} must be followed by the number of GPUs, 1 or more.", file=sys.stderr)
+        sys.exit(Exit.USER_ERROR)
+    del arguments[place : place + 2]
+    return int(number)
+
+
 def main() -> None:
     """Entry point."""
     protect_output()
@@ -129,7 +170,7 @@ def main() -> None:
     if command == "summary":
         if "data=imagenet" in rest and not any(text.startswith("data.root=") for text in rest):
             sys.argv.append("data.root=.")  # the number of its classes is known, so no image is read
-        app.run(summary, RunConfig, "train", EXAMPLES)
+        app.run(partial(summary, take_gpus(sys.argv)), RunConfig, "train", EXAMPLES)
     elif command == "convert":
         options = parser().parse_args(rest)
         try:

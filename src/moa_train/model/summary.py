@@ -100,16 +100,29 @@ def macs_by_module(model: nn.Module, images_BCHW: Tensor) -> Counter[str]:
     return own
 
 
+FREE = ("empty", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach")
+"""Operations that compute nothing."""
+
+
 class PeakMemory(TorchDispatchMode):
-    """Track the bytes of all tensors that are created while it is active: how many are alive, and the peak."""
+    """Track the bytes of all tensors that are created while it is active: how many are alive, and the peak.
+
+    Attributes:
+        operations: number of operations that compute something, about one kernel each; views are not counted.
+        moved: bytes that these operations read and write.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.operations = self.moved = 0
         self.alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func.namespace == "aten" and not func.is_view and func.overloadpacket.__name__ not in FREE:
+            tensors = [value for value in tree_iter((args, kwargs, result)) if isinstance(value, Tensor)]
+            self.operations += 1
+            self.moved += sum(value.numel() * value.element_size() for value in tensors)
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self.note(value.untyped_storage())
@@ -131,7 +144,22 @@ class PeakMemory(TorchDispatchMode):
         weakref.finalize(storage, free)
 
 
-def training_memory(
+@dataclass(frozen=True)
+class TrainingCost:
+    """The cost of a training step: forward and backward pass of one micro-batch, without the optimizer.
+
+    Attributes:
+        memory: peak memory in bytes, including optimizer states.
+        operations: number of operations, about one kernel launch each.
+        moved: bytes that the operations read and write.
+    """
+
+    memory: int
+    operations: int
+    moved: int
+
+
+def training_cost(
     config: ModelConfig,
     *,
     image_size: tuple[int, int],
@@ -140,8 +168,8 @@ def training_memory(
     dtype: torch.dtype = torch.float32,
     states: int = 2,
     device: str = "cpu",
-) -> int:
-    """Estimate the peak memory of a training step in bytes: weights, gradients, optimizer states, activations.
+) -> TrainingCost:
+    """Estimate memory (weights, gradients, optimizer states, activations), operations and traffic of a training step.
 
     The step is run on tensors without memory, kernel for kernel as on ``device``, and the bytes that would be alive
     are counted. What allocators and libraries use in addition is not counted. Stochastic depth, which only saves
@@ -167,7 +195,7 @@ def training_memory(
         with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             logits_BK = model(images_BCHW)
         nn.functional.cross_entropy(logits_BK.float(), labels_B).backward()
-    return memory.peak + 4 * states * weights
+    return TrainingCost(memory.peak + 4 * states * weights, memory.operations, memory.moved)
 
 
 def _without_memory(model: nn.Module, device: str) -> None:
