@@ -245,7 +245,7 @@ def ranks(part: Part) -> None:
 
 
 def evaluation(part: Part) -> None:
-    """Evaluate in fp32 with two batch sizes, whose counts must be equal, and in bf16, whose count may differ a little."""
+    """Evaluate in fp32 with two batch sizes, with equal counts, and in bf16, whose count may differ a little."""
     done = part.train("evaluated", steps=6 if part.small else 200)
     counts = {}
     for precision, batch in (("fp32", "64"), ("fp32", "33"), ("bf16", "64")):
