@@ -59,7 +59,7 @@ def test_settings_of_a_metric_are_checked():
         return create_metrics(EngineConfig(metrics=["own_parts:Recall"], args={"Recall": args}))["Recall"]
 
     assert create({"classes": 3}).classes == 3
-    with pytest.raises(UserError, match=r"engine\.args\.Recall\.classes must be given"):
+    with pytest.raises(UserError, match=r"Missing engine\.args\.Recall\.classes"):
         create({})
     with pytest.raises(UserError, match=r"There is no engine\.args\.Recall\.class\. Did you mean 'classes'"):
         create({"class": 3})

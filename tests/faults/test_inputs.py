@@ -239,7 +239,7 @@ def test_a_validation_split_is_not_evaluated_once_its_images_have_changed(tmp_pa
     inject()
     said = Job(f"ckpt={run} split=val", tmp_path, module=EVALUATE).ended(2)
     assert re.search(r"images were added, removed, renamed or relabeled \(digit1: \d+ -> \d+ images\)", said)
-    assert "The split val is held out of them" in said
+    assert "The split val is held out of these images" in said
     Job(f"ckpt={run} split=test", tmp_path, module=EVALUATE).ended(0)
     for path in added:
         path.unlink()
@@ -270,7 +270,7 @@ def test_evaluation_takes_the_classes_that_are_there_and_says_where_it_looked(tm
     (tmp_path / "train").mkdir()
     assert f"folder has only train in {tmp_path}." in Job(f"ckpt={run} root=.", tmp_path, module=EVALUATE).ended(2)
     said = Job(f"ckpt={run} root=moved", tmp_path, module=EVALUATE).ended(2)
-    assert f"{tmp_path / 'moved'}: there is no such folder. Set root=" in said
+    assert f"{tmp_path / 'moved'} does not exist. Set root=" in said
     inject(3)
 
 
@@ -337,7 +337,7 @@ MISTAKES = {
     "engine.batch_size=0": "engine.batch_size",
     "engine.batch_size=-4": "engine.batch_size",
     "engine.batch_size=2.5": "engine.batch_size",
-    "engine.batch_size=15": "Nearest",
+    "engine.batch_size=15": "nearest multiples",
     "engine.ema_decay=1.5": "engine.ema_decay",
     "engine.eval_split=vall": "val",
     "engine.eval_every='3 parsecs'": "engine.eval_every",

@@ -66,7 +66,7 @@ def test_own_model_with_settings(model_config):
     [
         ({"name": "moe"}, ["moe is not known", "Did you mean 'moa'?", "package.module:name"]),
         ({"name": "my_models:Oun"}, ["my_models has no Oun", "Did you mean 'Own'?"]),
-        ({"name": "no_such_models:Own"}, ["no module no_such_models"]),
+        ({"name": "no_such_models:Own"}, ["no module named no_such_models"]),
         (
             {"name": "my_models:not_a_classifier"},
             ["my_models:not_a_classifier", "a Linear", "nn.Module and a Classifier"],
@@ -75,7 +75,7 @@ def test_own_model_with_settings(model_config):
         ({"name": "my_models:WrongHead"}, ["no module 'classifier'", "Set head_name"]),
         ({"name": "my_models:Own", "args": {"width": 1}}, ["model.args.width=1", ">= 2"]),
         ({"name": "my_models:Own", "args": {"widht": 8}}, ["model.args.widht", "Did you mean 'width'?"]),
-        ({"name": "my_models:Own", "args": {"width": "8"}}, ["model.args.width='8'", "a whole number"]),
+        ({"name": "my_models:Own", "args": {"width": "8"}}, ["model.args.width='8'", "an integer"]),
         ({"name": "my_models:NoModule", "args": {"width": 8}}, ["my_models:NoModule has no settings of its own"]),
         ({"image_size": (64, 64), "args": {"width": 8}}, ["model moa has no settings of its own"]),
     ],

@@ -163,9 +163,8 @@ def test_the_optimizer_scales_the_learning_rate_of_every_layer(optimizer):
     config = OptimConfig(name=optimizer, layer_decay=0.5)
     optimizers = create_optimizer(config, model, 1e-3)
     optimizers.set_lr(1.0)
-    found = {
-        optimizers.names[parameter]: group["lr"] for group in optimizers.param_groups for parameter in group["params"]
-    }
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {names[parameter]: group["lr"] for group in optimizers.param_groups for parameter in group["params"]}
     assert found.keys() == {name for name, _ in model.named_parameters()}
     table = LAYERS_BELOW_HEAD["moa"]
     assert {name: found[name] for name in table} == {name: 0.5**layers for name, layers in table.items()}
