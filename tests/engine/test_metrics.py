@@ -61,7 +61,7 @@ def test_settings_of_a_metric_are_checked():
     assert create({"classes": 3}).classes == 3
     with pytest.raises(UserError, match=r"Missing engine\.args\.Recall\.classes"):
         create({})
-    with pytest.raises(UserError, match=r"There is no engine\.args\.Recall\.class\. Did you mean 'classes'"):
+    with pytest.raises(UserError, match=r"Unknown key engine\.args\.Recall\.class\. Did you mean 'classes'"):
         create({"class": 3})
 
 
