@@ -100,7 +100,7 @@ def test_arguments_are_parsed_as_literals():
 
 
 def test_an_unsupported_precision_is_rejected_before_any_measurement(job):
-    with pytest.raises(UserError, match="fp16 needs a GPU"):
+    with pytest.raises(UserError, match="fp16 requires a GPU"):
         step.prepare(job(precisions=("fp32", "fp16")))
 
 

@@ -113,7 +113,7 @@ def test_a_rank_that_is_stuck_behind_a_dead_peer_is_ended_once_its_save_is_done(
     codes = json.loads((folder / "codes.json").read_text())
     assert (codes["stuck-0"], codes["stuck-1"]) == (1, -9)
     assert (folder / "saved").exists()
-    reason = "Rank 1 ended without a word: it was killed, crashed, or ran out of memory."
+    reason = "Rank 1 exited without a message: it was killed, crashed, or ran out of memory."
     assert reason in (folder / "stuck-0-error.json").read_text()
 
 
