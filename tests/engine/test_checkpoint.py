@@ -447,7 +447,7 @@ def test_leaving_by_an_error_finishes_the_save_and_keeps_that_error(store, caplo
 
 def test_a_save_larger_than_the_free_space_is_refused_before_it_starts(store):
     huge = torch.empty(1, device="cpu").expand(2**45)  # 128 TiB, of one number
-    with pytest.raises(CheckpointError, match=r"takes 134217728 MiB and .* has only \d+ MiB free"):
+    with pytest.raises(CheckpointError, match=r"requires 134217728 MiB, but .* has only \d+ MiB free"):
         store.save(1, {"model": {"huge": huge}}, {})
     assert not any(store.directory.iterdir())
 

@@ -150,7 +150,7 @@ def test_an_incomplete_torchrun_environment_is_an_error(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
-        pytest.raises(UserError, match=r"no MASTER_ADDR\. Start the processes with torchrun"),
+        pytest.raises(UserError, match=r"MASTER_ADDR is not set\. Start the processes with torchrun"),
         Distributed.start("cpu", 60.0),
     ):
         pass

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moa_train.runtime import peers
+from moa_train.runtime import peer_watch
 from moa_train.runtime.peer_watch import PeerWatch, connect
 
 
@@ -94,8 +94,8 @@ def test_silence_is_a_loss(pair):
 
 
 def test_a_stuck_main_thread_is_left_once_its_save_is_done(pair, monkeypatch):
-    monkeypatch.setattr(peers, "GRACE", 0.2)
-    monkeypatch.setattr(peers, "INTERVAL", 0.2)
+    monkeypatch.setattr(peer_watch, "GRACE", 0.2)
+    monkeypatch.setattr(peer_watch, "INTERVAL", 0.2)
     first = pair.watch(0)
     pair.ends[1][0].close()
     first._thread.join(10.0)

@@ -52,7 +52,7 @@ def agree_alone(store: dist.Store) -> None:
     """Ranks 0 and 1 of 3."""
 
     def second() -> None:
-        with pytest.raises(TimeoutError, match="not all ranks came"):
+        with pytest.raises(TimeoutError, match="not all ranks joined"):
             agree_on_attempt(store.clone(), 1, 3, 0.5)
 
     thread = threading.Thread(target=second)

@@ -170,7 +170,7 @@ class Distributed:
         """
         dist.destroy_process_group()
         self._control = None
-        self._pending = None  # last, so that no thread holds the last reference to the tensor
+        self._pending = None  # after joining the threads, so that none of them holds the final reference
 
     def _abandon(self, error: BaseException) -> None:
         """Leave after a failure and report it to torchrun, which shows the first rank that failed as the root cause."""
@@ -306,7 +306,7 @@ class Distributed:
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             **forward_buffers,
-            # Not static_graph: with no_sync, it fails or stops reducing gradients (PyTorch issues 143580 and 187732).
+            # static_graph is not used: with no_sync, it fails or stops reducing (PyTorch issues 143580 and 187732).
             gradient_as_bucket_view=True,
         )
 

@@ -31,7 +31,7 @@ for _ in range(600):
 
 
 def end_stuck_launcher() -> None:
-    """Start a process that kills torchrun if torchrun does not notice that this process, which is about to exit, ended.
+    """Start a process that kills torchrun unless torchrun notices the imminent exit of this rank.
 
     Between checks of its ranks, torchrun queries its store on the first machine. If that machine does not respond,
     torchrun waits until the kernel drops the connection (15 minutes) and handles no signals meanwhile. If torchrun may

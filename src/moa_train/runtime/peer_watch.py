@@ -139,7 +139,7 @@ class PeerWatch:
         for connection in self._peers.values():
             try:
                 connection.send(json.dumps(words).encode() + b"\n")
-            except OSError:  # The buffer is full, or the connection is broken; the next read detects the latter.
+            except OSError:  # The buffer is full, or the connection is broken, which the next read detects.
                 continue
 
     def _close_connections(self) -> None:
