@@ -123,7 +123,7 @@ def test_pickles_are_never_loaded(tmp_path):
 def test_missing_checkpoints_are_errors(tmp_path):
     with pytest.raises(UserError, match=r"nowhere does not exist\. Give a run folder, a checkpoint folder or"):
         run(ckpt=tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="contains no checkpoint"):
         run(ckpt=tmp_path)
     with pytest.raises(UserError, match="Give ckpt=PATH"):
         evaluate(EvalConfig(), [])

@@ -232,7 +232,7 @@ def test_a_damaged_best_checkpoint_is_reported_with_intact_alternatives(train, t
         train(run_dir, resume=True)
     message = str(error.value)
     assert f"the best one (top1 {best.score:.4g} on val)" in message
-    assert (str(weights) if damage == "flipped" else "no checkpoint of step 2; it has: 1, 3, 4, 5") in message
+    assert (str(weights) if damage == "flipped" else "no checkpoint of step 2. Available steps: 1, 3, 4, 5") in message
     assert f"moa-eval ckpt={run_dir}/checkpoints/step-00000005" in message
     newest = store.newest()
     assert newest is not None

@@ -172,9 +172,7 @@ def test_limits_hold_before_memory_is_taken(peak: Callable[..., float]) -> None:
     for data in [*bombs, tiff(20_000), tiff(46_000)]:
         assert peak(lambda data=data: refuse(data, "pixels are more than data.max_pixels", few)) < 15  # type: ignore[misc]
     large = encoded(Image.new("L", (6000, 5000)), "PNG")
-    assert (
-        peak(lambda: EncodedImage(large).decode()) > 30
-    )  # what the limit saves
+    assert peak(lambda: EncodedImage(large).decode()) > 30  # what the limit saves
 
 
 def test_the_limit_on_pixels_is_a_setting(tmp_path: Path) -> None:

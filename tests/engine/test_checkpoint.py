@@ -160,7 +160,7 @@ def test_a_damaged_best_hands_over_to_the_next(store, caplog):
     (store.directory / "step-00000001/model.safetensors").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
         assert [found.step for found in [store.best()] if found] == [2]
-    assert "step-00000001, the best so far, is damaged" in caplog.text
+    assert "step-00000001, the best checkpoint so far, is damaged" in caplog.text
 
 
 def test_nothing_foreign_is_ever_removed(store):
@@ -223,7 +223,7 @@ def test_truncation_is_noticed_and_named(three, caplog, name):
         assert step == 2
         assert str(path) in warning
         assert "Falling back to step 2" in warning
-        assert name == "manifest.json" or f"it has {length} bytes and should have {len(content)}" in warning
+        assert name == "manifest.json" or f"it has {length} bytes instead of {len(content)}" in warning
     path.write_bytes(content + b"\n")
     assert fallen_back(three, caplog)[0] == 2
     path.unlink()
@@ -257,7 +257,7 @@ def test_only_damaged_ones_are_an_error_and_no_fresh_start(three):
         three.newest()
     for step in (1, 2, 3):
         (three.directory / f"step-{step:08d}/manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="to start afresh"):
+    with pytest.raises(CheckpointError, match="to start from scratch"):
         three.newest()
 
 
@@ -447,7 +447,7 @@ def test_leaving_by_an_error_finishes_the_save_and_keeps_that_error(store, caplo
 
 def test_a_save_larger_than_the_free_space_is_refused_before_it_starts(store):
     huge = torch.empty(1, device="cpu").expand(2**45)  # 128 TiB, of one number
-    with pytest.raises(CheckpointError, match=r"takes 134217728 MiB and .* has only \d+ MiB free"):
+    with pytest.raises(CheckpointError, match=r"requires 134217728 MiB, but .* has only \d+ MiB free"):
         store.save(1, {"model": {"huge": huge}}, {})
     assert not any(store.directory.iterdir())
 

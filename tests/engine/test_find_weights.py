@@ -10,7 +10,7 @@ from moa_train.engine.tensorfile import CheckpointError, write_tensors
 
 @pytest.fixture
 def run_dir(tmp_path):
-    """A run folder with the best at step 2, the newest at step 4, and averaged weights from step 3 on."""
+    """A run folder with the best at step 2, the newest at step 4, and EMA weights from step 3 on."""
     with CheckpointStore(tmp_path / "run", keep_last=9) as store:
         for step, score in ((1, 50.0), (2, 70.0), (3, 60.0), (4, None)):
             parts = ("model", "ema") if step > 2 else ("model",)
@@ -40,7 +40,7 @@ def test_each_kind_of_path_leads_to_what_is_meant(run_dir, tmp_path):
 def test_it_says_which_it_took(run_dir):
     assert find_weights(run_dir).description == "weights of the best checkpoint, step 2"
     last = run_dir / "checkpoints/last"
-    assert find_weights(last).description == "averaged weights of the checkpoint, step 4"
+    assert find_weights(last).description == "EMA weights of the checkpoint, step 4"
     assert find_weights(last, ("model",)).description == "weights of the checkpoint, step 4"
     assert find_weights(last / "ema.safetensors").description == "ema.safetensors of step 4"
     with pytest.raises(CheckpointError, match="has no ema weights"):
@@ -75,9 +75,9 @@ def test_what_holds_no_weights_is_a_clean_error(run_dir, tmp_path):
     with pytest.raises(CheckpointError, match=r"does not exist\. Give a run folder"):
         find_weights(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="contains no checkpoint"):
         find_weights(tmp_path / "empty")
-    with pytest.raises(CheckpointError, match="is not a sound safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a valid safetensors file"):
         find_weights(run_dir / "checkpoints/last/state.json").load()
     with pytest.raises(CheckpointError, match="is the optimizer's state"):
         find_weights(run_dir / "checkpoints/last/optimizer.safetensors")

@@ -136,7 +136,7 @@ HOSTILE = {
 def test_forged_headers_are_clean_errors(tmp_path, name):
     path = tmp_path / "forged.safetensors"
     path.write_bytes(HOSTILE[name])
-    with pytest.raises(CheckpointError, match=r"forged\.safetensors is not a sound"):
+    with pytest.raises(CheckpointError, match=r"forged\.safetensors is not a valid"):
         read_tensors(path)
 
 

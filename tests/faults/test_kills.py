@@ -103,7 +103,7 @@ def test_a_stop_between_micro_batches_abandons_the_step(tmp_path, whole, inject)
         inject()
         said = job.ended(Exit.STOPPED)
         assert f"Stopped at step {step}; saved" in said
-        assert "SIGTERM: saving and stopping after the pass under way" in said
+        assert "SIGTERM: saving and stopping after the current pass" in said
         assert CheckpointStore(run).newest().step == step
     Job(f"{TINY} run_dir={run} resume=auto", tmp_path).ended(0)
     assert result(run) == result(whole)
@@ -233,8 +233,8 @@ def test_a_lost_rank_ends_the_other(tmp_path, fault, inject):
     assert codes[lost] == (KILLED if "kill" in fault else Exit.FAILED), job.output
     assert codes[1 - lost] == Exit.FAILED, job.output
     other = job.logs[1 - lost].read_text()
-    assert f"Rank {1 - lost} ends because it lost contact with another rank. Rank {lost} " in other
-    assert ("ended without a word" if "kill" in fault else "failed (InjectedFaultError: ") in other
+    assert f"Rank {1 - lost} is exiting because it lost contact with another rank. Rank {lost} " in other
+    assert ("exited without a message" if "kill" in fault else "failed (InjectedFaultError: ") in other
     assert "Traceback" not in other
     if "raise" in fault:
         assert "InjectedFaultError" in job.logs[lost].read_text()
@@ -249,7 +249,7 @@ def test_a_rank_that_hangs_ends_the_other_after_the_timeout(tmp_path, inject):
     job.signal(signal.SIGKILL)
     job.codes()
     assert code == Exit.FAILED, job.output
-    assert "Nothing was heard from rank 1 for 20 s (runtime.timeout)." in job.logs[0].read_text()
+    assert "Rank 1 sent no heartbeat for 20 s (runtime.timeout)." in job.logs[0].read_text()
 
 
 @pytest.mark.fault(20)

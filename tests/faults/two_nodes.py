@@ -209,7 +209,7 @@ def link_cut(folder: Path, node: int) -> float:
         with cut():
             seconds = pair.wait_for("the end of both sides", ended, BOUND)
         for side in (0, 1):
-            assert f"Nothing was heard from rank {1 - side} for {TIMEOUT} s" in pair.log(side), pair.said()
+            assert f"Rank {1 - side} sent no heartbeat for {TIMEOUT} s" in pair.log(side), pair.said()
     Job(f"{TINY} run_dir={folder / 'run'} resume=auto", folder, ranks=2).ended(0)
     return seconds
 

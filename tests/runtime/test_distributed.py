@@ -113,7 +113,7 @@ def test_a_rank_that_is_stuck_behind_a_dead_peer_is_ended_once_its_save_is_done(
     codes = json.loads((folder / "codes.json").read_text())
     assert (codes["stuck-0"], codes["stuck-1"]) == (1, -9)
     assert (folder / "saved").exists()
-    reason = "Rank 1 ended without a word: it was killed, crashed, or ran out of memory."
+    reason = "Rank 1 exited without a message: it was killed, crashed, or ran out of memory."
     assert reason in (folder / "stuck-0-error.json").read_text()
 
 
@@ -150,7 +150,7 @@ def test_an_incomplete_torchrun_environment_is_an_error(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
-        pytest.raises(UserError, match=r"no MASTER_ADDR\. Start the processes with torchrun"),
+        pytest.raises(UserError, match=r"MASTER_ADDR is not set\. Start the processes with torchrun"),
         Distributed.start("cpu", 60.0),
     ):
         pass

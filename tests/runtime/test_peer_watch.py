@@ -72,7 +72,9 @@ def test_a_goodbye_is_no_loss(pair):
 def test_a_dead_peer_is_noticed_by_its_connection(pair):
     first = pair.watch(0)
     pair.ends[1][0].close()  # as the kernel does for a dead process
-    assert first.reason(patience=10.0) == "Rank 1 ended without a word: it was killed, crashed, or ran out of memory."
+    assert (
+        first.reason(patience=10.0) == "Rank 1 exited without a message: it was killed, crashed, or ran out of memory."
+    )
     first.close()
     assert pair.calls[0] == ["abort"]
 
@@ -86,7 +88,7 @@ def test_a_failure_is_reported_with_its_error(pair):
 
 def test_silence_is_a_loss(pair):
     first = pair.watch(0)
-    assert first.reason(patience=10.0) == "Nothing was heard from rank 1 for 1.5 s (runtime.timeout)."
+    assert first.reason(patience=10.0) == "Rank 1 sent no heartbeat for 1.5 s (runtime.timeout)."
     first.close()
     assert pair.ends[1][0].recv(100).startswith(b'["alive"]\n')
 
@@ -97,7 +99,7 @@ def test_a_stuck_main_thread_is_left_once_its_save_is_done(pair, monkeypatch):
     first = pair.watch(0)
     pair.ends[1][0].close()
     first._thread.join(10.0)
-    assert [call.partition(":")[0] for call in pair.calls[0]] == ["abort", "finish", "Rank 1 ended without a word"]
+    assert [call.partition(":")[0] for call in pair.calls[0]] == ["abort", "finish", "Rank 1 exited without a message"]
     first.close()
 
 
@@ -147,4 +149,4 @@ def test_a_rank_whose_torchrun_has_died_stops(tmp_path: Path):
         "os._exit(0)\n"
     )
     done = subprocess.run([sys.executable, "-c", launcher, ORPHAN], capture_output=True, text=True, timeout=60)
-    assert "torchrun has ended without this rank" in done.stderr  # communicate() waits until the rank has ended
+    assert "torchrun exited before this rank" in done.stderr  # communicate() waits until the rank has ended

@@ -37,7 +37,7 @@ def test_the_forward_pass_uses_the_precision_and_gradients_are_fp32(name, dtype)
 
 
 def test_an_unsupported_precision_is_rejected_with_the_options():
-    with pytest.raises(UserError, match=r"needs a GPU.*auto, bf16 and fp32"):
+    with pytest.raises(UserError, match=r"requires a GPU.*auto, bf16 and fp32"):
         Precision.resolve("fp16", CPU)
 
 

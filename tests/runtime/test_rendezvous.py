@@ -43,7 +43,7 @@ def test_every_attempt_has_a_name_of_its_own_in_one_store(store):
 
 
 def test_an_attempt_that_not_all_reached_does_not_disturb_the_next(store):
-    with pytest.raises(TimeoutError, match="rank 2 did not come"):
+    with pytest.raises(TimeoutError, match="rank 2 did not join"):
         agree_alone(store)
     assert len(set(meet(store, [0, 1, 2]).values())) == 1
 
@@ -52,7 +52,7 @@ def agree_alone(store: dist.Store) -> None:
     """Ranks 0 and 1 of 3."""
 
     def second() -> None:
-        with pytest.raises(TimeoutError, match="not all ranks came"):
+        with pytest.raises(TimeoutError, match="not all ranks joined"):
             agree_on_attempt(store.clone(), 1, 3, 0.5)
 
     thread = threading.Thread(target=second)
@@ -64,7 +64,7 @@ def agree_alone(store: dist.Store) -> None:
 
 
 def test_a_rank_whose_rank_0_never_comes_says_so(store):
-    with pytest.raises(TimeoutError, match="rank 0 did not come"):
+    with pytest.raises(TimeoutError, match="rank 0 did not join"):
         agree_on_attempt(store, 1, 2, 0.2)
 
 

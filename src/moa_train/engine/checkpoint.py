@@ -1,9 +1,9 @@
-"""The checkpoints of a run: a folder per optimizer step, of which a valid one exists at every instant after the first.
+"""Save and find the checkpoints of a run, one folder per step. After the first save, a valid one always exists.
 
-A folder (see `manifest`) is written under a temporary name, flushed to the disk, renamed, flushed and verified; only
-then is an older one removed. What is newest or best is found by looking at what is there and verifying it: by the step
-and by the score in the manifest, never by time stamps, nor by a pointer that a crash could leave behind. The links
-`last` and `best` are for humans.
+A checkpoint folder (see `manifest`) is written under a temporary name, flushed to disk, renamed, flushed and verified.
+Only then is an older checkpoint removed. The newest and the best checkpoint are found by listing and verifying the
+folders: by step and by the score in the manifest, never by time stamps or by a pointer that a crash could leave
+outdated. The links `last` and `best` exist only for users' convenience.
 """
 
 import contextlib
@@ -39,17 +39,18 @@ from moa_train.schema import EngineConfig
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0
-"""Seconds after which whoever waits for a save is told so: storage that is gone may never answer."""
+"""Seconds between warnings while waiting for a save; a hanging storage system may never finish it."""
 
 _SAVING = ".saving-"
 _REPLACED = ".replaced"
 
 
 class CheckpointStore:
-    """The checkpoints in ``<run_dir>/checkpoints``. One process saves (rank 0, with the run's lock), any number read.
+    """Manage the checkpoints in ``<run_dir>/checkpoints``.
 
-    Retention keeps the newest ``keep_last``, those of steps that ``keep`` tells to keep and the best. It counts
-    valid ones only, and removes nothing but files of the known names in folders of the known names.
+    Only one process saves (rank 0, which holds the run's lock); any number of processes read. Retention keeps the
+    newest ``keep_last`` checkpoints, those of steps for which ``keep`` returns True, and the best one. Only valid
+    checkpoints count. Nothing is removed except files of known names in folders of known names.
     """
 
     def __init__(
@@ -68,10 +69,12 @@ class CheckpointStore:
     # Reading
 
     def newest(self, until: int | None = None) -> Checkpoint | None:
-        """Return the valid checkpoint of the highest step (up to ``until``), or None if there has never been one.
+        """Return the valid checkpoint with the highest step (up to ``until``), or None if no checkpoint exists.
 
-        A damaged one is passed over with a warning that names the file. If all are damaged that is a CheckpointError:
-        a run must not silently start afresh.
+        A damaged checkpoint is skipped with a warning that names the file.
+
+        Raises:
+            CheckpointError: every checkpoint is damaged. A run must not silently start from scratch.
         """
         damage, folders = [], self._folders()
         for path in folders:
@@ -85,20 +88,21 @@ class CheckpointStore:
             for line in damage:
                 log.warning("%s Falling back to step %d.", line, checkpoint.step)
             return checkpoint
-        if self._folders() != folders:  # the run goes on: it removed what we looked at, and has newer ones
+        if self._folders() != folders:  # the run is still active and replaced the listed checkpoints by newer ones
             return self.newest(until)
         if damage:
             listed = "\n  ".join(damage[:6])
             raise CheckpointError(
                 f"No checkpoint in {self.directory} is valid:\n  {listed}\n"
-                "Restore one from a copy, or choose another run folder to start afresh."
+                "Restore one from a backup, or choose another run folder to start from scratch."
             )
         return None
 
     def best(self) -> Checkpoint | None:
-        """Return the valid checkpoint of the highest score (of equals the earliest), or None if none was evaluated.
+        """Return the valid checkpoint with the highest score, or None if none was evaluated.
 
-        Scores count if they were measured like those of the newest checkpoint: on the same split, and so on.
+        Among equal scores, the earliest checkpoint is the best. A score counts only if it was measured like that of
+        the newest checkpoint, for example on the same split.
         """
         openable = list(self._openable())
         now = next((state for state in map(_state, openable) if state is not None), {})
@@ -110,13 +114,13 @@ class CheckpointStore:
         for _, _, checkpoint in sorted(scored, key=lambda entry: entry[:2], reverse=True):
             if self._is_valid(checkpoint):
                 return checkpoint
-            if file_type(checkpoint.path) is None:  # the run goes on, and has a better one
+            if file_type(checkpoint.path) is None:  # the run is still active and has a better checkpoint
                 return self.best()
-            log.warning("%s, the best so far, is damaged.", checkpoint.path)
+            log.warning("%s, the best checkpoint so far, is damaged.", checkpoint.path)
         return None
 
     def at(self, step: int) -> Checkpoint:
-        """Return the valid checkpoint of ``step``; raises CheckpointError, which lists the steps there are."""
+        """Return the valid checkpoint of ``step``. Raises CheckpointError, which lists the available steps."""
         folders = self._folders()
         damage: CheckpointError | None = None
         for path in folders:
@@ -127,13 +131,13 @@ class CheckpointStore:
                     damage = damage or error
         steps = ", ".join(str(step) for step in sorted({folder_step(path) or 0 for path in folders}))
         raise damage or CheckpointError(
-            f"{self.directory} has no checkpoint of step {step}; it has: {steps or 'none'}."
+            f"{self.directory} has no checkpoint of step {step}. Available steps: {steps or 'none'}."
         )
 
     def _folders(self) -> list[Path]:
-        """List folders of checkpoints, the newest step first; one that was being replaced follows its replacement.
+        """Return the checkpoint folders, newest step first. A replaced folder follows its replacement.
 
-        Raises UnreadableError where the system does not say what is there.
+        Raises UnreadableError if the folders cannot be listed.
         """
         found, path = [], self.directory
         try:
@@ -143,8 +147,8 @@ class CheckpointStore:
                 step = folder_step(path)
                 if step is None or file_type(path, follow_links=False) != stat.S_IFDIR:
                     continue
-                with contextlib.suppress(FileNotFoundError):  # just removed
-                    if not {MANIFEST, *FILES}.isdisjoint(os.listdir(path)):  # noqa: PTH208 names are enough
+                with contextlib.suppress(FileNotFoundError):  # removed in the meantime
+                    if not {MANIFEST, *FILES}.isdisjoint(os.listdir(path)):  # noqa: PTH208 only the names are needed
                         found.append(((step, not path.suffix), path))
         except OSError as error:
             raise UnreadableError(path, error) from error
@@ -161,9 +165,9 @@ class CheckpointStore:
             yield checkpoint
 
     def _is_valid(self, checkpoint: Checkpoint) -> bool:
-        """Verify a checkpoint, unless it was verified before and the file system says that it is unchanged since.
+        """Return whether a checkpoint is valid. Verify it unless its files are unchanged since the last verification.
 
-        Raises UnreadableError where the system fails to read it.
+        Raises UnreadableError if the checkpoint cannot be read.
         """
         try:
             statuses = [(checkpoint.path / name).lstat() for name in checkpoint.files]
@@ -191,19 +195,20 @@ class CheckpointStore:
         score: float | None = None,
         background: bool = False,
     ) -> None:
-        """Save a checkpoint; an older one of the same step is replaced.
+        """Save a checkpoint. An existing checkpoint of the same step is replaced.
 
         Args:
-            step: optimizer steps done.
-            tensors: {part: {name: tensor}}, parts as in `manifest.PARTS`; any device and strides.
-            state: the rest, JSON-able.
-            metadata: for the headers of the weights files (model and ema).
-            score: what the best is chosen by, higher is better; None if this state was not evaluated.
-            background: return once the tensors are copied to host memory. One save is in flight at a time; its failure
-                is raised by the next `save`, `poll`, `wait` or `close`.
+            step: number of completed optimizer steps.
+            tensors: {part: {name: tensor}} with parts as in `manifest.PARTS`, on any device and with any strides.
+            state: everything else, JSON-serializable.
+            metadata: metadata for the headers of the weights files (model and ema).
+            score: score that selects the best checkpoint, higher is better; None if this state was not evaluated.
+            background: return once the tensors are copied to host memory. Only one save runs at a time. Its failure is
+                raised by the next call of `save`, `poll`, `wait` or `close`.
 
         Raises:
-            CheckpointError: if it cannot be written; no partial file is left, and older checkpoints are untouched.
+            CheckpointError: the checkpoint cannot be written. No partial file remains, and older checkpoints are
+                unchanged.
         """
         self.wait()
         snapshot = Snapshot.take(step, tensors, state, metadata or {}, score, copy=background)
@@ -214,25 +219,25 @@ class CheckpointStore:
         self._saving = self._executor.submit(self._save, snapshot)
 
     def poll(self) -> None:
-        """Raise the error of a background save that has failed; costs nothing otherwise."""
+        """Raise the error of a background save that has failed; return immediately otherwise."""
         if self._saving is not None and self._saving.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the save in flight is done; raises its error."""
+        """Wait until the current save is done, and raise its error if it failed."""
         saving, self._saving = self._saving, None
         if saving is None:
             return
         while not wait_for([saving], PATIENCE).done:
             log.warning(
-                "Waiting for a save in %s: its storage is slow, or does not answer. Ctrl-C, twice, leaves without it; "
-                "older checkpoints are untouched.",
+                "Waiting for a save in %s. The storage is slow or does not respond. Press Ctrl-C twice to exit without "
+                "the save; older checkpoints are unchanged.",
                 self.directory,
             )
         saving.result()
 
     def close(self) -> None:
-        """Finish the save in flight; raises its error."""
+        """Finish the current save, and raise its error if it failed."""
         try:
             self.wait()
         finally:
@@ -251,7 +256,7 @@ class CheckpointStore:
         except Exception as failure:
             if error is None:
                 raise
-            log.error("%s", failure)  # the error on its way out is the one to see
+            log.error("%s", failure)  # the error that is already propagating takes precedence
 
     def _save(self, snapshot: Snapshot) -> None:
         step = snapshot.step
@@ -271,7 +276,7 @@ class CheckpointStore:
             if isinstance(error, OSError):
                 raise CheckpointError(
                     f"Cannot save step {step} in {self.directory}: {error.strerror or error}. "
-                    "Older checkpoints are untouched."
+                    "Free some space or fix the storage, then resume the run; older checkpoints are unchanged."
                 ) from error
             raise
         faults.point("checkpoint.before_prune")
@@ -279,18 +284,18 @@ class CheckpointStore:
             self._clean()
             self._prune()
         except (OSError, UnreadableError) as error:
-            log.warning("Older checkpoints are not removed: %s", error)
+            log.warning("Older checkpoints were not removed: %s", error)
 
     def _check_space(self, snapshot: Snapshot) -> None:
         free = shutil.disk_usage(self.directory).free
-        if free < snapshot.bytes * 1.01 + 2**20:  # headers, blocks
+        if free < snapshot.bytes * 1.01 + 2**20:  # a margin for headers and disk blocks
             raise CheckpointError(
-                f"Cannot save step {snapshot.step}: it takes {snapshot.bytes / 2**20:.0f} MiB and {self.directory} has "
-                f"only {free / 2**20:.0f} MiB free. Free some space, or keep fewer checkpoints."
+                f"Cannot save step {snapshot.step}: it requires {snapshot.bytes / 2**20:.0f} MiB, but {self.directory} "
+                f"has only {free / 2**20:.0f} MiB free. Free some space, or keep fewer checkpoints."
             )
 
     def _put_into_place(self, temporary: Path) -> None:
-        """Rename a finished folder and verify it; one in its way stays until then, under a name that readers know."""
+        """Rename a finished folder and verify it; until then, keep an existing folder of the step as ``.replaced``."""
         final = temporary.with_name(temporary.name.removeprefix(_SAVING))
         if final.exists():
             final.rename(final.with_name(final.name + _REPLACED))
@@ -307,7 +312,7 @@ class CheckpointStore:
         assert self._is_valid(saved)
 
     def _clean(self) -> None:
-        """Finish what a crash interrupted: half-written folders go, one that never got its replacement comes back."""
+        """Clean up after a crash: remove partial folders, and restore a folder whose replacement was not completed."""
         for path in self.directory.iterdir():
             if path.is_symlink() or not path.is_dir():
                 continue
@@ -315,7 +320,7 @@ class CheckpointStore:
                 remove_folder(path)
             elif folder_step(path) is not None:
                 with contextlib.suppress(OSError):
-                    path.rmdir()  # only if it is empty: all but removed
+                    path.rmdir()  # succeeds only if the folder is empty, after an interrupted removal
         for path in self.directory.glob(f"step-*{_REPLACED}"):
             if folder_step(path) is not None and not path.is_symlink():
                 self._settle(path.with_suffix(""), replaced=path)
@@ -338,13 +343,13 @@ class CheckpointStore:
             kept.add(best.path)
         for path in self._folders():
             step = folder_step(path) or 0
-            # A damaged one that is newer than all valid ones stays for somebody to look at, until its step comes again.
+            # A damaged checkpoint newer than all valid ones is kept for inspection until its step is reached again.
             if path not in kept and step <= last[0].step and not self.keep(step):
                 remove_folder(path)
         self._point_links()
 
     def _remove_copied_links(self) -> None:
-        """Remove folders in the place of links, which tools that follow links leave, if they equal a checkpoint."""
+        """Remove folders that copying tools created in place of the links, if they are equal to a checkpoint."""
         known = {found.digest for found in self._openable()}
         for path in (self.directory / "last", self.directory / "best"):
             with contextlib.suppress(OSError, CheckpointError):
@@ -356,8 +361,8 @@ class CheckpointStore:
         for name, target in (("last", newest), ("best", best)):
             link, temporary = self.directory / name, self.directory / f"{_SAVING}{name}"
             if link.exists() and not link.is_symlink():
-                continue  # not ours
-            with contextlib.suppress(OSError):  # a convenience: not every file system has links
+                continue  # not created by this class
+            with contextlib.suppress(OSError):  # the links are optional: some file systems do not support them
                 temporary.unlink(missing_ok=True)
                 if target is None:
                     link.unlink(missing_ok=True)
@@ -367,7 +372,7 @@ class CheckpointStore:
 
 
 def _state(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return the content of a checkpoint's state.json, or None if it is damaged or was just removed."""
+    """Return the content of a checkpoint's state.json, or None if the checkpoint is damaged or was just removed."""
     try:
         return checkpoint.state
     except UnreadableError:
@@ -380,5 +385,5 @@ def _comparable(state: dict[str, Any] | None, now: dict[str, Any]) -> bool:
     """Return whether a score saved with ``state`` was measured like those saved with the state ``now``."""
     if state is None or "measured" in state or "measured" not in now:
         return state is None or state.get("measured") == now.get("measured")
-    # An older version saved it. It counts as long as the newest state knows it as the best.
+    # An older version saved this checkpoint. Its score counts if the newest state lists it as the best.
     return bool(now["train"]["best"].get("step") == state["train"]["step"])

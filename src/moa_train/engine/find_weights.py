@@ -1,4 +1,4 @@
-"""Where weights come from: a run folder, a checkpoint's folder or a lone file."""
+"""Find weights in a run folder, a checkpoint folder or a single file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,28 +15,31 @@ WEIGHTS = ("model.safetensors", "ema.safetensors")
 
 @dataclass(frozen=True)
 class FoundWeights:
-    """Weights on disk: their file, the checkpoint it belongs to (if any), and in words which were taken."""
+    """Represent weights on disk: the file, its checkpoint (if any), and a description for users."""
 
     path: Path
     checkpoint: Checkpoint | None
     description: str
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Verify, where there is a manifest, and read: ({name: CPU tensor}, metadata of the file's header)."""
+        """Return ({name: CPU tensor}, metadata in the file's header), verified if a manifest exists."""
         return self.checkpoint.weights(self.path.stem) if self.checkpoint else read_tensors(self.path)
 
 
 def find_weights(path: Path, parts: Sequence[str] = ("ema", "model")) -> FoundWeights:
-    """Find the weights that are meant by a run folder, a checkpoint's folder or a weights file.
+    """Find the weights to which a run folder, a checkpoint folder or a weights file refers.
 
-    Of a run folder that is the best checkpoint, else the newest; of a checkpoint the first of ``parts`` that it has:
-    averaged weights before plain ones. Raises CheckpointError if there is none.
+    In a run folder, the best checkpoint is used, or the newest if none was evaluated. In a checkpoint, the first of
+    ``parts`` that exists is used; by default, EMA weights are preferred.
+
+    Raises:
+        CheckpointError: there are no such weights.
     """
     path = resolve_link(path)
     if path.is_file():
         if path.name == "optimizer.safetensors":
             raise CheckpointError(
-                f"{path} is the optimizer's state. Give the model.safetensors or ema.safetensors there."
+                f"{path} is the optimizer's state. Give model.safetensors or ema.safetensors instead."
             )
         if path.name in WEIGHTS and (path.parent / MANIFEST).is_file():
             checkpoint = Checkpoint.open(path.resolve().parent)
@@ -51,14 +54,14 @@ def find_weights(path: Path, parts: Sequence[str] = ("ema", "model")) -> FoundWe
     part = next((part for part in parts if part in found), None)
     if part is None:
         raise CheckpointError(f"{found.path} has no {' or '.join(parts)} weights.")
-    kind = "averaged weights" if part == "ema" else "weights"
+    kind = "EMA weights" if part == "ema" else "weights"
     return FoundWeights(found.path / f"{part}.safetensors", found, f"{kind} of the {which}, step {found.step}")
 
 
 def resolve_link(path: Path) -> Path:
-    """Replace ``checkpoints/last`` or ``checkpoints/best`` in a path by the checkpoint that is the newest or the best.
+    """Replace ``checkpoints/last`` or ``checkpoints/best`` in a path by the newest or the best checkpoint.
 
-    They are links, but copies of a run may have folders in their place, which stay behind as the run continues.
+    Both are links, but a copy of a run may contain folders instead, which become outdated when the run continues.
     """
     absolute = path.absolute()
     for link in (absolute, absolute.parent):
@@ -76,4 +79,6 @@ def _of_run(path: Path) -> tuple[Checkpoint, str]:
         return best, "best checkpoint"
     if (newest := store.newest()) is not None:
         return newest, "newest checkpoint"
-    raise CheckpointError(f"{path} holds no checkpoint: there is no checkpoints/step-.../{MANIFEST} in it.")
+    raise CheckpointError(
+        f"{path} contains no checkpoint (checkpoints/step-.../{MANIFEST}). Give another folder or a file."
+    )

@@ -1,8 +1,8 @@
-"""A checkpoint's folder, and the manifest that vouches for it.
+"""The layout of a checkpoint folder, and the manifest that verifies its content.
 
 step-00001234/
-    model.safetensors  ema.safetensors  optimizer.safetensors     tensors; ema only if weights are averaged
-    state.json                                                    all the rest that a resume needs
+    model.safetensors  ema.safetensors  optimizer.safetensors     tensors; ema only with EMA weights
+    state.json                                                    everything else that a resume needs
     manifest.json                                                 size and SHA-256 of each file, written last
 """
 
@@ -25,7 +25,7 @@ from moa_train.runtime import faults
 
 FORMAT = 1
 PARTS = ("model", "ema", "optimizer")
-"""What the tensors come in; each is a file ``<part>.safetensors``."""
+"""Groups of tensors; each is stored in a file ``<part>.safetensors``."""
 FILES = (*(f"{part}.safetensors" for part in PARTS), "state.json")
 MANIFEST = "manifest.json"
 JSON_LIMIT = 64 * 2**20
@@ -34,44 +34,44 @@ _FOLDER = re.compile(r"step-(\d{8,})(\.replaced)?")
 
 
 def folder_name(step: int) -> str:
-    """Return the name of the folder of ``step``."""
+    """Return the name of the checkpoint folder for ``step``."""
     return f"step-{step:08d}"
 
 
 def folder_step(path: Path) -> int | None:
-    """Return the step in a folder's name (that of one being replaced as well), or None if it is another name."""
+    """Return the step in a folder name, also one that ends in ``.replaced``, or None for any other name."""
     match = _FOLDER.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk whose manifest is sound. Each file is verified before it is first read, or by `verify`."""
+    """Represent a checkpoint with a valid manifest. Each file is verified before its first read, or by `verify`."""
 
     path: Path
     step: int
     score: float | None
-    """What the best is chosen by, higher is better; None if it was not evaluated."""
+    """Score that selects the best checkpoint, higher is better; None if the checkpoint was not evaluated."""
     digest: str
-    """SHA-256 of the manifest: ranks that see the same digest see the same checkpoint."""
+    """SHA-256 of the manifest. Equal digests mean equal checkpoints."""
     files: Mapping[str, tuple[int, str]] = field(repr=False)
     """{name: (bytes, SHA-256)}"""
     _verified: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Read and check the manifest of the folder ``path``; raises CheckpointError."""
+        """Read and check the manifest of the folder ``path``. Raises CheckpointError."""
         text = _read(path / MANIFEST)
         try:
             manifest = json.loads(text)
             files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
             step, score = manifest["step"], manifest["score"]
-            # The manifest vouches for the files, its own sum for itself, and its form is fixed to the byte.
+            # The manifest's own checksum is verified by composing the manifest again, byte for byte.
             sound = text == compose(step, score, files) and type(step) is int and type(score) in (int, float, NoneType)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             sound = False
         if not sound:
-            raise CheckpointError(f"{path / MANIFEST} is damaged, or of another format than {FORMAT}.")
+            raise CheckpointError(f"{path / MANIFEST} is damaged, or its format is not {FORMAT}.")
         if folder_step(path) not in (step, None):
             raise CheckpointError(f"{path / MANIFEST} belongs to step {step}, not to this folder.")
         if not {"model.safetensors", "state.json"} <= set(files) <= set(FILES):
@@ -79,13 +79,13 @@ class Checkpoint:
         return cls(path, step, score, hashlib.sha256(text).hexdigest(), files)
 
     def verify(self) -> Self:
-        """Compare size and SHA-256 of every file; raises CheckpointError that names the first damaged one."""
+        """Check the size and SHA-256 of every file. Raises CheckpointError, which names the first damaged file."""
         for name in self.files:
             self._sound(name)
         return self
 
     def _sound(self, name: str) -> Path:
-        """Return the path of a file that is what the manifest says."""
+        """Verify a file against the manifest and return its path."""
         path, (size, sha256) = self.path / name, self.files[name]
         if name in self._verified:
             return path
@@ -94,10 +94,10 @@ class Checkpoint:
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path} is not a regular file.")
             if status.st_size != size:
-                raise CheckpointError(f"{path} is damaged: it has {status.st_size} bytes and should have {size}.")
+                raise CheckpointError(f"{path} is damaged: it has {status.st_size} bytes instead of {size}.")
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in the manifest.")
+                    raise CheckpointError(f"{path} is damaged: its SHA-256 does not match the manifest.")
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing.") from None
         except OSError as error:
@@ -109,30 +109,30 @@ class Checkpoint:
         return f"{part}.safetensors" in self.files
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """Verify and read the CPU tensors of ``model``, ``ema`` or ``optimizer``; raises CheckpointError."""
+        """Verify and read the tensors of ``model``, ``ema`` or ``optimizer`` to the CPU. Raises CheckpointError."""
         return self.weights(part)[0]
 
     def weights(self, part: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Like `tensors`, and the metadata in the file's header."""
+        """Return the result of `tensors` and the metadata in the file's header."""
         if part not in self:
             raise CheckpointError(f"{self.path} has no {part}.safetensors; it has {', '.join(self.files)}.")
         return read_tensors(self._sound(f"{part}.safetensors"))
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """The content of state.json, verified; raises CheckpointError."""
+        """The verified content of state.json. Raises CheckpointError."""
         path = self._sound("state.json")
         try:
             state = json.loads(_read(path))
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not JSON: {error}.") from error
+            raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
         if not isinstance(state, dict):
             raise CheckpointError(f"{path} is not a JSON object.")
         return state
 
 
 def compose(step: int, score: float | None, files: Mapping[str, tuple[int, str]]) -> bytes:
-    """Compose a manifest. It ends with the SHA-256 of all that stands before."""
+    """Compose a manifest. Its last entry is the SHA-256 of all other entries."""
     entries = {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in sorted(files.items())}
     content = {"format": FORMAT, "step": step, "score": score, "files": entries}
     own = hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -140,9 +140,9 @@ def compose(step: int, score: float | None, files: Mapping[str, tuple[int, str]]
 
 
 def remove_folder(folder: Path, rest: Path | None = None) -> None:
-    """Remove a checkpoint's own files, the manifest first, and the folder too if nothing else is in it.
+    """Remove the files of a checkpoint, the manifest first, and then the folder if it is empty.
 
-    Somebody's own files stay, or move to the folder ``rest`` where that has none of their names.
+    Other files stay, or are moved to the folder ``rest`` unless a file of the same name exists there.
     """
     for name in (MANIFEST, *FILES):
         (folder / name).unlink(missing_ok=True)
@@ -155,7 +155,7 @@ def remove_folder(folder: Path, rest: Path | None = None) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush the names in ``folder`` to the disk."""
+    """Flush the directory entries of ``folder`` to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

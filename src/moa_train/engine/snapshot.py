@@ -1,4 +1,4 @@
-"""What a checkpoint is made from: a moment's state, in host memory, on its way to the disk."""
+"""Copy the state at one step to host memory, and write it to disk as a checkpoint."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from moa_train.runtime.files import write_flushed
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state after ``step`` updates. See `CheckpointStore.save` for the fields."""
+    """Hold the state after ``step`` optimizer steps. See `CheckpointStore.save` for the fields."""
 
     step: int
     score: float | None
@@ -38,26 +38,26 @@ class Snapshot:
         score: float | None,
         copy: bool,
     ) -> Self:
-        """Bring everything to host memory; ``copy``: such that training may go on. Does not wait for a GPU."""
-        assert {"model"} <= set(tensors) <= set(PARTS), f"the parts of a checkpoint are {PARTS}, not {list(tensors)}"
+        """Move the state to host memory without waiting for a GPU; with ``copy``, training may continue meanwhile."""
+        assert {"model"} <= set(tensors) <= set(PARTS), f"a checkpoint consists of {PARTS}, not {list(tensors)}"
         text = (json.dumps(state, indent=1) + "\n").encode()
         host = {part: {name: _to_host(t, copy) for name, t in named.items()} for part, named in tensors.items()}
         copied = None
         if any(tensor.is_cuda for named in tensors.values() for tensor in named.values()):
             copied = torch.cuda.Event()
-            copied.record()  # behind all copies; later updates of the tensors queue up behind it
+            copied.record()  # after all copies; later updates of the tensors run after this event
         return cls(
             step, score if score is not None and math.isfinite(score) else None, host, dict(metadata), text, copied
         )
 
     @property
     def bytes(self) -> int:
-        """About the size on disk."""
+        """The approximate size on disk."""
         tensors = (tensor for named in self.tensors.values() for tensor in named.values())
         return len(self.state) + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def write(self, folder: Path) -> None:
-        """Make ``folder`` and fill it, the manifest last, all of it flushed to the disk. Raises OSError."""
+        """Create ``folder``, write all files, the manifest last, and flush them to disk. Raises OSError."""
         if self.copied is not None:
             self.copied.synchronize()
         folder.mkdir(exist_ok=True)
@@ -76,4 +76,4 @@ def _to_host(tensor: Tensor, copy: bool) -> Tensor:
     tensor = tensor.detach()
     if tensor.device.type == "cpu":
         return tensor.clone() if copy else tensor
-    return tensor.to("cpu", non_blocking=True)  # into pinned memory
+    return tensor.to("cpu", non_blocking=True)  # torch places the copy in pinned memory

@@ -1,8 +1,8 @@
-"""Files of tensors in the safetensors format: written in one pass that hashes them, read without executing anything.
+"""Write safetensors files and hash them in the same pass, and read them without executing any code.
 
-Layout (https://huggingface.co/docs/safetensors): 8 bytes with the length of the header (little endian), the header as
-JSON, {name: {dtype, shape, data_offsets}, "__metadata__": {str: str}}, padded with spaces to a multiple of 8,
-then the tensors one after the other without gaps.
+The layout (https://huggingface.co/docs/safetensors) is: 8 bytes with the length of the header (little endian); the
+header, which is JSON of the form {name: {dtype, shape, data_offsets}, "__metadata__": {str: str}} padded with spaces to
+a multiple of 8; and the tensors, one after another without gaps.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_all
 
 CHUNK = 8 * 2**20
-"""Bytes written and hashed at a time; both release the interpreter lock, so training goes on meanwhile."""
+"""Bytes that are written and hashed at a time. Both operations release the GIL, so training continues meanwhile."""
 HEADER_LIMIT = 100 * 2**20
-"""Bytes; the limit of the safetensors library."""
+"""Maximum size of a header in bytes, as in the safetensors library."""
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 
 _DTYPES = {
@@ -41,11 +41,11 @@ _DTYPES = {
 
 
 class CheckpointError(UserError):
-    """A checkpoint or weights file that is damaged, missing, of another kind, or could not be written."""
+    """Report that a checkpoint or weights file is damaged, missing, of the wrong kind, or could not be written."""
 
 
 class UnreadableError(CheckpointError):
-    """A checkpoint that the system fails to read: it may be valid, and nothing may be removed in favor of another."""
+    """Report that a checkpoint cannot be read. It may still be valid, so it must not be removed or replaced."""
 
     def __init__(self, path: Path, error: OSError) -> None:
         super().__init__(f"Cannot read {path}: {error.strerror}. Check the storage, then run the same command again.")
@@ -54,18 +54,18 @@ class UnreadableError(CheckpointError):
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> tuple[int, str]:
-    """Write CPU tensors (of any strides; shared memory is written twice) and flush them to the disk.
+    """Write CPU tensors of any strides and flush the file to disk. Tensors that share memory are each written in full.
 
-    Returns the size in bytes and the SHA-256 in hex of what was meant to be written, computed from memory. Raises
-    OSError, and leaves the partial file to the caller.
+    Returns the size in bytes and the SHA-256 (hex) of the intended content, computed from memory. Raises OSError; the
+    caller is responsible for removing the partial file.
     """
-    # Wide elements first, as the library has it: each tensor then starts at a multiple of its element size.
+    # Large element sizes come first, as in the library, so that each tensor is aligned to its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name in names:
         tensor = tensors[name]
-        assert tensor.dtype in _DTYPES, f"{name} is of {tensor.dtype}, which is not stored"
+        assert tensor.dtype in _DTYPES, f"{name}: {tensor.dtype} cannot be stored"
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": _DTYPES[tensor.dtype],
@@ -102,18 +102,18 @@ def _write(descriptor: int, data: memoryview, digest: "hashlib._Hash") -> int:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file into ({name: CPU tensor that owns its memory}, metadata).
+    """Read a safetensors file and return ({name: CPU tensor that owns its memory}, metadata).
 
-    Raises CheckpointError for anything else than a sound safetensors file; sizes are checked before memory is taken.
+    Sizes are checked before memory is allocated. Raises CheckpointError if the file is not a valid safetensors file.
     """
     _check_header(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        # The library maps the file; copies stay whole when somebody truncates it.
+        # The library maps the file into memory. Copies stay intact if the file is truncated later.
         return {name: tensor.clone() for name, tensor in load_file(path).items()}, metadata
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path} is not a sound safetensors file: {error}.") from error
+        raise CheckpointError(f"{path} is not a valid safetensors file: {error}.") from error
 
 
 def _check_header(path: Path) -> None:
@@ -128,9 +128,9 @@ def _check_header(path: Path) -> None:
         return
     if path.suffix in PICKLES or start.startswith((b"PK\x03\x04", b"\x80")):
         raise CheckpointError(
-            f"{path} is a pickle (or an archive with one), and loading a pickle can execute code. Weights are read "
-            "from .safetensors files only; convert it first (moa-model --help)."
+            f"{path} is a pickle (or an archive that contains one), and loading a pickle can execute code. Weights are "
+            "read only from .safetensors files. Convert the file first (moa-model --help)."
         )
     raise CheckpointError(
-        f"{path} is not a sound safetensors file: its header would take {length} bytes, and the file has {size}."
+        f"{path} is not a valid safetensors file: its header claims {length} bytes, but the file has {size}."
     )

@@ -1,4 +1,4 @@
-"""Arguments of commands, quoted so that they can be pasted into a shell."""
+"""Format command-line arguments so that they can be pasted into a shell."""
 
 import re
 import shlex
@@ -8,7 +8,7 @@ _WORDS = {"null", "true", "false", "nan", "inf"}
 
 
 def argument(key: str, value: object) -> str:
-    """Return ``key=value`` as it is typed: a text is quoted for Hydra and the whole for the shell, where needed."""
+    """Return ``key=value`` as a user would type it, quoted for Hydra and for the shell where necessary."""
     text = f"[{','.join(map(str, value))}]" if isinstance(value, list | tuple) else str(value)
     plain = not isinstance(value, str) and not hasattr(value, "__fspath__")
     if not plain and (not _PLAIN.fullmatch(text) or text.lower() in _WORDS):
@@ -17,6 +17,6 @@ def argument(key: str, value: object) -> str:
 
 
 def hydra_quoted(text: str) -> str:
-    """Return a text in single quotes, as Hydra's grammar reads it."""
+    """Return the text in single quotes, escaped for Hydra's grammar."""
     escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
     return "'" + escaped.replace("${", "\\${") + "'"

@@ -1,6 +1,6 @@
-"""What processes on a CPU lose time with, beside computing: waiting for each other, and fetching memory anew.
+"""Reduce two overheads of processes on a CPU: threads that wait for each other, and repeated memory allocation.
 
-Nothing here imports torch, since one of them has to come before it.
+This module does not import torch, because `wait_briefly` must be called before torch is imported.
 """
 
 import ctypes
@@ -11,21 +11,22 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def wait_briefly() -> None:
-    """Let OpenMP's threads sleep when they have waited a moment for each other; call it before torch is imported.
+    """Let OpenMP threads sleep after a short wait for each other. Call this function before importing torch.
 
-    By default (libgomp) they spin for milliseconds, on a core that somebody else may need, too. Beside another process
-    a small model on two cores trained 1.3 times as fast like this, and 3 % slower on a machine of its own
-    (docs/PERFORMANCE.md). What the user has chosen stays.
+    By default, libgomp's threads spin for milliseconds and occupy cores that other processes may need. With this
+    setting, a small model on two cores trained 1.3 times as fast when another process was running, and 3 % slower on
+    an otherwise idle machine (docs/PERFORMANCE.md). A value of OMP_WAIT_POLICY or GOMP_SPINCOUNT set by the user is
+    kept.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def keep_freed_memory() -> bool:
-    """Let the allocator keep the memory of freed tensors; tell whether it could be asked to.
+    """Let the allocator keep the memory of freed tensors, and return whether the allocator supports this.
 
-    By default glibc returns large blocks to the kernel, which fills each page with zeros when it is next used. Now
-    a process keeps what it needed at most, as it does on a GPU.
+    By default, glibc returns large blocks to the kernel, which fills each page with zeros when it is next used. With
+    this setting, the process keeps its peak memory, as torch's allocator does on a GPU.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""The device of a process: which one, how many threads, how much memory."""
+"""Choose the device and the number of threads of a process, and measure its memory."""
 
 import math
 import os
@@ -12,14 +12,17 @@ from moa_train.runtime.errors import UserError
 
 
 def pick_device(name: str = "auto", local_rank: int = 0, local_world_size: int = 1) -> torch.device:
-    """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` to this process's device, and make it torch's current one.
+    """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` to this process's device, and make it torch's current device.
 
-    ``auto`` is CUDA if a GPU is visible, else the CPU. Of several processes on a machine, each takes the GPU of its
-    local rank, or its only visible GPU, as with ``srun --gpus-per-task=1``; `Distributed` checks that no two processes
-    share one. Raises UserError for a device that does not exist.
+    ``auto`` selects CUDA if a GPU is visible, and otherwise the CPU. If several processes run on a machine, each uses
+    the GPU of its local rank, or its only visible GPU, as with ``srun --gpus-per-task=1``. `Distributed` checks that
+    no two processes share a GPU.
+
+    Raises:
+        UserError: the device does not exist.
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        # Before the allocator is first used: memory is mapped as needed, so that changing sizes don't fragment it.
+        # Set before the allocator is first used. Expandable segments avoid fragmentation when tensor sizes vary.
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,14 +36,14 @@ def pick_device(name: str = "auto", local_rank: int = 0, local_world_size: int =
         raise UserError(f"device={name}, but torch {torch.__version__} sees no CUDA device. Options: auto, cpu.")
     if index and local_world_size > 1:
         raise UserError(
-            f"device={name} would put all {local_world_size} processes on one GPU. Use device=cuda: each takes its own "
-            "(CUDA_VISIBLE_DEVICES chooses which)."
+            f"device={name} would put all {local_world_size} processes on one GPU. Use device=cuda, which gives each "
+            "process its own GPU (CUDA_VISIBLE_DEVICES selects which)."
         )
     number = int(index) if index else 0 if count == 1 else local_rank
     if number >= count or 1 < count < local_world_size:
         raise UserError(
-            f"device={name} with {local_world_size} process(es) on this machine needs GPU "
-            f"{max(number, local_world_size - 1)}, but it has {count} (0 to {count - 1}). "
+            f"device={name} with {local_world_size} process(es) on this machine requires GPU "
+            f"{max(number, local_world_size - 1)}, but the machine has {count} GPU(s), numbered 0 to {count - 1}. "
             f"Use --nproc-per-node {count} or device=cpu."
         )
     device = torch.device("cuda", number)
@@ -49,24 +52,24 @@ def pick_device(name: str = "auto", local_rank: int = 0, local_world_size: int =
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use: its affinity, and a container's quota where there is one."""
+    """Return the number of cores that this process may use, according to its CPU affinity and any container quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):  # no cgroups, or a quota of "max"
+    except (OSError, ValueError):  # cgroups are unavailable, or the quota is "max"
         pass
     return max(1, cores)
 
 
 def set_threads(threads: int = 0, local_world_size: int = 1) -> int:
-    """Set and return the number of threads torch computes with in this process; 0 chooses.
+    """Set and return the number of threads that torch uses in this process; 0 selects it automatically.
 
-    The choice is OMP_NUM_THREADS where it is set, else an equal share of the cores for each process of this machine.
-    The 1 that torchrun puts into OMP_NUM_THREADS when nobody has set it is not taken for a wish.
+    The automatic value is OMP_NUM_THREADS if it is set, and otherwise an equal share of the cores for each process on
+    this machine. torchrun sets OMP_NUM_THREADS to 1 if the user has not set it; that value is ignored.
     """
     if threads < 0:
-        raise UserError(f"threads={threads} must be at least 0; 0 shares the cores among the processes.")
+        raise UserError(f"threads={threads} must be at least 0. Use 0 to divide the cores equally among the processes.")
     if threads == 0:
         wish = os.environ.get("OMP_NUM_THREADS", "")
         by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and local_world_size > 1 and wish == "1"
@@ -79,15 +82,16 @@ def set_threads(threads: int = 0, local_world_size: int = 1) -> int:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor of the host to ``device``, and do not wait for it.
+    """Copy a tensor from host memory to ``device`` without waiting for the copy.
 
-    A GPU takes it from page-locked memory: a copy from elsewhere may have the host wait for the work before it.
+    A copy to a GPU starts from pinned memory, because a copy from pageable memory can block the host until earlier
+    work on the GPU is done.
     """
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most memory used so far, in bytes: tensors on a GPU, or the resident size of this process on a CPU."""
+    """Return the peak memory in bytes: of tensors on a GPU, or the resident set size of this process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,8 +1,9 @@
-"""Several processes that train as one: the only module that calls torch.distributed.
+"""Train with several processes. This is the only module that calls torch.distributed.
 
-Tensors of the model travel in the data group (nccl between GPUs, gloo between CPUs). What the hosts agree upon travels
-as JSON in a second, gloo group, so that no agreement waits for a GPU, nor gets in between the gradients' reductions.
-Without torchrun there is one process, no group at all, and every method returns at once.
+Tensors of the model are exchanged in the data group (NCCL between GPUs, gloo between CPUs). Messages between the hosts
+are exchanged as JSON in a second group, which always uses gloo. They therefore never wait for a GPU and never
+interleave with gradient reductions. Without torchrun, there is one process and no group, and every method returns
+immediately.
 """
 
 import inspect
@@ -31,17 +32,17 @@ from moa_train.runtime.rendezvous import agree_on_attempt, choose_gloo_interface
 FORWARD_BUFFERS = "forward_sync_buffers"
 if FORWARD_BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters:
     FORWARD_BUFFERS = "broadcast_buffers"
-"""What DDP calls the switch for buffers at each forward: the name has changed after torch 2.9."""
+"""Name of the DDP parameter that synchronizes buffers at each forward pass; it was renamed after torch 2.9."""
 
 _LOST = (
-    "Rank {rank} ends because it lost contact with another rank. {loss} Check the output of that rank for the cause. "
+    "Rank {rank} is exiting because it lost contact with another rank. {loss} Check that rank's output for the cause. "
     "The last checkpoint is valid; resume the run to continue."
 )
 
 
 @dataclass
 class Distributed:
-    """This process's place among ``world_size`` processes; ranks count from 0, ``local_rank`` on this machine."""
+    """Represent this process as rank ``rank`` of ``world_size``, and as ``local_rank`` among those on this machine."""
 
     rank: int
     local_rank: int
@@ -49,31 +50,31 @@ class Distributed:
     local_world_size: int
     device: torch.device
     before_leaving: Callable[[], object] = lambda: None
-    """Called before a stuck process is ended: waits for what must not be cut short, such as a save."""
+    """Called before a stuck process is terminated; waits for work that must not be interrupted, such as a save."""
     _control: Any = None
     _watch: PeerWatch | None = field(default=None, repr=False)
     _pending: tuple[Any, Tensor] | None = field(default=None, repr=False)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, the only one that writes files and to the terminal."""
+        """Whether this is rank 0, the only rank that writes files and prints to the terminal."""
         return self.rank == 0
 
     @classmethod
     @contextmanager
     def start(cls, device: str, timeout: float) -> Iterator[Self]:
-        """Join the processes that torchrun started, or be alone; leave them at the end.
+        """Join the processes that torchrun started, or run as a single process; leave the group at the end.
 
-        ``timeout`` in seconds bounds every wait for another process: a peer that hangs ends the run.
+        ``timeout`` (seconds) limits every wait for another process. If a rank hangs for longer, the run ends.
         """
         rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
         if rank >= world_size:
             raise UserError(
                 f"RANK={rank}, but WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set')}. Start the processes "
-                "with torchrun, or unset RANK for a single process."
+                "with torchrun, or unset RANK to run a single process."
             )
         if world_size > 1 and "MASTER_ADDR" not in os.environ:
-            raise UserError(f"WORLD_SIZE={world_size}, but there is no MASTER_ADDR. Start the processes with torchrun.")
+            raise UserError(f"WORLD_SIZE={world_size}, but MASTER_ADDR is not set. Start the processes with torchrun.")
         local_rank = _environment("LOCAL_RANK", rank)
         local_world_size = _environment("LOCAL_WORLD_SIZE", world_size)
         chosen = pick_device(device, local_rank, local_world_size)
@@ -136,12 +137,12 @@ class Distributed:
         )
 
     def _abort(self) -> None:
-        """Free a main thread that waits for a lost peer: in NCCL, or for a GPU that runs one of NCCL's kernels."""
+        """Abort NCCL, so that a main thread that waits for a lost rank in NCCL or its kernels can continue."""
         if self.device.type == "cuda" and dist.group.WORLD is not None:
             dist.group.WORLD.abort()
 
     def _leave_at_once(self, reason: str) -> None:
-        """End the process from the watch's thread: the main thread is stuck."""
+        """Exit the process from the watch thread because the main thread is stuck."""
         text = _LOST.format(rank=self.rank, loss=reason)
         print(f"error: {text}", file=sys.stderr, flush=True)
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
@@ -150,7 +151,7 @@ class Distributed:
         os._exit(1)
 
     def _loss(self, error: BaseException) -> str | None:
-        """Return what is known about a lost peer if ``error`` comes from losing it, as sentences, else None."""
+        """Return sentences that describe the lost rank if ``error`` was caused by losing one, and otherwise None."""
         if not isinstance(error, RuntimeError):
             return None
         assert self._watch is not None
@@ -163,32 +164,32 @@ class Distributed:
         return f"A rank did not answer ({detail})."
 
     def _leave(self) -> None:
-        """End the groups, and the control group's threads with it: freeing it joins them.
+        """Destroy the groups and release the control group, which joins its threads.
 
-        A thread that still let go of a tensor of Python's while the interpreter ends would abort the process.
+        If such a thread released a Python tensor during interpreter shutdown, the process would abort.
         """
         dist.destroy_process_group()
         self._control = None
-        self._pending = None  # only now, so that no thread holds the last reference to it
+        self._pending = None  # after joining the threads, so that none of them holds the final reference
 
     def _abandon(self, error: BaseException) -> None:
-        """Leave after a failure, and report it to torchrun, which shows the first rank to fail as the root cause."""
+        """Leave after a failure and report it to torchrun, which shows the first rank that failed as the root cause."""
         if isinstance(error, Exception) and "TORCHELASTIC_ERROR_FILE" in os.environ:
             get_error_handler().record_exception(error)
-        # NCCL and gloo may wait for peers that are gone: they get a moment, and are then left behind.
+        # NCCL and gloo may wait for ranks that no longer exist, so the shutdown is abandoned after one second.
         closing = threading.Thread(target=self._leave, daemon=True)
         closing.start()
         closing.join(1.0)
 
-    # What the hosts agree upon
+    # Communication between the hosts
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this method."""
         if self.world_size > 1:
             dist.barrier(group=self._control)
 
     def gather_objects(self, value: object) -> list[Any]:
-        """Return every rank's JSON-able ``value``, in order of rank, on every rank."""
+        """Return the JSON-serializable ``value`` of every rank, in rank order, on every rank."""
         if self.world_size == 1:
             return [_decode(_encode(value))]
         data = torch.frombuffer(bytearray(_encode(value)), dtype=torch.uint8)
@@ -202,7 +203,7 @@ class Distributed:
         return [_decode(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
     def broadcast_object(self, value: object, source: int = 0) -> Any:
-        """Return rank ``source``'s JSON-able ``value`` on every rank (as JSON has it: tuples become lists)."""
+        """Return the JSON-serializable ``value`` of rank ``source`` on every rank; JSON turns tuples into lists."""
         if self.world_size == 1:
             return _decode(_encode(value))
         mine = self.rank == source
@@ -215,9 +216,10 @@ class Distributed:
         return _decode(data.numpy().tobytes())
 
     def on_main(self, function: Callable[[], object]) -> Any:
-        """Run ``function`` on rank 0 alone and return its JSON-able result everywhere.
+        """Run ``function`` on rank 0 only and return its JSON-serializable result on every rank.
 
-        If it fails, every rank fails: a UserError with its message, so that none waits for a rank that has left.
+        If ``function`` raises, every rank raises, so that no rank waits for one that has exited. The other ranks raise
+        a UserError or a RuntimeError with the message of rank 0.
         """
         outcome: dict[str, object] = {}
         failure: Exception | None = None
@@ -236,11 +238,11 @@ class Distributed:
         return outcome["result"]
 
     def mean(self, value: float) -> float:
-        """Return the mean over the ranks of a number on the host, the same to the bit on every rank."""
+        """Return the mean of a host-side number over the ranks, bit-identical on every rank."""
         return sum(self.gather_objects(value)) / self.world_size
 
     def check_same(self, what: str, value: object) -> None:
-        """Raise UserError on every rank, with the differences, unless all ranks bring the same JSON-able ``value``."""
+        """Raise a UserError on every rank, with the differences, unless the JSON ``value`` is equal on all ranks."""
         everyone = self.gather_objects(value)
         if all(other == everyone[0] for other in everyone):
             return
@@ -260,10 +262,10 @@ class Distributed:
         raise UserError("\n".join(lines))
 
     def agree_any(self, flag: bool) -> bool:
-        """Return whether any rank raised its flag in the *previous* call, the same answer on every rank.
+        """Return whether any rank set its flag in the *previous* call. The result is the same on every rank.
 
-        Made to be called once a step: the reduction runs on the hosts while the step computes, so nobody waits for a
-        device nor, as a rule, for a peer. Alone, the answer is ``flag`` itself.
+        Call this method once per step. The reduction runs between the hosts while the step computes, so it never waits
+        for a device and rarely for another rank. With a single process, the result is ``flag`` itself.
         """
         if self.world_size == 1:
             return flag
@@ -276,25 +278,25 @@ class Distributed:
         self._pending = (dist.all_reduce(total, dist.ReduceOp.MAX, group=self._control, async_op=True), total)
         return answer
 
-    # What the devices share
+    # Communication between the devices
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Sum ``tensor`` over the ranks, in place, and return it; integers stay exact. Any device."""
+        """Sum ``tensor`` (on any device) over the ranks in place, and return it. Sums of integers are exact."""
         if self.world_size > 1:
             dist.all_reduce(tensor, group=self._control if tensor.device.type == "cpu" else None)
         return tensor
 
     def broadcast_buffers(self, model: nn.Module) -> None:
-        """Give every rank the buffers of rank 0 (statistics of batch normalisation), as is due before an evaluation."""
+        """Copy the buffers of rank 0, such as batch-normalization statistics, to every rank before an evaluation."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0, group=self._control if buffer.device.type == "cpu" else None)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Return ``model`` such that backward averages the gradients over the ranks; alone, ``model`` itself.
+        """Wrap ``model`` so that the backward pass averages gradients over the ranks; return it as is for one process.
 
-        Starts by giving every rank the parameters and buffers of rank 0. Buffers travel at each forward only if batch
-        normalisation changes them: tables and constants are the same everywhere already.
+        The parameters and buffers of rank 0 are first copied to every rank. Buffers are synchronized at each forward
+        pass only if the model has batch normalization, because other buffers (tables and constants) never change.
         """
         if self.world_size == 1:
             return model
@@ -304,17 +306,17 @@ class Distributed:
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             **forward_buffers,
-            # No static_graph: together with no_sync it fails, or stops reducing (pytorch issues 143580 and 187732).
+            # static_graph is not used: with no_sync, it fails or stops reducing (PyTorch issues 143580 and 187732).
             gradient_as_bucket_view=True,
         )
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[object]:
-        """Return the context in which gradients only accumulate; use it for all micro-batches but the last."""
+        """Return a context that accumulates gradients without reducing them, for all micro-batches except the last."""
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module that `Distributed.wrap` was given."""
+    """Return the module that was passed to `Distributed.wrap`."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -326,10 +328,10 @@ def _environment(name: str, default: int) -> int:
 
 
 def _open_store(rank: int, world_size: int, timeout: float) -> dist.Store:
-    """Return the ranks' common key-value store, with names of its own for each attempt."""
+    """Return the key-value store shared by the ranks, with a separate key prefix for each attempt."""
     limit = timedelta(seconds=timeout)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun serves it. dist.rendezvous would, in torch 2.9, add the restart count, in which nodes differ.
+        # torchrun serves the store. In torch 2.9, dist.rendezvous adds the restart count, which differs between nodes.
         store: dist.Store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=limit)
     else:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=limit))
@@ -343,7 +345,7 @@ def _refuse_shared_gpu(store: dist.Store, device: torch.device, rank: int) -> No
     if store.add(f"gpu/{properties.uuid}", 1) > 1:
         raise UserError(
             f"Rank {rank} and another rank use the same GPU ({properties.name}, {properties.uuid}). Start one process "
-            "per GPU: lower --nproc-per-node, or give each process a GPU of its own (CUDA_VISIBLE_DEVICES, srun "
+            "per GPU: reduce --nproc-per-node, or give each process its own GPU (CUDA_VISIBLE_DEVICES, srun "
             "--gpus-per-task=1)."
         )
 
@@ -379,7 +381,7 @@ def _decode(data: bytes) -> Any:
 
 
 def _leaves(value: object, path: str = "") -> Iterator[tuple[str, str]]:
-    """Walk nested JSON: ("optim.lr", "0.1"), ..."""
+    """Yield the leaves of nested JSON, such as ("optim.lr", "0.1")."""
     if isinstance(value, dict) and value:
         for key, part in value.items():
             yield from _leaves(part, f"{path}.{key}" if path else str(key))

@@ -1,10 +1,10 @@
-"""Injection points for the fault suite: off, and nearly free, unless MOA_TRAIN_FAULTS asks for them.
+"""Injection points for the fault tests. They have no effect and almost no cost unless MOA_TRAIN_FAULTS is set.
 
     MOA_TRAIN_FAULTS="checkpoint.before_rename=kill@2, loss=true@7/1"
 
-kills this process at the second time it passes the point `checkpoint.before_rename`, and makes `point("loss")` answer
-True at its seventh time, on rank 1 only. Without ``@n`` the first time is meant, without ``/rank`` every rank.
-A worker that torchrun restarted (``--max-restarts``) is left alone, or it would meet the same end for ever.
+kills this process the second time it reaches the point `checkpoint.before_rename`, and makes the seventh call of
+`point("loss")` return True, on rank 1 only. The default of ``@n`` is the first time, and that of ``/rank`` is every
+rank. No fault is injected into a rank that torchrun restarted (``--max-restarts``), because it would fail repeatedly.
 """
 
 import errno
@@ -21,11 +21,11 @@ VARIABLE = "MOA_TRAIN_FAULTS"
 
 
 class InjectedFaultError(RuntimeError):
-    """What the action ``raise`` raises: a bug, as far as the rest of the program can tell."""
+    """Represent a bug. The action ``raise`` raises this error."""
 
 
 def _raise(point: str) -> None:
-    raise InjectedFaultError(f"{VARIABLE} asked for an exception at {point}")
+    raise InjectedFaultError(f"{VARIABLE} requested an exception at {point}")
 
 
 def _disk_full(point: str) -> None:
@@ -65,7 +65,7 @@ def _parse(environ: Mapping[str, str]) -> dict[str, _Fault]:
     for item in filter(None, (part.strip() for part in environ.get(VARIABLE, "").split(","))):
         match = re.fullmatch(r"([\w.]+)=([a-z0-9]+)(?:@(\d+))?(?:/(\d+))?", item)
         if match is None:
-            raise UserError(f"{VARIABLE}: {item!r} is not understood; it reads point=action@n/rank.")
+            raise UserError(f"{VARIABLE}: {item!r} is invalid. The format is point=action@n/rank.")
         name, action, at, rank = match.groups()
         if action not in _ACTIONS:
             raise UserError(choose(f"{VARIABLE}: {name}", action, _ACTIONS))
@@ -78,7 +78,7 @@ _plan: dict[str, _Fault] = {}
 
 
 def arm(environ: Mapping[str, str]) -> None:
-    """Plan the faults that ``environ`` asks for, in place of those before."""
+    """Replace the planned faults by those that ``environ`` requests."""
     global _plan
     _plan = _parse(environ)
 
@@ -87,7 +87,7 @@ arm(os.environ)
 
 
 def point(name: str) -> bool:
-    """Do here what MOA_TRAIN_FAULTS asks for; return True where it asks for ``true``, else False."""
+    """Inject the fault that MOA_TRAIN_FAULTS requests for this point; return True if its action is ``true``."""
     if not _plan:
         return False
     fault = _plan.get(name)

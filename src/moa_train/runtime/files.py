@@ -1,4 +1,4 @@
-"""Files on storage that may fail: nothing is taken for written, nor for absent, because a system call has failed."""
+"""Read and write files on unreliable storage. A failed system call never makes a file count as written or absent."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ Bytes = bytes | memoryview
 
 
 def write_all(descriptor: int, data: Bytes) -> None:
-    """Write all of ``data``; raises OSError if the system refuses it, or accepts none of it (`write` returns 0)."""
+    """Write all of ``data``. Raises OSError if the system reports an error or accepts no data (`write` returns 0)."""
     rest = memoryview(data).cast("B")
     while rest:
         written = os.write(descriptor, rest)
@@ -23,17 +23,17 @@ def write_all(descriptor: int, data: Bytes) -> None:
 
 
 def write_flushed(path: Path, data: Bytes) -> None:
-    """Write a file and flush it to the disk; raises OSError, also if only closing the file reports the failure."""
+    """Write a file and flush it to disk. Raises OSError, even if only closing the file reports the failure."""
     with path.open("wb", buffering=0) as file:
         write_all(file.fileno(), data)
         os.fsync(file.fileno())
 
 
 def file_type(path: Path, *, follow_links: bool = True) -> int | None:
-    """Return the type of a file (`stat.S_IFDIR`, ...), or None if there is none.
+    """Return the type of a file (`stat.S_IFDIR`, ...), or None if the file does not exist.
 
-    Unlike `Path.is_dir` and its like, which return False for some failures of the system (for all since Python 3.14),
-    it raises OSError where the answer is not known.
+    `Path.is_dir` and similar methods return False for some system errors (for all of them since Python 3.14). This
+    function raises OSError instead.
     """
     try:
         return stat.S_IFMT(path.stat(follow_symlinks=follow_links).st_mode)
@@ -42,7 +42,7 @@ def file_type(path: Path, *, follow_links: bool = True) -> int | None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically: readers find the whole new text or the previous one, even after a kill.
+    """Write a file atomically: readers see either the complete new text or the previous one, even after a kill.
 
     Raises:
         UserError: the file cannot be written.
@@ -58,10 +58,10 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError, such as a full disk or missing permissions, into an error that names ``path``.
+    """Convert an OSError, such as a full disk or missing permissions, to an error that names ``path``.
 
     Raises:
-        UserError: in place of the OSError.
+        UserError: the block raised an OSError.
     """
     try:
         yield

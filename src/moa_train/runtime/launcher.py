@@ -1,11 +1,11 @@
-"""Keep a torchrun that waits for an unreachable machine from outliving the ranks that it started."""
+"""Terminate a torchrun that waits for an unreachable machine after its ranks have exited."""
 
 import os
 import subprocess
 import sys
 
 STUCK = 2.0
-"""Seconds for which torchrun may leave an ended rank unnoticed. It looks ten times a second."""
+"""Seconds within which torchrun must notice that a rank has exited. torchrun checks ten times per second."""
 
 _SCRIPT = """
 import os, signal, sys, time
@@ -22,8 +22,8 @@ for _ in range(600):
     now = time.monotonic()
     ended = (ended or now) if state == "Z" else None
     if ended and now - ended > limit:
-        print("error: torchrun is killed: it waits for a machine that does not answer, and has not noticed the end of "
-              "its rank.", file=sys.stderr, flush=True)
+        print("error: Killing torchrun because it waits for a machine that does not respond and has not noticed that "
+              "its rank exited.", file=sys.stderr, flush=True)
         os.kill(launcher, signal.SIGKILL)
         break
     time.sleep(0.1)
@@ -31,11 +31,11 @@ for _ in range(600):
 
 
 def end_stuck_launcher() -> None:
-    """Have torchrun killed if it does not notice the end of this process, which is about to come.
+    """Start a process that kills torchrun unless torchrun notices the imminent exit of this rank.
 
-    Between its looks at the ranks, torchrun asks its store on the first machine for news, and if that machine does not
-    answer, it waits until the kernel gives the connection up (15 minutes) and handles no signal meanwhile. As long as
-    torchrun may still restart the ranks, nothing is done: it recovers when the connection does.
+    Between checks of its ranks, torchrun queries its store on the first machine. If that machine does not respond,
+    torchrun waits until the kernel drops the connection (15 minutes) and handles no signals meanwhile. If torchrun may
+    still restart the ranks, this function does nothing, because torchrun recovers when the connection does.
     """
     attempts = [int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS")]
     if "TORCHELASTIC_RUN_ID" not in os.environ or attempts[0] < attempts[1] or not sys.platform.startswith("linux"):

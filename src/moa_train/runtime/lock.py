@@ -1,4 +1,4 @@
-"""One run, one folder: a lock that dies with its process."""
+"""Lock a run folder, so that only one process uses it. The lock is released when the process ends."""
 
 import contextlib
 import errno
@@ -21,11 +21,12 @@ log = logging.getLogger(__name__)
 
 
 class RunLock:
-    """Hold ``<run_dir>/.lock`` while entered; a second process gets a UserError that names the holder.
+    """Hold ``<run_dir>/.lock`` inside a ``with`` block. A second process gets a UserError that names the holder.
 
-    The kernel's lock (flock) counts, not that the file exists: the lock ends with its process, however that ends, so a
-    stale file needs no cleanup. The file stays, since removing it could race with the next process that opens it.
-    Forked children give up their copy at once; an orphaned loader worker would otherwise keep the folder locked.
+    The lock is a kernel lock (flock) on the file, and the mere existence of the file has no meaning. The kernel
+    releases the lock however the process ends, so a stale file needs no cleanup. The file is never removed, because
+    removing it could race with the next process that opens it. Forked children close their copy immediately;
+    otherwise, an orphaned loader worker would keep the folder locked.
     """
 
     def __init__(self, run_dir: Path) -> None:

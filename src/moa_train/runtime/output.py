@@ -1,4 +1,4 @@
-"""Standard output and standard error that never stop a training: what cannot be printed is dropped."""
+"""Prevent failures of standard output and standard error from ending a run. Text that cannot be printed is dropped."""
 
 import atexit
 import os
@@ -7,21 +7,21 @@ from typing import Any
 
 
 def protect_output() -> None:
-    """Let prints succeed even if nobody can read them.
+    """Let prints succeed even if the output cannot be written.
 
-    A reader may go away (``moa-train | head``, or ``tee`` that Ctrl-C ends first), a disk behind a redirection may be
-    full, a stream may be closed (``>&-``). A training must not end or lose its checkpoint because of that. Characters
-    that the stream's encoding lacks are escaped.
+    The reader may have exited (``moa-train | head``, or a ``tee`` that Ctrl-C ended first), output may be redirected
+    to a full disk, or a stream may be closed (``>&-``). None of these may end a run or cost it a checkpoint.
+    Characters that the stream's encoding does not support are escaped.
     """
-    for descriptor in range(3):  # in order, because opening a file takes the lowest free number
+    for descriptor in range(3):  # in order, because a newly opened file gets the lowest free descriptor
         try:
             os.fstat(descriptor)
-        except OSError:  # closed; a data file must not get this number and then receive the prints
+        except OSError:  # Closed. A data file must not get this descriptor, or prints would go into that file.
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 open until the process ends
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 stays open until the process ends
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
         if not isinstance(stream, _Lenient):
@@ -30,7 +30,7 @@ def protect_output() -> None:
 
 
 class _Lenient:
-    """A text stream that drops what it cannot write."""
+    """Wrap a text stream and drop text that it cannot write."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -59,7 +59,7 @@ class _Lenient:
             self._give_up()
 
     def _give_up(self) -> None:
-        """Send everything else, including what is still buffered, to the null device."""
+        """Redirect all further output, including buffered text, to the null device."""
         try:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())

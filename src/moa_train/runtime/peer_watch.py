@@ -1,8 +1,9 @@
-"""Notice within seconds that another rank has failed or died, and end this process if it cannot end by itself.
+"""Detect within seconds that another rank has failed or died, and exit this process if its main thread is stuck.
 
-Every rank holds one TCP connection to rank 0, apart from gloo's and NCCL's, served by a thread that nothing can block:
-neither a kernel on the GPU that waits for a dead peer nor a save on slow storage. The kernel of a dead process closes
-its connection at once. A machine or a link that is gone closes nothing; there, missing heartbeats count.
+Every rank holds one TCP connection to rank 0 in addition to those of gloo and NCCL. A separate thread serves the
+connection, so neither a GPU kernel that waits for a dead rank nor a save on slow storage blocks it. When a process
+dies, the operating system closes its connection immediately. When a machine or a network link fails, no connection is
+closed; missing heartbeats reveal the failure.
 """
 
 import json
@@ -18,19 +19,20 @@ from collections.abc import Callable, Mapping
 INTERVAL = 1.0
 """Seconds between heartbeats."""
 GRACE = 6.0
-"""Seconds that the main thread has to leave by itself after a peer was lost."""
+"""Seconds within which the main thread must exit on its own after another rank was lost."""
 
 
 class PeerWatch:
-    """Watch the other ranks through ``connections``: on rank 0 to every other rank, elsewhere to rank 0 only.
+    """Watch the other ranks through ``connections``: rank 0 watches every other rank, and the others watch rank 0.
 
     Args:
         rank: this rank.
-        connections: {rank: connected socket}; they are closed at the end.
-        silence: seconds without a heartbeat after which a peer counts as lost.
-        abort: called in the watch's thread once a peer is lost, to free a main thread that waits for that peer.
-        finish: called if the main thread has not left `GRACE` seconds later; waits for what must not be cut short.
-        leave: called with the reason if the main thread has not left even then; ends the process.
+        connections: {rank: connected socket}; the sockets are closed at the end.
+        silence: seconds without a heartbeat after which a rank counts as lost.
+        abort: called in the watch thread when a rank is lost, to release a main thread that waits for that rank.
+        finish: called if the main thread has not exited after `GRACE` more seconds; waits for work that must not be
+            interrupted, such as a save.
+        leave: called with the reason if the main thread still has not exited; exits the process.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class PeerWatch:
         self.rank, self.silence = rank, silence
         self.abort, self.finish, self.leave = abort, finish, leave
         self.lost: str | None = None
-        """What became of the first peer that was lost, as a sentence."""
+        """A sentence that describes what happened to the first lost rank, or None."""
         self._noticed, self._closing = threading.Event(), threading.Event()
         self._peers = dict(connections)
         self._received = dict.fromkeys(connections, b"")
@@ -60,15 +62,15 @@ class PeerWatch:
         self._thread.start()
 
     def close(self, error: BaseException | None = None) -> None:
-        """Say goodbye, or what has failed, so that the other ranks need not wait for what does not come."""
+        """Report to the other ranks that this rank is done or has failed, so that they do not wait for it."""
         self._closing.set()
-        self._thread.join(GRACE)  # it may be in `abort`, which waits for a GPU
+        self._thread.join(GRACE)  # the thread may be in `abort`, which waits for a GPU
         words = ("bye",) if error is None else ("lost", f"Rank {self.rank} failed ({_brief(error)}).")
         self._send_to_all(*words)
         self._close_connections()
 
     def reason(self, patience: float) -> str | None:
-        """Return what became of the lost peer, waiting for up to ``patience`` seconds for the news."""
+        """Return what happened to the lost rank, after waiting up to ``patience`` seconds for a report."""
         self._noticed.wait(patience)
         return self.lost
 
@@ -83,7 +85,7 @@ class PeerWatch:
             self._receive(0.2)
             for peer, heard in self._heard.items():
                 if self.lost is None and peer in self._peers and time.monotonic() - heard > self.silence:
-                    self._lose(f"Nothing was heard from rank {peer} for {self.silence:g} s (runtime.timeout).")
+                    self._lose(f"Rank {peer} sent no heartbeat for {self.silence:g} s (runtime.timeout).")
         if self.lost is None:
             return
         self._noticed.set()
@@ -99,7 +101,7 @@ class PeerWatch:
         with selectors.DefaultSelector() as selector:
             for peer, connection in self._peers.items():
                 selector.register(connection, selectors.EVENT_READ, peer)
-            if not self._peers:  # all others have said goodbye
+            if not self._peers:  # all other ranks are done
                 self._closing.wait(patience)
             ready = [key.data for key, _ in selector.select(patience)] if self._peers else []
         for peer in ready:
@@ -115,7 +117,7 @@ class PeerWatch:
                 self._obey(peer, *json.loads(line))
             if not data and peer in self._peers:
                 self._peers.pop(peer).close()
-                self._lose(f"Rank {peer} ended without a word: it was killed, crashed, or ran out of memory.")
+                self._lose(f"Rank {peer} exited without a message: it was killed, crashed, or ran out of memory.")
 
     def _obey(self, peer: int, what: str, text: str = "") -> None:
         if what == "bye":
@@ -127,17 +129,17 @@ class PeerWatch:
         self.lost = self.lost or sentence
 
     def _check_parent(self) -> None:
-        """Stop, with everything saved, when torchrun is gone: another one may start its own ranks here."""
+        """Save and stop if torchrun has exited, because a new torchrun may start its own ranks on this machine."""
         if self._parent not in (None, os.getppid()):
             self._parent = None
-            print("torchrun has ended without this rank: saving and stopping.", file=sys.stderr, flush=True)
+            print("torchrun exited before this rank: saving and stopping.", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _send_to_all(self, *words: str) -> None:
         for connection in self._peers.values():
             try:
                 connection.send(json.dumps(words).encode() + b"\n")
-            except OSError:  # a full buffer, or a broken connection, which the next read notices
+            except OSError:  # The buffer is full, or the connection is broken, which the next read detects.
                 continue
 
     def _close_connections(self) -> None:
@@ -158,15 +160,15 @@ def connect(
     address: str,
     timeout: float,
 ) -> dict[int, socket.socket]:
-    """Connect every rank with rank 0, and return {rank: socket} of this rank's ends.
+    """Connect every rank to rank 0, and return this rank's sockets as {rank: socket}.
 
     Args:
         rank: this rank.
         world_size: number of ranks.
-        publish: called on rank 0 with where it listens, for all other ranks' ``lookup``.
-        lookup: returns what rank 0 has published.
-        address: host name or address of rank 0's machine, as seen from the others.
-        timeout: seconds for all of it.
+        publish: called on rank 0 with its port and a secret, which ``lookup`` returns on the other ranks.
+        lookup: returns the text that rank 0 published.
+        address: host name or address of rank 0's machine, as seen from the other machines.
+        timeout: seconds within which all connections must be made.
 
     Raises:
         OSError: a connection could not be made in time.
@@ -189,7 +191,7 @@ def connect(
             try:
                 with connection.makefile("rb", buffering=0) as stream:
                     given, peer = json.loads(stream.readline(200))
-            except (OSError, ValueError, TypeError):  # a port scanner
+            except (OSError, ValueError, TypeError):  # not a rank, such as a port scanner
                 connection.close()
                 continue
             if given != secret:

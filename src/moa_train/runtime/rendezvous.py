@@ -1,6 +1,6 @@
-"""How the ranks find each other: a fresh start in a store that may hold an earlier attempt's keys, and gloo's network.
+"""Let the ranks find each other: separate attempts that share a store, and choose gloo's network interface.
 
-Nothing here imports torch: `store` is any store of torch.distributed.
+This module does not import torch. `store` is any store of torch.distributed.
 """
 
 import fcntl
@@ -17,15 +17,15 @@ _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 def agree_on_attempt(store: Any, rank: int, world_size: int, timeout: float) -> str:
-    """Return a name for this start of the ranks: the same on every rank, and never used before in ``store``.
+    """Return a name for this start of the ranks that is the same on every rank and was never used before in ``store``.
 
-    torchrun keeps its store, and the addresses of dead ranks in it, when it restarts the ranks, and its restart count
-    differs between nodes (it counts the failures that each node saw). So rank 0 offers a new name until every rank has
-    answered with a new name of its own, and then publishes the answers; a rank accepts an offer only if it finds its
-    own answer there. Whatever an earlier attempt has left behind matches nothing.
+    When torchrun restarts the ranks, it keeps its store, including the addresses of dead ranks. Its restart count
+    differs between nodes, because each node counts only the failures that it saw. Rank 0 therefore offers a new name,
+    waits until every rank has answered with a new name of its own, and publishes the answers. A rank accepts an offer
+    only if its own answer is among them. Keys of an earlier attempt never match.
 
     Raises:
-        TimeoutError: a rank has not come within ``timeout`` seconds.
+        TimeoutError: a rank did not join within ``timeout`` seconds.
     """
     own, end = uuid.uuid4().hex, time.monotonic() + timeout
     if rank == 0:
@@ -35,7 +35,7 @@ def agree_on_attempt(store: Any, rank: int, world_size: int, timeout: float) -> 
         while missing := [key for key in missing if not store.check([key])]:
             if time.monotonic() > end:
                 ranks = ", ".join(key.rpartition("/")[2] for key in missing[:8])
-                raise TimeoutError(f"rank {ranks}{' and others' if len(missing) > 8 else ''} did not come")
+                raise TimeoutError(f"rank {ranks}{' and others' if len(missing) > 8 else ''} did not join")
             time.sleep(0.05)
         store.set(f"attempt/{own}/all", json.dumps([store.get(key).decode() for key in answers]))
         return own
@@ -48,21 +48,21 @@ def agree_on_attempt(store: Any, rank: int, world_size: int, timeout: float) -> 
             if store.check([key := f"attempt/{offer}/all"]) and json.loads(store.get(key))[rank - 1] == own:
                 return offer
         time.sleep(0.05)
-    raise TimeoutError("rank 0 did not come" if not offer else "not all ranks came")
+    raise TimeoutError("rank 0 did not join" if not offer else "not all ranks joined")
 
 
 def choose_gloo_interface(store: Any, rank: int, world_size: int, master: str) -> None:
-    """Set GLOO_SOCKET_IFNAME where this machine's name leads nowhere, as with Debian's 127.0.1.1 in /etc/hosts.
+    """Set GLOO_SOCKET_IFNAME if this machine's name resolves to a loopback address, as in Debian's /etc/hosts.
 
-    gloo announces the address of the host name to the other machines. Where that is a loopback address, the interface
-    that leads to the other machines is the right one. What the user has set stays.
+    gloo announces the address of the host name to the other machines. If that is a loopback address, gloo must use the
+    interface that leads to the other machines instead. A value of GLOO_SOCKET_IFNAME set by the user is kept.
     """
     address = _source_address(master)
-    if rank == world_size - 1:  # on another machine than rank 0
+    if rank == world_size - 1:  # this rank runs on a different machine than rank 0
         store.set("address", address or "")
     if "GLOO_SOCKET_IFNAME" in os.environ or not _is_loopback(_resolve(socket.gethostname())):
         return
-    if _is_loopback(address):  # this is rank 0's machine, and ``master`` its own name
+    if _is_loopback(address):  # this is rank 0's machine, and ``master`` is its own name
         address = _source_address(store.get("address").decode())
     if not _is_loopback(address) and (name := _interface_of(address)):
         os.environ["GLOO_SOCKET_IFNAME"] = name
@@ -80,7 +80,7 @@ def _is_loopback(address: str | None) -> bool:
 
 
 def _source_address(target: str) -> str | None:
-    """Return the address from which this machine would send to ``target``; sends nothing."""
+    """Return the address from which this machine would send to ``target``, without sending anything."""
     try:
         family, _, _, _, place = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:

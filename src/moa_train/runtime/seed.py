@@ -1,4 +1,4 @@
-"""Keys for random numbers: every stream is named by what it is for, so that none depends on what ran before."""
+"""Derive seeds from keys. Each random stream has a name, so no stream depends on the random numbers drawn before."""
 
 import hashlib
 import os
@@ -9,11 +9,11 @@ import torch
 
 
 def key_seed(*parts: int | str) -> int:
-    """Hash a name such as ``(seed, "mixup", step, micro)`` to 63 bits (they fit an int64 tensor as well).
+    """Hash a name such as ``(seed, "mixup", step, micro)`` to 63 bits, which also fit into an int64 tensor.
 
-    It is the first 8 bytes (little endian, top bit cleared) of BLAKE2b over the parts, each written as its type, its
-    value in decimal or UTF-8 and a zero byte. That is the same on every machine and version, and is relied
-    upon by checkpoints: it must not change.
+    The result is the first 8 bytes (little endian, top bit cleared) of BLAKE2b over the parts. Each part is written as
+    its type, its value in decimal or UTF-8, and a zero byte. The result is the same on every machine and version, and
+    must not change, because resumes from checkpoints depend on it.
     """
     text = "".join(f"{'i' if isinstance(part, int) else 's'}{part}\0" for part in parts)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -21,10 +21,10 @@ def key_seed(*parts: int | str) -> int:
 
 
 def reseed(device: torch.device, *parts: int | str) -> None:
-    """Set torch's global generators (the CPU's, and that of ``device``) to the stream named by ``parts``.
+    """Set torch's global generators of the CPU and of ``device`` to the stream that ``parts`` names.
 
-    Cheap enough for every step (some 10 us): unlike torch.manual_seed, which takes 0.4 ms, it touches only
-    the two generators that training draws from and does not walk through every backend.
+    The call takes about 10 us, so it can be made at every step. torch.manual_seed takes 0.4 ms, because it seeds every
+    backend rather than only the two generators that training uses.
     """
     seed = key_seed(*parts)
     torch.default_generator.manual_seed(seed)
@@ -35,23 +35,24 @@ def reseed(device: torch.device, *parts: int | str) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and torch (all devices), once at the start."""
+    """Seed the global generators of Python, NumPy and torch (on all devices) once at the start."""
     random.seed(key_seed(seed, "python"))
     np.random.seed(key_seed(seed, "numpy") % 2**32)
     torch.manual_seed(key_seed(seed, "torch"))
 
 
 def set_deterministic(enabled: bool) -> None:
-    """Ask torch for algorithms whose results are the same bits every time; one without such a form then raises.
+    """Make torch use only bit-reproducible algorithms; an operation that has none then raises an error.
 
-    Call it before anything runs on a GPU or is compiled: cuBLAS and torch.compile read their settings when they start.
+    Call this function before anything runs on a GPU or is compiled, because cuBLAS and torch.compile read their
+    settings when they start.
     """
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
-    # What torch.use_deterministic_algorithms does, but that imports torch's compiler: 2.5 seconds.
+    # Equivalent to torch.use_deterministic_algorithms, which also imports torch's compiler (2.5 seconds).
     torch.set_deterministic_debug_mode("error" if enabled else "default")
-    # Filling every fresh tensor with NaN finds bugs in torch, not in a training run, and costs memory bandwidth.
+    # Filling new tensors with NaN costs memory bandwidth and would only reveal bugs in torch itself.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = enabled
     torch.backends.cudnn.benchmark = not enabled

@@ -1,8 +1,8 @@
-"""Asking a run to stop: SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (SLURM's warning) and SIGHUP only raise a flag.
+"""Handle stop signals: SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (SLURM's warning) and SIGHUP (the terminal was closed).
 
-SIGHUP says that the terminal is gone; under nohup it is ignored, as before. The loop looks at the flag once per
-micro-batch, saves, and leaves with ``Exit.STOPPED``: the same command continues the run. Before the loop there is
-nothing to save, and the process leaves with that code at once.
+A signal sets a flag. The training loop checks the flag once per micro-batch, saves, and exits with ``Exit.STOPPED``;
+the same command resumes the run. Before the loop starts, there is nothing to save, and the process exits with that code
+immediately. Under nohup, SIGHUP stays ignored.
 """
 
 import contextlib
@@ -20,26 +20,26 @@ class Exit(IntEnum):
 
     FINISHED = 0
     FAILED = 1
-    """An exception: a bug, or a machine that broke. The traceback is printed."""
+    """An exception was raised, by a bug or a machine failure. The traceback is printed."""
     USER_ERROR = 2
-    """Something the user can mend; the message says how."""
+    """The user can fix the problem; the message explains how."""
     STOPPED = 75
-    """Stopped by a signal with everything saved (EX_TEMPFAIL of sysexits.h: try again to continue)."""
+    """A signal stopped the run; everything is saved (EX_TEMPFAIL in sysexits.h: run the command again to resume)."""
     INTERRUPTED = 130
-    """Ctrl-C, in training the second one: left at once (128 + SIGINT, as shells have it), without saving."""
+    """Ctrl-C (during training, the second one) exited the process immediately, without saving (128 + SIGINT)."""
 
 
 class StopRequestedError(Exception):
-    """A stop was requested while this process waited for something that may never come."""
+    """Report that a stop was requested while this process waited for an event that may never happen."""
 
 
 class StopSignals:
-    """While it is entered, the first signal of ``HANDLED`` sets ``requested`` and a second SIGINT leaves at once.
+    """Handle the signals in ``HANDLED`` inside a ``with`` block: the first sets ``requested``, a second SIGINT exits.
 
-    That holds once somebody looks at the flag, which ``watched`` says; before, the first one raises SystemExit.
+    Until the training loop sets ``watched``, the first signal raises SystemExit instead.
 
-    Only the main thread may enter it (a rule of Python's). Of these signals forked children, such as loader workers,
-    obey SIGTERM alone. The others reach them too, but their parent decides when they end.
+    Outside the main thread, no handler is installed, because Python does not allow it. Forked children, such as loader
+    workers, react only to SIGTERM; their parent decides when they end after any other signal.
     """
 
     HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -53,7 +53,7 @@ class StopSignals:
 
     @property
     def requested(self) -> bool:
-        """Whether the run has been asked to stop."""
+        """Whether a signal has requested a stop."""
         return self.received is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -68,18 +68,18 @@ class StopSignals:
         if not self.watched:
             raise SystemExit(Exit.STOPPED)
         if first and os.environ.get("RANK", "0") == "0":
-            hint = " Ctrl-C again leaves at once, without saving." if number == signal.SIGINT else ""
-            _say(f"{self.received.name}: saving and stopping after the pass under way.{hint}")
+            hint = " Press Ctrl-C again to exit immediately, without saving." if number == signal.SIGINT else ""
+            _say(f"{self.received.name}: saving and stopping after the current pass.{hint}")
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
-                _say("Second Ctrl-C: leaving at once, without saving.")
+                _say("Second Ctrl-C: exiting immediately, without saving.")
                 os._exit(Exit.INTERRUPTED)
 
     def __enter__(self) -> Self:
         self._pid = os.getpid()
         if threading.current_thread() is not threading.main_thread():
-            return self  # Python lets only the main thread handle signals: the program around decides about them
+            return self  # only the main thread may handle signals, so the calling program is responsible for them
         for number in self.HANDLED:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup
@@ -90,22 +90,22 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            # None: a handler that was not installed from Python and cannot be put back from Python.
+            # A handler of None was not installed by Python, so Python cannot restore it.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
         self._previous.clear()
 
 
 def _say(text: str) -> None:
-    """Print a line on standard error, but not by print(), which may be what a signal has interrupted."""
+    """Write a line to standard error without print(), because the signal may have interrupted a call of print()."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
 
 
 def _print_where_somebody_reads() -> None:
-    """Let go of a terminal that is closed, and of pipes into what closed with it: printing there would be an error."""
+    """Redirect output to the null device if the terminal or the reader of a pipe was closed; printing would fail."""
     for descriptor in (1, 2):
         stream = select.poll()
-        stream.register(descriptor, 0)  # is told of errors and hang-ups in any case
+        stream.register(descriptor, 0)  # poll always reports errors and hang-ups
         if stream.poll(0):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, descriptor)

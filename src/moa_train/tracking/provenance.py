@@ -1,4 +1,4 @@
-"""The origin of a run: command, code, versions and machine, recorded in the run folder at each start."""
+"""Record the command, code, versions and machine of a run in its folder at each start."""
 
 import hashlib
 import importlib.metadata
@@ -27,7 +27,7 @@ _SOURCE = Path(__file__).resolve().parents[1]
 
 
 def collect(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Describe this start of the program for JSON. It never fails: unknown values are None.
+    """Return a JSON-serializable record of this start of the program. It never fails; unknown values are None.
 
     Args:
         arguments: see `command`.
@@ -35,7 +35,7 @@ def collect(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": command(arguments),
-        "directory": os.getcwd(),  # noqa: PTH109 Path.cwd() is the same call
+        "directory": os.getcwd(),  # noqa: PTH109 equivalent to Path.cwd()
         "host": socket.gethostname(),
         "code": {"sha256": source_digest(), **git_state(_SOURCE)},
         "versions": versions(),
@@ -47,7 +47,7 @@ def command(arguments: Sequence[str] | None = None) -> str:
     """Return the command line that started this process, including torchrun.
 
     Args:
-        arguments: replace the program's own arguments, if those start several runs.
+        arguments: arguments to use instead of the program's own, for a command that starts several runs.
     """
     words = list(sys.orig_argv)
     if arguments is not None:
@@ -81,7 +81,7 @@ def versions() -> dict[str, str | None]:
 
 
 def git_state(source: Path) -> dict[str, Any]:
-    """Return commit, diff and untracked files of the git checkout that tracks ``source``, or None for each."""
+    """Return the commit, diff and untracked files of the git checkout that tracks ``source``; None if there is none."""
     # A virtual environment may lie inside the checkout of another project, which does not track it.
     if not _git(source, "ls-files", "--", "."):
         return {"commit": None, "diff": None, "untracked": None}
@@ -127,10 +127,10 @@ def _cpu_name() -> str:
 
 
 def write(run_dir: Path, record: Mapping[str, Any]) -> Path:
-    """Append ``record``, the result of `collect` and any further keys, to the run folder's provenance.json.
+    """Append ``record`` (the result of `collect`, plus any other keys) to provenance.json and return the file's path.
 
-    The file is replaced atomically. It holds a list with one record per start, oldest first. A diff goes to a separate
-    file, ``code-<sha256>.diff``, which the record names. Returns the path of provenance.json.
+    The file is replaced atomically. It contains a list with one record per start, oldest first. A diff is written to a
+    separate file, ``code-<sha256>.diff``, to which the record refers.
     """
     record = {**record, "code": dict(record["code"])}
     diff = record["code"].pop("diff", None)
@@ -150,7 +150,7 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     """Return the records of all starts of a run. A missing or damaged file counts as empty.
 
     Raises:
-        UserError: the system fails to read the file.
+        UserError: the file cannot be read.
     """
     path = run_dir / FILE
     try:
@@ -176,7 +176,7 @@ def brief(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def reproduce(starts: Sequence[Mapping[str, Any]]) -> str:
-    """Return a shell script of the commands that led to a checkpoint, one for each start of its run."""
+    """Return a shell script of the commands that produced a checkpoint, one for each start of its run."""
     lines = []
     for start in starts:
         if "command" not in start:
