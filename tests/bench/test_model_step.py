@@ -81,9 +81,9 @@ def test_peers_have_the_configured_number_of_classes(text):
     [
         ("nowhere/resnet18", "Options: moa-train, timm, torchvision"),
         ("torchvision/resnet19", "Did you mean 'resnet1"),
-        ("torchvision/resnet18:width=(1,", "Cannot read the arguments"),
-        ("torchvision/resnet18:width=open('x')", "Cannot read the arguments"),
-        ("torchvision/resnet18:**{'width': 1}", "Cannot read the arguments"),
+        ("torchvision/resnet18:width=(1,", "Cannot parse the arguments"),
+        ("torchvision/resnet18:width=open('x')", "Cannot parse the arguments"),
+        ("torchvision/resnet18:**{'width': 1}", "Cannot parse the arguments"),
         ("torchvision/resnet18:width=1", "width"),
         ("torchvision/vit_b_16", "does not work for images of 32 x 32"),
     ],
