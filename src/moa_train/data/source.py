@@ -22,10 +22,10 @@ _log = logging.getLogger(__name__)
 
 
 def align(source: Source, classes: Sequence[str]) -> Source:
-    """Return a source with the labels of a model that knows these classes. The source may lack some of them.
+    """Return the source with the labels of a model that has these classes. The source may lack some of them.
 
     Raises:
-        UserError: the source has classes that the model does not know.
+        UserError: the source has classes that the model does not have.
     """
     if source.classes == list(classes):
         return source
