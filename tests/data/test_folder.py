@@ -97,7 +97,7 @@ def test_the_order_of_classes_is_compared(tmp_path: Path) -> None:
 
 def test_trees_that_are_not_likely_to_be_meant_are_refused(make_tree: Callable[..., Path], tmp_path: Path) -> None:
     root = make_tree(splits=("train/train", "val/train"))
-    with pytest.raises(UserError, match=r"train has no classes but the folders train, .* Set data\.root=.*train"):
+    with pytest.raises(UserError, match=r"train holds only the folders train, .* Set data\.root=.*train"):
         open_source("folder", split="train", image_size=SIZE, root=root)
     assert len(open_source("folder", split="train", image_size=SIZE, root=root / "train")) == 12
     with pytest.raises(UserError, match=rf"there is no such folder\. Set .* Did you mean data\.root={root / 'val'}\?"):

@@ -62,7 +62,7 @@ def test_truncated_files_are_noticed(packed: Path, which: int, part: float) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2, this version reads 1"),
+        ({"format": 2}, "format 2, but this version reads format 1"),
         ({"labels": [0] * 19}, "19 labels of 3 classes for 20 images"),
         ({"labels": [3] * 20}, "labels"),
         ({"labels": "text"}, "does not describe a pack"),

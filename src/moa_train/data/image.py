@@ -26,7 +26,7 @@ from moa_train.runtime.errors import UserError
 from moa_train.schema import DataConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Formats that are decoded in this process. JPEG 2000, WebP and AVIF require a Pillow that was built with them."""
+"""Formats that are decoded in this process. JPEG 2000, WebP and AVIF require a Pillow built with them."""
 
 MAX_REDUCTION = 8  # the JPEG decoder can return images up to this factor smaller
 
@@ -43,7 +43,7 @@ class Decoding:
     Attributes:
         max_pixels: images with more pixels are rejected before their pixels are decoded.
         value_range: values of black and white in gray images of more than 8 bits. The default is the range of the
-            unsigned integer type; images whose range is not known (floating point, 32 bits, signed) are then rejected.
+            unsigned integer type; images whose range is unknown (floating point, 32 bits, signed) are then rejected.
     """
 
     max_pixels: int = DataConfig.max_pixels
@@ -58,7 +58,7 @@ class Decoding:
         if self.max_pixels < 1:
             raise UserError(f"max_pixels={self.max_pixels}: must be at least 1. Default: 100000000.")
         if self.value_range and not -np.inf < self.value_range[0] < self.value_range[1] < np.inf:
-            raise UserError(f"range={list(self.value_range)}: must be two finite numbers, LOW < HIGH, for example [0,1].")
+            raise UserError(f"range={list(self.value_range)}: must be two numbers, LOW < HIGH, for example [0,1].")
 
 
 class EncodedImage:

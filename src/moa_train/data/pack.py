@@ -105,7 +105,7 @@ def pack_tree(tree: ClassTree, root: Path, split: str, decoding: Decoding | None
         if image.shape != images.shape[1:]:
             raise UserError(
                 f"{path} is {image.shape[2]} x {image.shape[1]} pixels, the first image is {images.shape[3]} x "
-                f"{images.shape[2]}, but all images of a pack must have one size. Use data=folder for images of any size."
+                f"{images.shape[2]}, but a pack requires one size. Use data=folder for images of any size."
             )
         images[row] = image
     assert images is not None  # scan never returns an empty tree

@@ -55,7 +55,7 @@ def relative_position_index(height: int, width: int) -> Tensor:
 
 
 def attend(q_GNLD: Tensor, k_GNLD: Tensor, v_GNLD: Tensor, bias: Tensor) -> Tensor:
-    """Return ``softmax(q kᵀ / √D + bias) v`` (G, N, L, D); ``bias`` is (N, L, L), or (G, N, L, L) if it includes a mask.
+    """Return ``softmax(q kᵀ / √D + bias) v`` (G, N, L, D); ``bias`` is (N, L, L), or (G, N, L, L) if it contains masks.
 
     This function chooses the kernel: FlexAttention in compiled code, otherwise PyTorch's fused attention, or plain
     matrix products where they are faster. Measurements: docs/GPU.md for CUDA, docs/MODEL.md for CPUs.

@@ -179,7 +179,7 @@ def _try_out(variant: str, image_size: tuple[int, int], settings: str, checkpoin
     import timm
 
     if not timm.is_model(variant):
-        raise UserError(f"model.variant={variant}: timm has no model of this name.{nearest(variant, timm.list_models())}")
+        raise UserError(f"model.variant={variant}: timm has no such model.{nearest(variant, timm.list_models())}")
     wanted, kwargs = json.loads(settings)
     height, width = image_size
     with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
