@@ -122,7 +122,7 @@ def test_a_pack_belongs_to_the_files_it_was_made_of(tmp_path: Path) -> None:
     assert read_pack(tmp_path, "train", "x", (8, 6)).files.tolist() == tree.files.tolist()  # type: ignore[union-attr]
     (tmp_path / "train" / "a" / "new.png").touch()
     (tmp_path / "train" / "b" / "01.png").unlink()
-    with pytest.raises(UserError, match=r"was not made of the files .*\(1 added: a/new\.png; 1 removed: b/01\.png\)"):
+    with pytest.raises(UserError, match=r"not created from the files .*\(1 added: a/new\.png; 1 removed: b/01\.png\)"):
         check_origin(tmp_path, "train", scan(tmp_path / "train"))
 
 

@@ -57,7 +57,7 @@ def run_session(config: RunConfig, changed: list[str], arguments: list[str] | No
             except RollBack as request:
                 run.trainer.tracker.say(str(request))
                 rolled_back = request
-            except StopRequestedError as error:  # several ranks could not abandon the update together
+            except StopRequestedError as error:  # the ranks cannot agree to abandon the update
                 raise UserError(
                     f"{error} The newest checkpoint is from step {run.trainer.saved_step}. To resume: "
                     f"{command('moa-train', config, resume=config.run_dir)}"
@@ -112,9 +112,10 @@ def refuse_untrained_changes(run: Run, changed: list[str]) -> None:
     """
     if lost := [change for change in changed if change.startswith(TRAINED)]:
         raise UserError(
-            f"The run {run.config.run_dir} is finished after {run.trainer.state.step} of "
-            f"{run.trainer.plan.total_steps} steps. These changes would have no effect:\n  " + "\n  ".join(lost) + "\n"
-            "Extend the run with a longer schedule.duration, or start a new run from its weights with init=."
+            f"The run {run.config.run_dir} is finished: it has completed {run.trainer.state.step} steps, and "
+            f"{run.trainer.plan.total_steps} are scheduled. These changes would have no effect:\n  "
+            + "\n  ".join(lost)
+            + "\nExtend the run with a longer schedule.duration, or start a new run from its weights with init=."
         )
 
 

@@ -23,7 +23,7 @@ class ArraySource:
         image_size: size of the batches; other native sizes are resampled (bicubic, antialiased).
         rows: indices of the elements of ``images`` and ``labels`` that belong to this source (default: all).
         content: hash of the pixels, if known.
-        files: paths of the files that the elements of ``images`` were made of, as in ``ClassTree``, if known.
+        files: paths of the files that the elements of ``images`` were created from, as in ``ClassTree``, if known.
     """
 
     in_memory = True
@@ -79,7 +79,7 @@ class ArraySource:
 
     @property
     def files(self) -> NDArray[np.bytes_] | None:
-        """Paths of the files that the samples were made of, if known."""
+        """Paths of the files that the samples were created from, if known."""
         return None if self._all_files is None else self._all_files[self.rows]
 
     def gather(self, index: NDArray[np.int64]) -> Tensor:

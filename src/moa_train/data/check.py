@@ -91,7 +91,7 @@ def check(
 
     Raises:
         UserError: ``root`` holds no data set or something that does not look like one, a class folder is empty, the
-            splits have different classes, or a pack is damaged or was made of different files.
+            splits have different classes, or a pack is damaged or was created from different files.
     """
     check_split_names(root)
     splits = [split for split in SPLITS if is_packed(root, split) or (root / split).is_dir()]

@@ -1,9 +1,9 @@
 """Packs: a split of small images in one memory-mapped array, with a JSON file that describes it.
 
 ``pack-<split>.npy`` holds uint8 N C H W. ``pack-<split>.json`` holds labels, classes, the SHA-256 of the array file,
-and the fingerprint and the names of the files that the pack was made of. Both are written under temporary names and
-renamed, the array first: if the JSON file exists, the pack is complete. Processes that pack at the same time replace
-each other's files with identical ones.
+and the fingerprint and the names of the source files. Both are written under temporary names and renamed, the array
+first: if the JSON file exists, the pack is complete. Processes that pack at the same time replace each other's files
+with identical ones.
 """
 
 import hashlib
@@ -161,10 +161,10 @@ def check_classes(root: Path, split: str, classes: Sequence[str]) -> None:
 
 
 def check_origin(root: Path, split: str, tree: ClassTree) -> None:
-    """Check that a pack was made of the files of the class-folder tree next to it.
+    """Check that a pack was created from the files of the class-folder tree next to it.
 
     Raises:
-        UserError: it was made of different files, or files were added, removed or renamed since. The message lists
+        UserError: it was created from different files, or files were added, removed or renamed since. The message lists
             some of them.
     """
     facts = json.loads(pack_paths(root, split)[1].read_text())
@@ -178,7 +178,7 @@ def check_origin(root: Path, split: str, tree: ClassTree) -> None:
     ]
     raise _damaged(
         pack_paths(root, split)[1],
-        f"was not made of the files that are now in {root / split}" + (f" ({'; '.join(changes)})" if changes else ""),
+        f"was not created from the files now in {root / split}" + (f" ({'; '.join(changes)})" if changes else ""),
     )
 
 

@@ -1,7 +1,7 @@
 """A source: the images of one split, with labels and names.
 
 Both kinds have ``classes``, ``labels`` (int64, N), ``files``, ``place``, ``image_size``, ``in_memory``,
-``fingerprint``, a length, and the methods ``name``, ``subset`` and ``describe``. Loaders gather whole batches from an
+``fingerprint``, a length, and the methods ``name``, ``subset`` and ``describe``. Loaders gather full batches from an
 ``ArraySource``; for a ``FileSource``, worker processes read the files.
 """
 

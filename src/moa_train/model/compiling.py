@@ -1,4 +1,4 @@
-"""torch.compile, for a whole model or block by block."""
+"""torch.compile, for an entire model or block by block."""
 
 from collections.abc import Callable
 from types import MethodType
