@@ -41,7 +41,7 @@ class Part:
         with self.path.open("a") as file:
             file.write(json.dumps({"part": self.name, "what": what, "ok": ok, **facts}) + "\n")
         shown = (f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items())
-        print(f"{'' if ok is None else 'ok' if ok else 'WRONG':5} {what:<44} {'  '.join(shown)}", flush=True)
+        print(f"{'' if ok is None else 'ok' if ok else 'FAIL':5} {what:<44} {'  '.join(shown)}", flush=True)
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run Python with these arguments, and return the completed process with its output."""
@@ -481,9 +481,9 @@ def main() -> int:
             if PARTS[name] in MEASUREMENTS:
                 keep(run(name, left()) if left() > 5 else [{"part": name, "what": "no time left", "ok": False}])
     wrong = [row for row in rows if row["ok"] is False]
-    print(f"\n{len(rows)} rows, {len(wrong)} wrong, {time.monotonic() - start:.0f} s")
+    print(f"\n{len(rows)} rows, {len(wrong)} failed, {time.monotonic() - start:.0f} s")
     for row in wrong:
-        print(f"  WRONG {row['part']}: {row['what']}")
+        print(f"  FAIL {row['part']}: {row['what']}")
     return 1 if wrong else 0
 
 
