@@ -51,7 +51,7 @@ class Cifar(DataSet):
 
     archive: Archive
     downloads = True
-    holds_out_by_name = False  # published results held out images by row
+    holds_out_by_name = False  # published results depend on the split by row
 
     def read(self, split: str) -> "Source":
         """Open the pack of a split. If there is none, create it from the class folders or the archive first."""
