@@ -1,8 +1,8 @@
-"""Check and measure on a CUDA GPU what no other test can: `make gpu`, or `python scripts/gpu.py --parts step cifar`.
+"""Run the checks and measurements that need a CUDA GPU: `make gpu`, or `python scripts/gpu.py --parts step cifar`.
 
-Each part runs in a process of its own with a time limit, and prints its rows as they come. Parts that check run at the
-same time, parts that measure alone, one after another. All rows go to docs/GPU.json. The exit code is 1 if anything is
-wrong. No network is needed. `--small` runs everything in small on a CPU, to test this script.
+Each part runs in its own process with a time limit, and prints its rows as soon as they are available. Checks run
+concurrently; measurements run alone, one after another. All rows are written to docs/GPU.json. The exit code is 1 if
+any check fails. No network access is needed. `--small` runs everything at a small scale on a CPU, to test this script.
 """
 
 import argparse
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 class Part:
-    """What a part works with: its report, its folder and the scale of everything."""
+    """The context of a part: its report, its folder and its scale."""
 
     def __init__(self, name: str, path: Path, small: bool) -> None:
         self.name, self.path, self.small = name, path, small
@@ -37,21 +37,21 @@ class Part:
         self.device = "cpu" if small else "cuda"
 
     def row(self, what: str, ok: bool | None = None, **facts: Any) -> None:
-        """Report a result at once; ``ok`` is None for a measurement."""
+        """Report a result immediately; ``ok`` is None for a measurement."""
         with self.path.open("a") as file:
             file.write(json.dumps({"part": self.name, "what": what, "ok": ok, **facts}) + "\n")
         shown = (f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items())
-        print(f"{'' if ok is None else 'ok' if ok else 'WRONG':5} {what:<44} {'  '.join(shown)}", flush=True)
+        print(f"{'' if ok is None else 'ok' if ok else 'FAIL':5} {what:<44} {'  '.join(shown)}", flush=True)
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run Python with these arguments, and return what it printed."""
+        """Run Python with these arguments, and return the completed process with its output."""
         return subprocess.run(
             [sys.executable, *command], cwd=ROOT, text=True, check=False,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )  # fmt: skip
 
     def train(self, name: str, *settings: str, steps: int, faults: str = "") -> subprocess.CompletedProcess[str]:
-        """Train on digits in a run folder of that name."""
+        """Train on digits in a run folder with this name."""
         small = ("data.limit=64", "engine.batch_size=16") if self.small else ()
         return self.run(
             "-m",
@@ -77,7 +77,7 @@ class Part:
         return hashlib.sha256(b"".join(tensors[key].tobytes() for key in sorted(tensors))).hexdigest()[:16]
 
     def at_once(self, function: Callable[[Any], None], cases: list[Any], workers: int = 6) -> None:
-        """Run cases at the same time."""
+        """Run the cases concurrently."""
         with ThreadPoolExecutor(2 if self.small else workers) as pool:
             list(pool.map(function, cases[:2] if self.small else cases))
 
@@ -108,7 +108,7 @@ def tests(part: Part) -> None:
 
 
 def numerics(part: Part) -> None:
-    """Compare attention layers, layer norm and their gradients with float64, compiled or not."""
+    """Compare attention layers and their gradients, eager and compiled, and layer norm with float64."""
     import torch
     from torch.nn import functional as F
 
@@ -150,12 +150,12 @@ def numerics(part: Part) -> None:
 
 
 def distance(own: Any, other: Any) -> float:
-    """Return the relative error of a tensor."""
+    """Return the relative error of a tensor with respect to another one."""
     return float((own.detach().double().cpu() - other.detach()).norm() / other.detach().norm())
 
 
 def digits(part: Part) -> None:
-    """Train 200 steps with every optimizer and precision, and with both forms."""
+    """Train for 200 steps with every optimizer and precision, and with both forms of MOA."""
     precisions = ("fp32",) if part.small else ("bf16", "fp16", "fp32")
     cases = [f"{name}-{precision}-paper" for precision in precisions for name in ("muon", "adamw", "nadamw", "sgd")]
 
@@ -174,7 +174,7 @@ def digits(part: Part) -> None:
 
 
 def compiled(part: Part) -> None:
-    """Train with each way of compiling: the loss is that of the eager run, but for the dropped samples."""
+    """Train with each mode of compilation; the loss matches the eager run's, except for random drop paths."""
     steps = 8 if part.small else 200
 
     def run(case: tuple[str, str]) -> None:
@@ -194,7 +194,7 @@ def compiled(part: Part) -> None:
 
 
 def exact(part: Part) -> None:
-    """Train twice with runtime=exact, and once stopped by SIGTERM and resumed: the weights are the same bits."""
+    """Train twice with runtime=exact, and once stopped by SIGTERM and resumed; the weights are bit-identical."""
     steps = 8 if part.small else 60
     settings = ("runtime=exact", "model.drop_path=0.2")
     names = ["first", "second", "stopped"]
@@ -212,7 +212,7 @@ def exact(part: Part) -> None:
 
 
 def faults(part: Part) -> None:
-    """Make a loss NaN: fp16's scaler deals with it; otherwise the update is skipped, the run rolled back or ended."""
+    """Make a loss NaN: fp16's scaler handles it; otherwise, the run skips the update, rolls back or aborts."""
     said = {"skip": "Skipped", "rollback": "Rolling back", "abort": "is not finite"}
 
     def run(case: tuple[str, str]) -> None:
@@ -231,7 +231,7 @@ def faults(part: Part) -> None:
 
 
 def ranks(part: Part) -> None:
-    """Train with one rank under torchrun (NCCL on a GPU), block by block compiled: as without torchrun."""
+    """Train with one rank under torchrun (NCCL on a GPU), compiled by blocks."""
     settings = [
         f"run_dir={part.folder / 'ranks'}", f"runtime.device={part.device}", "runtime.compile=blocks", "tracking=quiet",
         f"schedule.duration='{8 if part.small else 100} steps'", "schedule.warmup=0%", "engine.micro_batch_size=32",
@@ -267,9 +267,9 @@ def evaluation(part: Part) -> None:
 
 
 def step(part: Part) -> None:
-    """Measure steps of MOA-T, eager and compiled, and inference; then all of it in turns with timm's Swin-T.
+    """Measure training steps of MOA-T, eager and compiled, then inference and training interleaved with timm's Swin-T.
 
-    Compiling Swin-T takes longest. The rows of MOA-T alone are there before it begins.
+    Compiling Swin-T takes longest, so the rows of MOA-T alone are reported before it begins.
     """
     base = ["step", "model=moa_t", "data=imagenet", "--batch", "128", "--rounds", "4"]
     if part.small:
@@ -283,7 +283,7 @@ def step(part: Part) -> None:
 
 
 def batches(part: Part) -> None:
-    """Measure the same at other batches."""
+    """Measure the same training steps at other batch sizes."""
     if not part.small:
         base = ["step", "model=moa_t", "data=imagenet", "--precision", "bf16", "--rounds", "4", "--mode", "train"]
         part.bench(*base, "--batch", "64", "256", "--compile", "on")
@@ -291,7 +291,7 @@ def batches(part: Part) -> None:
 
 
 def cifar(part: Part) -> None:
-    """Measure steps of the CIFAR recipe's model, whose rows of attention are 16 tokens, with each attention kernel."""
+    """Measure steps of the CIFAR recipe's model, whose attention rows have 16 tokens, with each attention kernel."""
     if part.small:
         return
     base = ["step", "model=moa_b", "data=digits", "--precision", "bf16", "--rounds", "3", "--mode", "train"]
@@ -304,7 +304,7 @@ def cifar(part: Part) -> None:
 
 
 def trainer(part: Part) -> None:
-    """Measure the trainer itself, with augmentation, copies and logging: MOA-T on digits enlarged to 224 pixels."""
+    """Measure the complete trainer with augmentation, copies and logging: MOA-T on digits enlarged to 224 pixels."""
     if part.small:
         return
     for mode in ("false", "blocks"):
@@ -346,7 +346,7 @@ def kernels(part: Part) -> None:
 
 
 def layers(part: Part) -> None:
-    """Measure layers in the way they are computed and in the way they are not."""
+    """Compare the implementations of single layers with alternatives that were not chosen."""
     import torch
     from torch.nn import functional as F
 
@@ -381,7 +381,7 @@ def layers(part: Part) -> None:
 
 
 def gather(part: Part, heads: int, side: int) -> None:
-    """Measure the lookup of a position table, with its gradient."""
+    """Measure a lookup in the position table, including its gradient."""
     import torch
 
     from moa_train.model.attention import relative_position_index
@@ -399,7 +399,7 @@ def gather(part: Part, heads: int, side: int) -> None:
 
 
 def augmentation(part: Part) -> None:
-    """Measure augmentation on the device: erasing all images at once, and everything of the recipe."""
+    """Measure augmentation on the device: erasing all images at once, and the recipe's full augmentation."""
     import numpy as np
     import torch
 
@@ -420,7 +420,7 @@ def augmentation(part: Part) -> None:
 
 
 def measure(part: Part, what: str, function: Callable[[], object]) -> None:
-    """Report the time of a call, and the time and number of its kernels."""
+    """Report the time of a call, and the total time and the number of its kernels."""
     import torch
 
     from moa_train.bench.timing import alternate, timed
@@ -444,11 +444,11 @@ MEASUREMENTS = (step, batches, cifar, trainer, inputs, kernels, layers, augmenta
 PARTS: dict[str, Callable[[Part], None]] = {function.__name__: function for function in (*CHECKS, *MEASUREMENTS)}
 
 
-# --- the frame --------------------------------------------------------------------------------------------------------
+# --- running the parts ------------------------------------------------------------------------------------------------
 
 
 def run_part(name: str, limit: float, folder: Path, small: bool, label: str = "") -> list[Row]:
-    """Run one part in a process group of its own, show what it prints, and return its rows."""
+    """Run one part in its own process group, show its output, and return its rows."""
     path = folder / f"{name}{label}.jsonl"
     command = [sys.executable, __file__, "--run", name, str(path), *["--small"] * small]
     start, late = time.monotonic(), threading.Event()
@@ -478,18 +478,24 @@ def run_part(name: str, limit: float, folder: Path, small: bool, label: str = ""
 
 
 def main() -> int:
-    """Run the parts that were asked for."""
+    """Run the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all, in this order"
     )
     parser.add_argument(
-        "--warm", nargs="+", choices=list(PARTS), default=[], help="fill compiler caches during the checks"
+        "--warm",
+        nargs="+",
+        choices=list(PARTS),
+        default=[],
+        help="parts to run during the checks, only to fill the compiler caches",
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of GPU.json (default: docs)")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds for each part (default: 600)")
-    parser.add_argument("--budget", type=float, default=7200.0, help="seconds for everything (default: 7200)")
-    parser.add_argument("--small", action="store_true", help="everything in small on a CPU")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="output folder for GPU.json (default: docs)")
+    parser.add_argument("--limit", type=float, default=600.0, help="time limit for each part in seconds (default: 600)")
+    parser.add_argument(
+        "--budget", type=float, default=7200.0, help="time limit for all parts together in seconds (default: 7200)"
+    )
+    parser.add_argument("--small", action="store_true", help="run everything at a small scale on a CPU")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT / "src"))
@@ -521,14 +527,14 @@ def main() -> int:
             if PARTS[name] in MEASUREMENTS:
                 keep(run(name, left()) if left() > 5 else [{"part": name, "what": "no time left", "ok": False}])
     wrong = [row for row in rows if row["ok"] is False]
-    print(f"\n{len(rows)} rows, {len(wrong)} wrong, {time.monotonic() - start:.0f} s")
+    print(f"\n{len(rows)} rows, {len(wrong)} failed, {time.monotonic() - start:.0f} s")
     for row in wrong:
-        print(f"  WRONG {row['part']}: {row['what']}")
+        print(f"  FAIL {row['part']}: {row['what']}")
     return 1 if wrong else 0
 
 
 def header(small: bool) -> Row:
-    """Describe the machine."""
+    """Return a description of the machine and the software."""
     import torch
 
     from moa_train.bench import tables

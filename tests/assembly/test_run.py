@@ -35,7 +35,7 @@ def test_the_best_is_sought_anew_where_scores_are_measured_differently(straight,
     run_dir = shutil.copytree(straight, tmp_path / "run", symlinks=True)
     assert train(run_dir, resume=True, schedule__duration="16 steps", **CHANGED[changed]) == 0
     out = capsys.readouterr().out
-    assert "The best checkpoint is sought anew from step 12 on, because its score" in out
+    assert "The search for the best checkpoint restarts at step 12, because the best score" in out
     assert f" measured differently: {changed} " in out
     result = json.loads((run_dir / "result.json").read_text())
     split = result["measured"]["split"]

@@ -54,7 +54,7 @@ def test_the_error_for_unsuitable_weights_lists_the_settings_of_their_model(tiny
     model = build(ours)
     with pytest.raises(UserError, match=r"unexpected: layers\.1\.blocks\.1") as caught:
         load_init(model, path, ours)
-    assert str(caught.value).endswith("\nThe model they belong to has model.depths=[1,2] model.moa.overlap=0.")
+    assert str(caught.value).endswith("\nThe weights' own model has model.depths=[1,2] model.moa.overlap=0.")
 
     # With the settings from the message, they fit.
     matching = tiny({"model.depths": "[1,2]", "model.moa.overlap": "0"})

@@ -55,7 +55,7 @@ def test_a_finished_run_keeps_its_records(train, tmp_path):
     assert train(run_dir) == 0
     before = {name: (run_dir / name).read_bytes() for name in ("config.json", "provenance.json")}
     for changes in ({"optim__lr": 0.5}, {"schedule__duration": "6 steps"}):
-        with pytest.raises(UserError, match=r"is finished: it has made 12 steps.*no effect:\n  (optim|schedule)"):
+        with pytest.raises(UserError, match=r"is finished: it has completed 12 steps.*no effect:\n  (optim|schedule)"):
             train(run_dir, resume=True, **changes)
     assert train(run_dir, resume=True) == 0
     assert {name: (run_dir / name).read_bytes() for name in before} == before

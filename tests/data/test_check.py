@@ -94,7 +94,7 @@ def test_a_pack_is_compared_with_its_files(root: Path) -> None:
     assert report.stale == [str(path)]
     assert report.leaks == [[f"{root}/train/cat/000.png", str(path)]]
     (root / "train" / "cat" / "002.png").unlink()
-    with pytest.raises(UserError, match=r"pack-train\.json was not made of the files .*1 removed: cat/002\.png"):
+    with pytest.raises(UserError, match=r"pack-train\.json was not created from the files .*1 removed: cat/002\.png"):
         check(root)
 
 

@@ -65,7 +65,7 @@ def test_cifar_from_a_folder_tree_is_packed_once(make_tree: Callable[..., Path],
     assert (root / "pack-train.npy").stat() == written
     assert not (root / "pack-test.npy").exists()
     (root / "train" / "ant" / "999.png").write_bytes(first.read_bytes())
-    with pytest.raises(UserError, match=r"was not made of the files that are now in"):
+    with pytest.raises(UserError, match=r"was not created from the files now in"):
         opened(name, "train", size=32, root=root)
 
 

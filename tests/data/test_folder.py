@@ -50,12 +50,12 @@ def test_a_pack_next_to_other_files_is_refused(make_tree: Callable[..., Path]) -
         assert isinstance(open_source("folder", split=split, image_size=SIZE, root=root), ArraySource)
     new = root / "train" / "cat" / "999.jpg"
     new.write_bytes((root / "train" / "cat" / "000.jpg").read_bytes())
-    with pytest.raises(UserError, match=r"pack-train\.json was not made of .*1 added: cat/999\.jpg.*pack again"):
+    with pytest.raises(UserError, match=r"pack-train\.json was not created from .*1 added: cat/999\.jpg.*pack again"):
         open_source("folder", split="train", image_size=SIZE, root=root)
     new.unlink()
     for split in ("train", "val"):
         shutil.copytree(root / split / "cat", root / split / "eel")
-        with pytest.raises(UserError, match=r"pack-.*\.json was not made of .*2 added: eel/000\.jpg"):
+        with pytest.raises(UserError, match=r"pack-.*\.json was not created from .*2 added: eel/000\.jpg"):
             open_source("folder", split=split, image_size=SIZE, root=root)
 
 
@@ -97,7 +97,7 @@ def test_the_order_of_classes_is_compared(tmp_path: Path) -> None:
 
 def test_trees_that_are_not_likely_to_be_meant_are_refused(make_tree: Callable[..., Path], tmp_path: Path) -> None:
     root = make_tree(splits=("train/train", "val/train"))
-    with pytest.raises(UserError, match=r"train has no classes but the folders train, .* Set data\.root=.*train"):
+    with pytest.raises(UserError, match=r"train holds only the folders train, .* Set data\.root=.*train"):
         open_source("folder", split="train", image_size=SIZE, root=root)
     assert len(open_source("folder", split="train", image_size=SIZE, root=root / "train")) == 12
     with pytest.raises(UserError, match=rf"there is no such folder\. Set .* Did you mean data\.root={root / 'val'}\?"):

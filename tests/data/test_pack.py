@@ -62,7 +62,7 @@ def test_truncated_files_are_noticed(packed: Path, which: int, part: float) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2, this version reads 1"),
+        ({"format": 2}, "format 2, but this version reads format 1"),
         ({"labels": [0] * 19}, "19 labels of 3 classes for 20 images"),
         ({"labels": [3] * 20}, "labels"),
         ({"labels": "text"}, "does not describe a pack"),
@@ -122,7 +122,7 @@ def test_a_pack_belongs_to_the_files_it_was_made_of(tmp_path: Path) -> None:
     assert read_pack(tmp_path, "train", "x", (8, 6)).files.tolist() == tree.files.tolist()  # type: ignore[union-attr]
     (tmp_path / "train" / "a" / "new.png").touch()
     (tmp_path / "train" / "b" / "01.png").unlink()
-    with pytest.raises(UserError, match=r"was not made of the files .*\(1 added: a/new\.png; 1 removed: b/01\.png\)"):
+    with pytest.raises(UserError, match=r"not created from the files .*\(1 added: a/new\.png; 1 removed: b/01\.png\)"):
         check_origin(tmp_path, "train", scan(tmp_path / "train"))
 
 

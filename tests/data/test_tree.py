@@ -122,11 +122,11 @@ def test_different_classes_are_listed() -> None:
     ("folders", "message"),
     [
         (["cat"], "single class, cat: there is nothing to learn"),
-        (["train", "val"], r"has no classes but the folders train, val, which look like splits\. Set data\.root="),
+        (["train", "val"], r"holds only the folders train, val, which look like splits, not classes\. Set data\.root="),
         (["train"], "look like splits"),
         (["Validation", "TRAIN"], "look like splits"),
         *((["cat", "dog", name], "this folder is not a class. Delete it") for name in sorted(SYSTEM_FOLDERS)),
-        (["cat", "A\u0308pfel", "\xc4pfel"], r"differ in their Unicode form .*'A\\u0308pfel' and '\\xc4pfel'"),
+        (["cat", "A\u0308pfel", "\xc4pfel"], r"differ only in their Unicode form .*'A\\u0308pfel' and '\\xc4pfel'"),
     ],
 )
 def test_folders_that_are_no_classes_are_refused(tmp_path: Path, folders: list[str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Composition root: builds the objects of a run from a `RunConfig`, and runs a training session with them.
+"""Composition root: build the objects of a run from a `RunConfig`, and run a training session with them.
 
-This module imports nothing, so that a command pays only for the parts it uses.
+This module imports nothing, so that each command imports only the parts that it uses.
 """

@@ -1,4 +1,4 @@
-"""Evaluation of a model on a split, and of a run's state on the split that chooses the best checkpoint."""
+"""Evaluate a model on a split, and the state of a run on the split that selects the best checkpoint."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -47,7 +47,10 @@ def build_evaluation(
 
 
 def measurement(config: RunConfig, split: str, sources: Mapping[str, Source]) -> dict[str, Any]:
-    """Return what a score depends on in addition to the weights, as JSON: only scores of equal measurements compare."""
+    """Return what a score depends on in addition to the weights, in JSON types.
+
+    Scores are comparable only if their measurements are equal.
+    """
     engine = config.engine
     mean, std = Normalize.statistics(config.data)
     return {
@@ -70,7 +73,7 @@ def build_validation(
     evaluation = build_evaluation(config, source, distributed, stop)
 
     def validation() -> Evaluation | None:
-        distributed.broadcast_buffers(state.model)  # the statistics of batch normalization differ between ranks
+        distributed.broadcast_buffers(state.model)  # batch normalization statistics differ between ranks
         with state.ema.applied() if state.ema is not None else nullcontext():
             return evaluation(state.model)
 

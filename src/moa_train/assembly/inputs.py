@@ -1,4 +1,4 @@
-"""Data: splits, loaders, and the transforms of batches on the device."""
+"""Build the data pipeline: splits, loaders, and the transforms of batches on the device."""
 
 from collections.abc import Callable, Container
 
@@ -20,12 +20,12 @@ from moa_train.schema import DataConfig, RunConfig
 
 
 def open_splits(config: RunConfig, distributed: Distributed) -> tuple[dict[str, Source], str]:
-    """Open all splits of the data set, and return them with the split that chooses the best checkpoint (or "none")."""
+    """Open all splits of the data set, and return them with the split that selects the best checkpoint (or "none")."""
     data = config.data
-    if data.download:  # by one rank, before the others open it
+    if data.download:  # one rank downloads the data before the others open it
         distributed.on_main(lambda: len(open_split(data, "train")))
     sources = {split: open_split(data, split) for split in available_splits(data)}
-    if "val" in sources and not len(sources["val"]):  # the classes are so small that the fraction holds out no image
+    if "val" in sources and not len(sources["val"]):  # the classes are too small for this fraction
         del sources["val"]
     for source in sources.values():
         compare_classes(sources["train"].place, sources["train"].classes, source.place, source.classes)
@@ -40,7 +40,7 @@ def open_splits(config: RunConfig, distributed: Distributed) -> tuple[dict[str, 
 
 
 def validation_split(config: RunConfig, splits: Container[str]) -> str:
-    """Return the split that chooses the best checkpoint, or "none"."""
+    """Return the split that selects the best checkpoint, or "none"."""
     choice = config.engine.eval_split
     return ("val" if "val" in splits else "none") if choice == "auto" else choice
 
@@ -48,7 +48,7 @@ def validation_split(config: RunConfig, splits: Container[str]) -> str:
 def build_train_loader(
     config: RunConfig, source: Source, distributed: Distributed, stop: Callable[[], bool] = lambda: False
 ) -> TrainLoader:
-    """Return this rank's micro-batches of every step."""
+    """Return the loader of this rank's micro-batches."""
     engine = config.engine
     return TrainLoader(
         source,
@@ -67,7 +67,7 @@ def build_train_loader(
 def build_eval_loader(
     config: RunConfig, source: Source, distributed: Distributed, stop: Callable[[], bool] = lambda: False
 ) -> EvalLoader:
-    """Return this rank's batches of an evaluation."""
+    """Return the loader of this rank's evaluation batches."""
     return EvalLoader(
         source,
         batch_size=config.engine.eval_batch_size or (64 if distributed.device.type == "cpu" else 256),
@@ -90,7 +90,7 @@ def workers(config: DataConfig, distributed: Distributed) -> int:
 def build_train_transform(
     config: RunConfig, source: Source, weak_from: int
 ) -> Callable[[Batch, int], tuple[Tensor, Tensor]]:
-    """Return the function from a batch on the device to images and target distributions.
+    """Return the function that converts a batch on the device to images and target distributions.
 
     From step ``weak_from`` on, it applies neither strong augmentation nor mixing.
     """
@@ -112,7 +112,7 @@ def build_augment(config: RunConfig, source: Source) -> BatchAugment:
 
 
 def build_eval_transform(config: RunConfig) -> Callable[[Batch], Tensor]:
-    """Return the function from a batch on the device to normalized images."""
+    """Return the function that converts a batch on the device to normalized images."""
     normalize = Normalize.of(config.data)
     return lambda batch: _layout(normalize(batch.images), config.runtime.channels_last)
 

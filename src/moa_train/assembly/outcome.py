@@ -18,13 +18,13 @@ from moa_train.tracking.console import block
 from moa_train.tracking.jsonl import read_rows
 
 UNREADABLE = "unreadable.txt"
-"""Lists, in the run folder, the training images that could not be read and were replaced (data.unreadable)."""
+"""File in the run folder that lists the unreadable training images that were replaced (data.unreadable)."""
 
 
 def report(run: Run, distributed: Distributed) -> str | None:
-    """Evaluate the final weights (the best ones, or the last ones), write the result, and return a summary.
+    """Evaluate the final weights (the best or the last ones), write result.json, and return a summary.
 
-    Returns None if a stop was requested meanwhile.
+    Return None if a stop was requested during the evaluation.
     """
     trainer, state, run_dir = run.trainer, run.trainer.state, Path(run.config.run_dir or "")
     checkpoint = final_checkpoint(run)
@@ -77,10 +77,10 @@ def describe(result: Evaluation, split: str) -> str:
 
 
 def final_checkpoint(run: Run) -> Checkpoint:
-    """Return the checkpoint with the final weights: the best one or, if none was chosen, the last one.
+    """Return the checkpoint with the final weights: the best one or, if none was selected, the last one.
 
     Raises:
-        UserError: it is damaged or missing. The message lists valid ones.
+        UserError: the checkpoint is damaged or missing. The message lists valid ones.
     """
     trainer, state, store = run.trainer, run.trainer.state, run.trainer.store
     try:
@@ -92,13 +92,13 @@ def final_checkpoint(run: Run) -> Checkpoint:
         if state.best:
             score = f", the best one ({trainer.best_by} {state.best[trainer.best_by]:.4g} on {trainer.eval_split}),"
         raise UserError(
-            f"Training has ended and its last state is saved, but the checkpoint to report{score} is damaged: "
+            f"Training is complete and its last state is saved, but the checkpoint to report{score} is damaged: "
             f"{error}\nRestore it from a copy and resume the run, or evaluate a valid one:{''.join(remedies)}"
         ) from error
 
 
 def quarantined(run: Run, distributed: Distributed) -> int:
-    """Add the unreadable files that all ranks met to the run folder's list, and return the length of the list."""
+    """Add the unreadable files of all ranks to the list in the run folder, and return the length of the list."""
     met = [message for ranks in distributed.gather_objects(run.loader.quarantined) for message in ranks]
     path = Path(run.config.run_dir or "") / UNREADABLE
 
@@ -112,6 +112,6 @@ def quarantined(run: Run, distributed: Distributed) -> int:
 
 
 def is_logged(run_dir: Path, step: int, split: str) -> bool:
-    """Return whether the log already has this result, because a finished run was resumed."""
+    """Return whether the log already contains this result, which is the case if a finished run was resumed."""
     rows = read_rows(run_dir / "metrics.jsonl")
     return any(row["kind"] == "eval" and row["step"] == step and row["split"] == split for row in rows)

@@ -1,4 +1,4 @@
-"""Settings that are global to a process."""
+"""Process-wide settings."""
 
 import torch
 
@@ -11,11 +11,11 @@ from moa_train.schema import RuntimeConfig
 
 
 def set_up_process(config: RuntimeConfig, distributed: Distributed) -> None:
-    """Set the number of threads, memory reuse, number formats, determinism and seeds."""
+    """Set the number of threads, memory reuse, the precision of matrix products, determinism and seeds."""
     set_threads(config.threads, distributed.local_world_size)
     if distributed.device.type == "cpu":
         keep_freed_memory()
-    # cuDNN's attention has other numerics, and would be used in evaluation only: it has no gradient for the bias.
+    # cuDNN's attention has no gradient for the bias, so only evaluation would use it and round differently.
     torch.backends.cuda.enable_cudnn_sdp(False)
     set_fp32_products(config.matmul)
     set_deterministic(config.deterministic)

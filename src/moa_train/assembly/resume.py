@@ -1,4 +1,4 @@
-"""Resuming a run: which configuration applies, and which settings may change."""
+"""Resume a run: determine which configuration applies, and check which settings may change."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from moa_train.runtime.errors import UserError
 from moa_train.schema import RunConfig, from_dict, own_code
 
 PLACES = ("run_dir", "resume", "replay", "init", "init_head", "code")
-"""Settings that say where a run lies and how this session treats it; a resume takes them from the command line."""
+"""Settings that locate a run and control how this session treats it; a resume takes them from the command line."""
 
 
 def resolve_resume(config: RunConfig, with_overrides: Callable[[RunConfig], RunConfig]) -> tuple[RunConfig, list[str]]:
@@ -23,7 +23,7 @@ def resolve_resume(config: RunConfig, with_overrides: Callable[[RunConfig], RunC
     command's configuration, and starts a new run if ``run_dir`` holds no checkpoint.
 
     Args:
-        config: what the command line composes to.
+        config: the configuration composed from the command line.
         with_overrides: returns a configuration with the ``key=value`` arguments of the command line applied to it.
 
     Raises:
@@ -45,7 +45,7 @@ def resolve_resume(config: RunConfig, with_overrides: Callable[[RunConfig], RunC
         return config, []
     before: RunConfig = from_dict(check_form(newest)["config"])
     check_trusted(own_code(before), [*config.code, *own_code(config)], f"The run {folder}")
-    before.resume = before.engine.stop_after = None  # they applied to the session that started or ended with them
+    before.resume = before.engine.stop_after = None  # they applied only to the session that they started or ended
     now = config if config.resume == "auto" else with_overrides(before)
     now.run_dir, now.resume, now.replay, now.code = folder, config.resume, config.replay, config.code
     if now.engine.micro_batch_size is None:
@@ -54,7 +54,7 @@ def resolve_resume(config: RunConfig, with_overrides: Callable[[RunConfig], RunC
 
 
 def run_of(path: Path) -> Path:
-    """Return the run folder that ``path``, itself or a folder of checkpoints in it, belongs to.
+    """Return the run folder of ``path``, which is a run folder, its checkpoints folder or a checkpoint in it.
 
     Raises:
         UserError: ``path`` is a checkpoint other than the newest one.
@@ -88,7 +88,7 @@ def changes(before: RunConfig, now: RunConfig) -> list[str]:
     """List the settings that differ as ``key: old -> new``.
 
     Raises:
-        UserError: listing the changes that would make it a different run.
+        UserError: some changes would make it a different run. The message lists them.
     """
     old = {key: value for key, _, value in knobs(before)}
     changed = [(key, item, value) for key, item, value in knobs(now) if key not in PLACES and value != old[key]]

@@ -35,14 +35,14 @@ from moa_train.tracking.tracker import Tracker, open_tracker
 
 @dataclass
 class Run:
-    """Everything of a training run, ready to go."""
+    """All objects of a training run, ready to start."""
 
     config: RunConfig
     trainer: Trainer
     model: nn.Module
     sources: dict[str, Source]
     final_split: str
-    """The split that the finished run reports: test if there is one, else the split that chose the best, or "none"."""
+    """The split that the finished run reports: test if it exists, otherwise the validation split or "none"."""
     loader: TrainLoader
 
 
@@ -62,9 +62,9 @@ def build_run(
             newest one that is not past that step, and nothing is written.
         run_dir: the run folder, which exists.
         distributed: the ranks.
-        stop: requests to stop.
-        origin: where this start comes from (command, code); checkpoints hold the origins of all starts.
-        rolled_back: why the run is rebuilt, if it is.
+        stop: the stop signals.
+        origin: provenance of this start (command, code); checkpoints hold the origins of all starts.
+        rolled_back: the rollback because of which the run is rebuilt, if any.
     """
     resolve(config, distributed)
     check_config(config)
@@ -81,7 +81,7 @@ def build_run(
     weak_from = plan.total_steps - round(to_steps(config.augment.weak_for, "augment.weak_for"))
 
     store = CheckpointStore(run_dir, keep_last=config.engine.keep_last, keep=plan.keep.due)
-    # Rank 0 chooses it for all ranks.
+    # Rank 0 selects the checkpoint for all ranks.
     newest = distributed.on_main(lambda: getattr(store.newest(until=config.replay), "step", None))
     # With a checkpoint, the initial weights are no longer needed, and their file may be gone.
     state = build_state(config, len(train.classes), schedule.peak, precision, fresh=newest is None)
@@ -141,10 +141,10 @@ def build_run(
 def _restore(
     state: TrainState, checkpoint: Checkpoint, record: dict[str, Any], distributed: Distributed
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Restore a checkpoint after checking that it belongs to these data.
+    """Restore a checkpoint after checking that it belongs to this data.
 
     Returns:
-        The starts that led to it, and the whole content of its state.json.
+        The origins of all earlier starts, and the full content of its state.json.
     """
     distributed.check_same(f"the files of {checkpoint.path}", checkpoint.digest)
     before = check_form(checkpoint)
@@ -156,9 +156,9 @@ def _restore(
 def _seek_best_anew(
     state: TrainState, before: dict[str, Any], now: dict[str, Any], sources: dict[str, Source]
 ) -> str | None:
-    """Forget the best score if scores were measured differently before this start; return a message if so."""
+    """Discard the best score if scores were measured differently before this start, and return a message about it."""
     old = before.get("measured")
-    if old is None:  # of an older version
+    if old is None:  # written by an older version
         config: RunConfig = from_dict(before["config"])
         old = measurement(config, validation_split(config, sources), sources)
     if old == now:
@@ -169,13 +169,13 @@ def _seek_best_anew(
     if score is None:
         return None
     return (
-        f"The best checkpoint is sought anew from step {state.step} on, because its score ({score:.4g} at step "
-        f"{best['step']}) was measured differently: {changed}."
+        f"The search for the best checkpoint restarts at step {state.step}, because the best score so far ({score:.4g} "
+        f"at step {best['step']}) was measured differently: {changed}."
     )
 
 
 def _show_inputs(train_step: TrainStep, tracker: Tracker, config: RunConfig) -> None:
-    """Log some images of the first batch as the model sees them."""
+    """Log some augmented images of the first batch."""
     normalize, shown = Normalize.of(config.data), config.tracking.images
     train_step.on_inputs = lambda images: tracker.log_images(0, normalize.undo(images[:shown]))
 

@@ -1,4 +1,4 @@
-"""The run folder: chosen, created and locked."""
+"""Choose, create and lock the run folder."""
 
 import shutil
 import time
@@ -17,7 +17,7 @@ from moa_train.schema import RunConfig
 
 @contextmanager
 def run_folder(config: RunConfig, distributed: Distributed) -> Iterator[Path]:
-    """Yield the run folder, the same on every rank, and lock it against other runs meanwhile."""
+    """Yield the run folder, which is the same on every rank, and hold a lock on it that excludes other runs."""
     named = config.run_dir is not None
     with ExitStack() as held:
 
@@ -25,7 +25,7 @@ def run_folder(config: RunConfig, distributed: Distributed) -> Iterator[Path]:
             path = choose_run_dir(config)
             held.enter_context(RunLock(path))
             if config.resume is None:
-                refuse_other_run(path)  # it may have ended just now
+                refuse_other_run(path)  # another run may just have ended in it
             return str(path)
 
         config.run_dir = distributed.on_main(take)

@@ -1,4 +1,4 @@
-"""A training session: builds the run, rebuilds it after each rollback, and trains until the end or a stop."""
+"""A training session: build the run, rebuild it after each rollback, and train until the end or a stop."""
 
 import json
 from functools import partial
@@ -27,10 +27,10 @@ def run_session(config: RunConfig, changed: list[str], arguments: list[str] | No
     """Train, starting or resuming the run in ``config.run_dir``, and return the exit code.
 
     Args:
-        config: the configuration, after a resume was resolved.
-        changed: what differs from the run's earlier sessions.
-        arguments: the command line that repeats this run alone, if it differs from that of the process.
-        stop: requests to stop.
+        config: the configuration that `resolve_resume` returned.
+        changed: settings that differ from the run's earlier sessions, as ``key: old -> new``.
+        arguments: the command line that reproduces only this run, if it differs from that of the process.
+        stop: the stop signals.
     """
     with (
         Distributed.start(config.runtime.device, config.runtime.timeout) as distributed,
@@ -50,16 +50,16 @@ def run_session(config: RunConfig, changed: list[str], arguments: list[str] | No
             try:
                 if run.trainer.state.step < run.trainer.plan.total_steps:
                     distributed.on_main(partial(write_record, run, run_dir, origin))
-                else:  # its records describe what was trained, and stay
+                else:  # a finished run keeps its records of what was trained
                     refuse_untrained_changes(run, changed)
                 run.trainer.tracker.say(banner(run, distributed, changed))
                 return train(run, distributed)
             except RollBack as request:
                 run.trainer.tracker.say(str(request))
                 rolled_back = request
-            except StopRequestedError as error:  # where it could be answered without the other ranks, it was
+            except StopRequestedError as error:  # the ranks cannot agree to abandon the update
                 raise UserError(
-                    f"{error} The newest checkpoint is of step {run.trainer.saved_step}. To resume: "
+                    f"{error} The newest checkpoint is from step {run.trainer.saved_step}. To resume: "
                     f"{command('moa-train', config, resume=config.run_dir)}"
                 ) from error
             except ValueError as error:
@@ -73,8 +73,8 @@ def run_session(config: RunConfig, changed: list[str], arguments: list[str] | No
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"{distributed.device} ran out of memory with {config.engine.micro_batch_size} images per forward "
-                    "pass. Set engine.micro_batch_size to a smaller divisor of engine.batch_size, which leaves the "
-                    "update the same, or set model.checkpointing=true."
+                    "pass. Set engine.micro_batch_size to a smaller divisor of engine.batch_size, which does not "
+                    "change the update, or set model.checkpointing=true."
                 ) from error
             finally:
                 run.trainer.tracker.close()
@@ -91,7 +91,7 @@ def train(run: Run, distributed: Distributed) -> int:
 
 
 def replay(run: Run, step: int) -> int:
-    """Repeat a run up to an update, and print where NaN or infinity arises in it."""
+    """Repeat a run up to an update, and print where NaN or infinity occurs in that update."""
     if step >= run.trainer.plan.total_steps:
         raise UserError(f"replay={step}: this run has updates 0 to {run.trainer.plan.total_steps - 1}.")
     ranks = run.trainer.replay(step)
@@ -101,20 +101,21 @@ def replay(run: Run, step: int) -> int:
 
 
 TRAINED = ("model.", "augment.", "loss.", "optim.", "schedule.", "engine.micro", "engine.ema", "runtime.prec")
-"""How the settings begin that have an effect on training only."""
+"""Prefixes of the settings that affect only training."""
 
 
 def refuse_untrained_changes(run: Run, changed: list[str]) -> None:
-    """Refuse changes to a finished run that would only have an effect on training.
+    """Refuse changes to a finished run that would affect only training.
 
     Raises:
-        UserError: listing them.
+        UserError: there are such changes. The message lists them.
     """
     if lost := [change for change in changed if change.startswith(TRAINED)]:
         raise UserError(
-            f"The run {run.config.run_dir} is finished: it has made {run.trainer.state.step} steps of "
-            f"{run.trainer.plan.total_steps}. These changes would have no effect:\n  " + "\n  ".join(lost) + "\n"
-            "Extend the run with a longer schedule.duration, or start a new run, from its weights with init=."
+            f"The run {run.config.run_dir} is finished: it has completed {run.trainer.state.step} steps, and "
+            f"{run.trainer.plan.total_steps} are scheduled. These changes would have no effect:\n  "
+            + "\n  ".join(lost)
+            + "\nExtend the run with a longer schedule.duration, or start a new run from its weights with init=."
         )
 
 
@@ -143,7 +144,7 @@ def banner(run: Run, distributed: Distributed, changed: list[str]) -> str:
 
 
 def write_record(run: Run, run_dir: Path, origin: dict[str, Any]) -> None:
-    """Write the resolved configuration and the origin of the run, for people; checkpoints hold what they need."""
+    """Write the resolved configuration and the origin of the run for the user; resuming reads only checkpoints."""
     write_whole(run_dir / "config.json", json.dumps(to_dict(run.config), indent=2) + "\n")
     data = {split: source.describe() for split, source in run.sources.items()}
     provenance.write(run_dir, {**origin, "data": data, "first_step": run.trainer.state.step})

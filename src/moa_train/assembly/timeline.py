@@ -1,4 +1,4 @@
-"""Durations become steps: the learning rate schedule, and when logs, evaluations and checkpoints are due."""
+"""Convert durations to steps: the learning rate schedule, and when logs, evaluations and checkpoints are due."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -16,7 +16,7 @@ ToSteps = Callable[[str | None, str], Fraction]
 
 
 def build_schedule(config: RunConfig, length: int) -> tuple[Schedule, ToSteps]:
-    """Return the learning rate schedule and the conversion of durations; ``length``: samples per epoch."""
+    """Return the learning rate schedule and the conversion of durations; ``length`` is the samples per epoch."""
     settings, batch_size = config.schedule, config.engine.batch_size
     total = Duration.parse(settings.duration, what="schedule.duration", allow_zero=False).steps(batch_size, length)
 
@@ -42,7 +42,7 @@ def build_schedule(config: RunConfig, length: int) -> tuple[Schedule, ToSteps]:
 
 
 def build_plan(config: RunConfig, total_steps: int, length: int, to_steps: ToSteps) -> Plan:
-    """Return when everything is due."""
+    """Return when logs, evaluations, checkpoints and the end of training are due."""
     engine = config.engine
     stop = -(-to_steps(engine.stop_after, "engine.stop_after") // 1) if engine.stop_after else total_steps
     return Plan(

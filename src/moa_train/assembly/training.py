@@ -1,4 +1,4 @@
-"""The state that training changes (weights, optimizer, EMA), and the step that changes it."""
+"""Build the training state (weights, optimizer, EMA) and the step that updates it."""
 
 import json
 import logging
@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 def build_state(config: RunConfig, num_classes: int, lr: float, precision: Precision, *, fresh: bool) -> TrainState:
     """Return the state before the first step, on the device of ``precision``.
 
-    A ``fresh`` state has the weights in ``config.init`` or those that the model's own settings name, if any. Otherwise
-    weights are random, to be overwritten by a checkpoint.
+    A ``fresh`` state has the weights from ``config.init``, or the pretrained weights that the model's own settings
+    name, if any. Otherwise, the weights are random, and a checkpoint overwrites them.
     """
     seed_everything(config.runtime.seed)
     model = create_model(config.model, image_size=image_shape(config.data.image_size), num_classes=num_classes)
@@ -55,9 +55,9 @@ def load_init(model: nn.Module, path: Path, config: RunConfig) -> None:
     """Load the weights that a run starts from.
 
     Raises:
-        UserError: they do not fit. The message lists the settings of the model they belong to, if the file has them.
+        UserError: they do not fit the model. The message lists the settings of their own model, if the file has them.
     """
-    if path.is_file() and path.suffix in (".pth", ".pt"):  # torchvision's, whose models have these names
+    if path.is_file() and path.suffix in (".pth", ".pt"):  # for example torchvision's weights
         weights, metadata = read_state_dict(path), dict[str, str]()
     else:
         weights, metadata = find_weights(path).load()
@@ -73,13 +73,13 @@ def load_init(model: nn.Module, path: Path, config: RunConfig) -> None:
             for key, item, value in knobs(theirs.model)
             if item.metadata["fixed"] and value != ours[key]
         ]
-        raise UserError(f"{error}\nThe model they belong to has {' '.join(other)}." if other else str(error)) from error
+        raise UserError(f"{error}\nThe weights' own model has {' '.join(other)}." if other else str(error)) from error
 
 
 def build_compiled(config: RunConfig, model: nn.Module, total_steps: int, device: torch.device) -> nn.Module:
-    """Return the model that the training step calls: compiled, if the run asks for it or is long enough to gain.
+    """Return the model that the training step calls: compiled if the run requests it or is long enough to benefit.
 
-    Compiling takes from ten seconds to a minute, which the faster steps of a long run on a GPU save many times over.
+    Compiling takes between ten seconds and a minute; in a long run on a GPU, the faster steps save far more than that.
     """
     mode = compile_mode(config.runtime.compile)
     if mode == "auto":
@@ -87,7 +87,8 @@ def build_compiled(config: RunConfig, model: nn.Module, total_steps: int, device
         mode = "blocks" if device.type == "cuda" and has_blocks(model) and long else "false"
         if mode == "blocks" and not compiles(device):
             log.warning(
-                "torch.compile does not work here (it needs Triton, a C compiler and Python's headers): slower."
+                "torch.compile does not work here: it requires Triton, a C compiler and Python's headers. "
+                "The model runs uncompiled, which is slower."
             )
             mode = "false"
     return model if mode == "false" else compile_model(model, mode)
@@ -102,7 +103,7 @@ def build_train_step(
     total_steps: int,
     distributed: Distributed,
 ) -> TrainStep:
-    """Return the function that makes one update of ``state``; from step ``weak_from`` on, augmentation is weak."""
+    """Return the function that updates ``state`` by one step; from step ``weak_from`` on, augmentation is weak."""
     engine, loss = config.engine, config.loss
     return TrainStep(
         build_compiled(config, state.model, total_steps, distributed.device),

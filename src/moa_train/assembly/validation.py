@@ -1,4 +1,4 @@
-"""Checks before anything expensive: the configuration, and the data against those of a checkpoint."""
+"""Check the configuration, and the data against a checkpoint, before anything expensive."""
 
 from typing import Any
 
@@ -26,13 +26,13 @@ def resolve(config: RunConfig, distributed: Distributed) -> RunConfig:
 
 
 def check_config(config: RunConfig) -> None:
-    """Check what can be known before the data is opened, which may take minutes: durations and the model.
+    """Check the durations and the model, before the data is opened, which may take minutes.
 
     Raises:
-        UserError: naming the key.
+        UserError: a setting is invalid. The message names its key.
     """
     schedule, engine = config.schedule, config.engine
-    # Only their form can be checked here. Errors that depend on the length of an epoch come later.
+    # Only the syntax can be checked here. Errors that depend on the length of an epoch are raised later.
     Duration.parse(schedule.duration, what="schedule.duration", allow_zero=False)
     for what, texts in (
         ("schedule.warmup", [schedule.warmup]),
@@ -54,7 +54,7 @@ def check_batch_size(config: RunConfig, images: int) -> None:
     `Order` could fill it from the following epochs, but such a batch size is more likely a mistake.
 
     Raises:
-        UserError: with a size that fits.
+        UserError: it is larger. The message suggests a batch size.
     """
     batch_size, repeats = config.engine.batch_size, config.augment.repeats
     if batch_size > images * repeats:
@@ -67,7 +67,7 @@ def check_batch_size(config: RunConfig, images: int) -> None:
 
 
 def training_record(train: Source) -> dict[str, Any]:
-    """Return what checkpoints record of the training images: JSON types."""
+    """Return what checkpoints record about the training images, in JSON types."""
     counts = np.bincount(train.labels, minlength=len(train.classes)).tolist()
     return {"classes": train.classes, "fingerprint": train.fingerprint, "counts": counts}
 

@@ -1,4 +1,4 @@
-"""Input pipelines of other libraries for the same batches: each Pillow image goes through the library's transforms.
+"""Input pipelines of other libraries that produce the same batches by applying their transforms to Pillow images.
 
 The peers run in this process, without workers. Like our pipeline, they produce normalized float32 images on the device,
 and targets mixed by the same rules.
@@ -26,11 +26,11 @@ from moa_train.schema import DataConfig, RunConfig, image_shape
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 PASSES = 100
-"""Passes over the images that count as one epoch, because prefetching pauses at the end of an epoch."""
+"""Number of passes over the images that count as one epoch, because prefetching pauses at the end of an epoch."""
 
 
 class PillowImages(Dataset):
-    """The images of a source as Pillow images, like those of torchvision's data sets.
+    """The images of a source as Pillow images, as in torchvision's data sets.
 
     Args:
         source: arrays, which are kept in memory as (H, W, C), or files, which are opened on access.
@@ -96,7 +96,7 @@ def timm(
         steps[:1] = [*_resize(source, size), *pad]
     for step in steps:
         for operation in step.ops if isinstance(step, RandAugment) else ():
-            if operation.name == "PosterizeIncreasing":  # to 0 bits, which Pillow rejects since version 13
+            if operation.name == "PosterizeIncreasing":  # timm may ask for 0 bits, which Pillow 13 rejects
                 operation.aug_fn = _at_least_one_bit(operation.aug_fn)
     batches = _endless(loader, device)
     if not (augment.mixup or augment.cutmix):
@@ -113,7 +113,7 @@ def timm(
 
 
 def torchvision(config: RunConfig, source: Source, mode: str, batch: int, device: torch.device) -> Batches:
-    """Yield the batches of ``transforms.v2`` and a DataLoader. The strength of this RandAugment does not vary."""
+    """Yield the batches of ``transforms.v2`` and a DataLoader. Its RandAugment has a constant strength."""
     from torchvision.transforms import v2
 
     augment, size = config.augment, image_shape(config.data.image_size)

@@ -15,11 +15,11 @@ def allocated(device: torch.device) -> int:
 
 
 def peak(step: Callable[[], object], device: torch.device, *, alive: object, before: int) -> int:
-    """Run ``step`` once more and return its peak memory in bytes of tensors.
+    """Run ``step`` once more and return its peak tensor memory in bytes.
 
-    On CUDA, the allocator reports the peak, from which the memory used ``before`` the model is subtracted. On a CPU,
-    tensors are counted as they are created and freed, starting with those in ``alive`` (nested lists and dictionaries
-    of weights, optimizer state and inputs).
+    On CUDA, the result is the allocator's peak minus ``before``, the memory allocated before the model was built. On a
+    CPU, tensors are counted as they are created and freed, starting with those in ``alive`` (nested lists and
+    dictionaries of weights, optimizer state and inputs).
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

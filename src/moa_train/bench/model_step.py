@@ -1,7 +1,7 @@
-"""Model steps: training (forward, loss, backward, clipping, optimizer) and inference, ours and others' in turn.
+"""Benchmark training steps (forward, loss, backward, clipping, optimizer) and inference, interleaved with other models.
 
-Every model goes through the same plain loop on the same images. Beside its speed stand the memory of a step, and what
-it reaches of the speed of a matrix product of its dtype, which has its turn in every round as well (MFU).
+Every model runs in the same plain loop on the same images. The tables also report the peak memory of a step and its
+MFU: its speed relative to a matrix product of the same dtype, which is also measured in every round.
 """
 
 import copy
@@ -29,12 +29,12 @@ from moa_train.runtime.precision import Precision
 from moa_train.schema import RunConfig, image_shape
 
 RATE = 1e-6
-"""Of learning. The images are noise: nothing is to be learned, and all numbers are to stay as they are."""
+"""Learning rate. It is tiny because the images are noise and the weights should barely change."""
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """A model that takes part, and the multiply-accumulates of one image's forward pass."""
+    """A model to measure, and the multiply-accumulates of its forward pass for one image."""
 
     name: str
     build: Callable[[Precision], tuple[nn.Module, Optimizers]]
@@ -43,7 +43,7 @@ class Entrant:
 
 
 def prepare(job: Job) -> Callable[[], Iterator[Table]]:
-    """Check precisions and models; return what yields a table for each mode, precision and batch."""
+    """Check precisions and models; return a function that yields a table for each mode, precision and batch size."""
     config = job.config
     precisions = [Precision.resolve(name, job.device) for name in job.precisions or [config.runtime.precision]]
     batches = job.batches or [config.engine.micro_batch_size or config.engine.batch_size]
@@ -91,7 +91,7 @@ def _theirs(job: Job, text: str) -> Entrant:
 
 
 def count_macs(model: nn.Module, image_size: tuple[int, int]) -> int:
-    """Return the multiply-accumulates of one image's forward pass through ``model``, which is on the meta device."""
+    """Return the multiply-accumulates of the forward pass for one image; ``model`` is on the meta device."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(torch.empty(1, 3, *image_size, device="meta"))
     return int(counter.get_total_flops()) // 2
@@ -120,7 +120,7 @@ def _compare(job: Job, entrants: list[Entrant], mode: str, precision: Precision,
             inputs = [(images, targets)]
             step = partial(plain.update, called, optimizer, inputs, passes=1, precision=precision, clip=clip)
         measures[entrant.name] = timed(step, device, least_seconds=job.seconds)
-        if not entrant.compiled or device.type == "cuda":  # on a CPU one cannot look into compiled code
+        if not entrant.compiled or device.type == "cuda":  # on a CPU, memory inside compiled code cannot be tracked
             alive = [model.state_dict(), [part.state for part in optimizer.parts], images, targets]
             needed[entrant.name] = memory.peak(step, device, alive=alive, before=before)
 

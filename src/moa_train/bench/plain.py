@@ -1,4 +1,4 @@
-"""The steps that everybody writes by hand. Models are compared in them; the product's loop is measured by them."""
+"""Plain hand-written steps, in which models are compared, and which are the baseline for the trainer's own loop."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ def update(
     precision: Precision,
     clip: Callable[[Sequence[Tensor]], object],
 ) -> None:
-    """Make one update from ``passes`` pairs of images (B, C, H, W) and target distributions (B, K)."""
+    """Perform one optimizer update from ``passes`` pairs of images (B, C, H, W) and target distributions (B, K)."""
     scaler = precision.scaler
     for images, targets in inputs:
         with precision.autocast():

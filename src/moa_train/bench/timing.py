@@ -1,4 +1,4 @@
-"""Time candidates alternately: A B A B. The two times of a ratio then come from the same state of the machine."""
+"""Time candidates alternately (A B A B), so that both times of a ratio reflect the same state of the machine."""
 
 import math
 import time
@@ -22,10 +22,10 @@ def alternate(measures: Mapping[str, Measure], rounds: int) -> dict[str, list[fl
 def timed(
     function: Callable[[], object], device: torch.device, *, least_seconds: float = 0.5, warmup: int = 2
 ) -> Measure:
-    """Warm up ``function`` immediately, and return a measurement of the seconds per call.
+    """Warm up ``function`` immediately, and return a function that measures the seconds per call.
 
     Each measurement is the mean over consecutive calls that together take about ``least_seconds``, because a single
-    call can be shorter than the noise. On CUDA, events on the device measure the time, after all queued work.
+    call can be shorter than the noise. On CUDA, device events measure the time after all queued work has finished.
     """
     for _ in range(warmup):
         function()

@@ -1,4 +1,4 @@
-"""Sources whose images are small and in one array; whole batches are gathered at once."""
+"""Sources whose images are small and stored in one array, from which each batch is gathered at once."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,13 +17,13 @@ class ArraySource:
 
     Args:
         title: data set and split, as in ``cifar100/train``.
-        images: uint8, N C H W with C of 1 (repeated to 3) or 3.
+        images: uint8, N C H W with C = 1 (repeated to 3) or C = 3.
         labels: N class indices.
         classes: names of the classes.
         image_size: size of the batches; other native sizes are resampled (bicubic, antialiased).
         rows: indices of the elements of ``images`` and ``labels`` that belong to this source (default: all).
-        content: hash of the pixels, if it is known.
-        files: paths of the files that the elements of ``images`` were made of, as in ``ClassTree``, if known.
+        content: hash of the pixels, if known.
+        files: paths of the files that the elements of ``images`` were created from, as in ``ClassTree``, if known.
     """
 
     in_memory = True
@@ -79,7 +79,7 @@ class ArraySource:
 
     @property
     def files(self) -> NDArray[np.bytes_] | None:
-        """Paths of the files that the samples were made of, if known."""
+        """Paths of the files that the samples were created from, if known."""
         return None if self._all_files is None else self._all_files[self.rows]
 
     def gather(self, index: NDArray[np.int64]) -> Tensor:

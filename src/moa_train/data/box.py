@@ -21,14 +21,14 @@ class Box(NamedTuple):
 
 
 def box_numbers(keys: Hashes, purpose: Purpose) -> Floats:
-    """Draw the random numbers of ``random_box`` for samples with these keys: float64, B 10 4."""
+    """Draw the random numbers for ``random_box`` for samples with these keys: float64, B 10 4."""
     return uniform(keys[:, None, None], purpose, *np.ogrid[:_TRIES, :4])
 
 
 def random_box(size: tuple[int, int], scale: Range, ratio: Range, numbers: Floats) -> Box:
     """Choose a rectangle of random area and shape in an image.
 
-    The result is the first of ten tries that fits, otherwise the largest centered one whose shape is in range.
+    The result is the first of ten tries that fits, otherwise the largest centered rectangle whose shape is in range.
 
     Args:
         size: height and width of the image.

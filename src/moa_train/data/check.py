@@ -1,4 +1,4 @@
-"""Check a data set before a long run: unreadable images, duplicates, images that training and test share."""
+"""Check a data set before a long run for unreadable images, duplicates, and images in both training and test."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ from moa_train.runtime.errors import UserError
 from moa_train.schema import SPLITS
 
 MIN_CONTRAST = 16
-"""Images with less between their lowest and highest value (of 255) are reported."""
+"""Images whose lowest and highest values (0 to 255) differ by less than this are reported."""
 
 
 @dataclass
@@ -29,13 +29,13 @@ class Report:
     Attributes:
         images: number of images in each split.
         ignored: number of files in each split that are not images.
-        broken: links that lead nowhere or to a folder that contains them.
+        broken: broken links, and links to a folder that contains them.
         unreadable: a message for each image that cannot be decoded.
         duplicates: groups of equal images of one split.
         leaks: groups of equal images of different splits.
-        conflicts: those of the groups above whose images have different classes.
-        flat: images with hardly any contrast, for example if 12-bit values are stored as 16-bit ones.
-        stale: images whose pixels in a pack differ from those of the file.
+        conflicts: groups from ``duplicates`` and ``leaks`` whose images have different classes.
+        flat: images with hardly any contrast, for example because 12-bit values are stored as 16-bit values.
+        stale: images whose pixels in the pack differ from those in the file.
     """
 
     images: dict[str, int] = field(default_factory=dict)
@@ -85,13 +85,13 @@ def check(
 
     Args:
         root: folder with class-folder trees or packs of splits, or one class-folder tree.
-        workers: number of processes that decode; 0 decodes in this one.
-        progress: called with the number of images done.
+        workers: number of processes that decode; 0 decodes in this process.
+        progress: called with the number of images checked so far.
         decoding: limits and value range, as in training.
 
     Raises:
-        UserError: there is no data set, it is not likely to be one, a class folder is empty, the splits' classes
-            differ, or a pack is damaged or was made of other files.
+        UserError: ``root`` holds no data set or something that does not look like one, a class folder is empty, the
+            splits have different classes, or a pack is damaged or was created from different files.
     """
     check_split_names(root)
     splits = [split for split in SPLITS if is_packed(root, split) or (root / split).is_dir()]
@@ -119,7 +119,7 @@ def check(
 def _split(
     root: Path, split: str, workers: int, report: Report, decoding: Decoding | None
 ) -> Iterator[tuple[_Item, _Pixels | str]]:
-    """Yield the images of a split; if it is packed and the files are there as well, compare the two."""
+    """Yield the images of a split; if both its pack and its files exist, compare them."""
     pack, tree = None, None
     if split and is_packed(root, split):
         verify_pack(root, split)

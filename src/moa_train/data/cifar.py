@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 from their archives (Krizhevsky 2009).
 
 The archives are the binary versions (records of label bytes and pixels), because the Python versions are pickles.
-Archives are read without extracting them, and only if they have the MD5 published on
+They are read without extraction, and only if they have the MD5 published on
 https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
@@ -51,10 +51,10 @@ class Cifar(DataSet):
 
     archive: Archive
     downloads = True
-    holds_out_by_name = False  # published numbers depend on the rows
+    holds_out_by_name = False  # published results depend on the split by row
 
     def read(self, split: str) -> "Source":
-        """Open the pack of a split. If there is none, make it from the class folders or the archive first."""
+        """Open the pack of a split. If there is none, create it from the class folders or the archive first."""
         from moa_train.data.image import Decoding
         from moa_train.data.pack import check_classes, check_origin, is_packed, pack_tree, read_pack
         from moa_train.data.tree import scan_split
@@ -117,18 +117,19 @@ def fetch(archive: Archive, root: Path) -> Path:
     """Download an archive into ``root``.
 
     Raises:
-        UserError: there is no network, or the download is not the archive. Says what to download and where to put it.
+        UserError: there is no network, or the downloaded file is not the archive. The message says which file to
+            download and where to put it.
     """
     from torchvision.datasets.utils import download_url
 
     partial = root / f".{archive.filename}.{os.getpid()}"
     try:
         download_url(archive.url, str(root), partial.name, archive.md5)
-        partial.replace(root / archive.filename)  # only a complete download gets the name
-    except (OSError, RuntimeError) as error:  # no network, or another MD5
+        partial.replace(root / archive.filename)  # only a complete download gets the final name
+    except (OSError, RuntimeError) as error:  # no network, or a wrong MD5
         raise UserError(
             f"{archive.url} could not be downloaded ({error}). Download it on another machine (MD5 {archive.md5}) and "
-            f"copy it to {root / archive.filename}. The next start will use it."
+            f"copy it to {root / archive.filename}. The next run will use it."
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -139,7 +140,7 @@ def pack_archive(archive: Archive, path: Path, root: Path) -> None:
     """Write the packs of both splits of an archive.
 
     Raises:
-        UserError: the file's MD5 is not the archive's.
+        UserError: the file does not have the archive's MD5.
     """
     import tarfile
 
@@ -151,8 +152,8 @@ def pack_archive(archive: Archive, path: Path, root: Path) -> None:
         md5 = hashlib.file_digest(file, "md5").hexdigest()
     if md5 != archive.md5:
         raise UserError(
-            f"{path} has MD5 {md5}, expected {archive.md5}: it is damaged or another file. Delete it and download "
-            f"{archive.url}."
+            f"{path} has MD5 {md5}, expected {archive.md5}: the file is damaged or not the archive. Delete it and "
+            f"download {archive.url}."
         )
     with tarfile.open(path) as tar:
         classes = _member(tar, archive.names).decode().split()

@@ -1,4 +1,4 @@
-"""The digits of scikit-learn: 1,797 real scans of handwritten digits, which come with the library."""
+"""scikit-learn's digits: 1,797 scans of handwritten digits, which are part of the library's package."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +15,7 @@ TEST_FRACTION = 0.2
 
 
 class Digits(DataSet):
-    """Scans of 8 x 8 pixels with 17 levels of gray, enlarged to the image size as batches are gathered."""
+    """Scans of 8 x 8 pixels with 17 gray levels, enlarged to the image size when batches are gathered."""
 
     mean = (0.309, 0.309, 0.309)
     std = (0.349, 0.349, 0.349)
@@ -40,12 +40,12 @@ def _read() -> "np.ndarray":
     """Return 64 gray levels and a label for each scan, shape (1797, 65)."""
     import numpy as np
 
-    # Importing scikit-learn takes as long as importing torch, and load_digits() does no more than this.
+    # Importing scikit-learn takes as long as importing torch, and load_digits() would only read the same file.
     package = find_spec("sklearn")
     path = Path(package.origin if package and package.origin else "").parent / "datasets" / "data" / "digits.csv.gz"
     if path.exists():
         return np.loadtxt(path, delimiter=",")
-    from sklearn.datasets import load_digits  # for a version that keeps the file elsewhere
+    from sklearn.datasets import load_digits  # for a version that stores the file elsewhere
 
     digits = load_digits()
     return np.column_stack([digits.data, digits.target])

@@ -14,13 +14,13 @@ _STARTS = 1 << 16
 
 
 class RandomErasing:
-    """Replace a random rectangle of some normalised images by noise.
+    """Replace a random rectangle of some normalized images with noise.
 
-    The noise of an image is a random piece of one fixed table: drawing it anew for every pixel would cost more than all
-    the rest of the augmentation.
+    The noise of an image is a random section of one fixed table, because drawing new noise for every pixel would take
+    longer than the rest of the augmentation.
 
     Args:
-        probability: that an image is erased.
+        probability: probability that an image is erased.
     """
 
     def __init__(self, probability: float) -> None:
@@ -28,7 +28,7 @@ class RandomErasing:
         self._noise = torch.empty(0)
 
     def __call__(self, images: Tensor, keys: Hashes) -> Tensor:
-        """Erase in float images B C H W, in place."""
+        """Erase rectangles of float images, B C H W, in place."""
         if not self.probability:
             return images
         whether, where = uniform(keys, Purpose.ERASING, np.arange(2)[:, None])
@@ -39,14 +39,14 @@ class RandomErasing:
         starts = (where[rows] * _STARTS).astype(np.int64)
         if images.device.type != "cpu":
             return self._erase_at_once(images, rows, boxes, starts)
-        pixels, noise = images.numpy(), self._table(images).numpy()  # slices of arrays cost a fifth of those of tensors
+        pixels, noise = images.numpy(), self._table(images).numpy()  # slicing arrays is 5 times faster than tensors
         for row, box, start in zip(rows.tolist(), boxes, starts.tolist(), strict=True):
             piece = noise[start : start + channels * box.height * box.width].reshape(channels, box.height, box.width)
             pixels[row, :, box.top : box.top + box.height, box.left : box.left + box.width] = piece
         return images
 
     def _erase_at_once(self, images: Tensor, rows: Whole, boxes: list[Box], starts: Whole) -> Tensor:
-        """Erase the same pixels, in a number of operations that does not grow with the batch."""
+        """Erase the same pixels with a number of operations that does not depend on the batch size."""
         if not boxes:
             return images
         channels, height, width = images.shape[1:]

@@ -1,4 +1,4 @@
-"""Sources whose images are files, which are read one by one."""
+"""Sources whose images are individual files."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ class FileSource:
     Args:
         title: data set and split, as in ``imagenet/train``.
         tree: the files.
-        image_size: height and width of the images that loaders make.
+        image_size: height and width of loaded images.
         rows: indices of the files that belong to this source (default: all).
         decoding: limits and value range.
     """
@@ -85,7 +85,7 @@ class FileSource:
         Args:
             draw: B samples.
             seed: seed of the run.
-            view: turns a file into pixels of ``image_size``.
+            view: converts a file to pixels of ``image_size``.
             substitute: read the next readable file in place of an unreadable one.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Fingerprints of data: a run that resumes on other data is noticed."""
+"""Fingerprints of data, by which a resumed run detects that its data has changed."""
 
 import hashlib
 import json

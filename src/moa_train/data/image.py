@@ -1,8 +1,8 @@
 """Image files: from bytes to uint8 pixels, for every supported format and color mode.
 
-Files come from strangers. Pillow would hand some formats to other programs (PostScript to Ghostscript) or to handlers
-that other packages register, so images are opened by their content and only in formats that are decoded in process.
-This is the only module that opens image files.
+Files are not trusted. Pillow passes some formats to other programs (PostScript to Ghostscript) or to handlers that
+other packages register. Images are therefore identified by their content, and opened only if their format is decoded
+in this process. This is the only module that opens image files.
 """
 
 import io
@@ -26,24 +26,24 @@ from moa_train.runtime.errors import UserError
 from moa_train.schema import DataConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Formats that are decoded in process. JPEG 2000, WebP and AVIF need a Pillow that was built with them."""
+"""Formats that are decoded in this process. JPEG 2000, WebP and AVIF require a Pillow built with them."""
 
 MAX_REDUCTION = 8  # the JPEG decoder can return images up to this factor smaller
 
-_MAX_SCANS = 30  # of a progressive JPEG of the largest size: each scan costs a pass over all pixels
+_MAX_SCANS = 30  # of a progressive JPEG of maximum size: each scan takes a pass over all pixels
 _STRIP = 1 << 20  # pixels copied at a time
 _BYTES_PER_PIXEL = 8  # of an uncompressed file: 4 channels of 16 bits
-_TILE_WIDTH, _TILE_LENGTH, _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 322, 323, 262, 258, 339  # tags of TIFF
+_TILE_WIDTH, _TILE_LENGTH, _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 322, 323, 262, 258, 339  # TIFF tags
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Settings of decoding.
+    """Decoding settings.
 
     Attributes:
-        max_pixels: images with more pixels are refused before their pixels are decoded.
-        value_range: gray levels of black and white in images of more than 8 bits. By default they are those of the
-            unsigned integer; images whose range is not known (floating point, 32 bits, signed) are then refused.
+        max_pixels: images with more pixels are rejected before their pixels are decoded.
+        value_range: values of black and white in gray images of more than 8 bits. The default is the range of the
+            unsigned integer type; images whose range is unknown (floating point, 32 bits, signed) are then rejected.
     """
 
     max_pixels: int = DataConfig.max_pixels
@@ -58,14 +58,14 @@ class Decoding:
         if self.max_pixels < 1:
             raise UserError(f"max_pixels={self.max_pixels}: must be at least 1. Default: 100000000.")
         if self.value_range and not -np.inf < self.value_range[0] < self.value_range[1] < np.inf:
-            raise UserError(f"range={list(self.value_range)}: must be two numbers, LOW < HIGH. Usual: [0,1].")
+            raise UserError(f"range={list(self.value_range)}: must be two numbers, LOW < HIGH, for example [0,1].")
 
 
 class EncodedImage:
-    """An image whose header has been read and whose pixels have not been decoded.
+    """An image whose header has been read but whose pixels have not been decoded.
 
     Pixels are those of Pillow's ``convert("RGB")``, except that gray images of more than 8 bits are scaled to 8 bits
-    and not clipped. Of animations, the first frame is decoded. Orientation tags are not applied, as is usual for the
+    instead of clipped. Only the first frame of an animation is decoded. Orientation tags are ignored, as is usual for
     common data sets.
 
     Attributes:
@@ -86,15 +86,15 @@ class EncodedImage:
         decoding = decoding or Decoding()
         with path.open("rb") as file:
             status, most = os.fstat(file.fileno()), (1 << 20) + _BYTES_PER_PIXEL * decoding.max_pixels
-            if stat.S_ISCHR(status.st_mode) or status.st_size > most:  # devices may never end
-                raise UserError(f"a device or a file of more bytes than {_too_many(decoding)} take")
+            if stat.S_ISCHR(status.st_mode) or status.st_size > most:  # a device may never end
+                raise UserError(f"a device, or a file larger than {_too_many(decoding)} allows")
             return cls(file.read(most if stat.S_ISFIFO(status.st_mode) else status.st_size), decoding)
 
     def decode(self, reduction: int = 1) -> Tensor:
         """Return uint8 pixels, 3 H W in channels-last memory format.
 
         Args:
-            reduction: a power of two. The sides of a JPEG may become up to this factor smaller, which is faster.
+            reduction: a power of two. To save time, the sides of a JPEG may be reduced by up to this factor.
         """
         pixels_HWC = None
         if self._image.format == "JPEG":
@@ -113,22 +113,22 @@ class EncodedImage:
         if self._image.format in ("JPEG", "MPO") and not self._has_one_scan(header_end):
             scans = self._data.count(b"\xff\xda")
             if scans * pixels > _MAX_SCANS * self._decoding.max_pixels:
-                raise UserError(f"{scans} scans of {pixels:,} pixels would take very long to decode")
+                raise UserError(f"{scans} scans of {pixels:,} pixels would take too long to decode")
 
     def _has_one_scan(self, header_end: int) -> bool:
-        """Return whether the first scan of a JPEG, whose header ends there, is sequential and has all components."""
+        """Return whether the first scan of a JPEG, after the header, is sequential and has all components."""
         channels = len(self._image.getbands())
         start = b"\xff\xda" + (6 + 2 * channels).to_bytes(2, "big") + bytes([channels])
         return "progressive" not in self._image.info and self._data.startswith(start, header_end - 2 * channels - 8)
 
 
 def open_image(file: IO[bytes]) -> Image.Image:
-    """Return Pillow's image of a file, in one of ``FORMATS`` by its content.
+    """Open a file with Pillow if its content has one of ``FORMATS``.
 
     Raises:
         UnidentifiedImageError: the file has none of these formats.
     """
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Decoding.max_pixels holds in its place
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Decoding.max_pixels is the limit instead
     try:
         return Image.open(file, formats=_formats())
     finally:
@@ -152,7 +152,8 @@ def _tags(image: Image.Image) -> Any:
 def _decode_jpeg(data: bytes, height: int, width: int) -> NDArray[np.uint8] | None:
     """Return the same pixels as Pillow, a third faster, or None if Pillow has to decode the file.
 
-    Pillow has to where simplejpeg is not installed, and for files with errors: it decides which of them are readable.
+    Pillow decodes the file if simplejpeg is not installed or the file has errors. Pillow determines which files with
+    errors are readable.
     """
     if (simplejpeg := _simplejpeg()) is None:
         return None
@@ -176,13 +177,13 @@ def _to_rgb(image: Image.Image, value_range: tuple[float, float] | None) -> Imag
     tags = _tags(image)
     if image.mode[0] in "IF":
         return Image.fromarray(_to_8_bits(image, tags, value_range)).convert("RGB")
-    if set(tags.get(_SAMPLE_FORMAT, ())) - {1, 4}:  # not unsigned; Pillow reads them as if they were
+    if set(tags.get(_SAMPLE_FORMAT, ())) - {1, 4}:  # Pillow would read these as unsigned
         raise UserError("signed 8-bit values are not supported; convert them to unsigned values")
     if image.mode == "RGB":
         image.load()
-        return image  # convert would return a copy
+        return image  # convert would copy it
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # without this step Pillow warns
+        image = image.convert("RGBA")  # otherwise, Pillow would warn
     return image.convert("RGB")
 
 
@@ -208,7 +209,7 @@ def _to_8_bits(image: Image.Image, tags: Any, value_range: tuple[float, float] |
 
 
 def _copy(image: Image.Image) -> NDArray[np.uint8]:
-    """Return the pixels of an RGB image, copied in strips: all at once would take three times the memory."""
+    """Return the pixels of an RGB image, copied in strips, because one copy would take three times the memory."""
     width, height = image.size
     rows = max(1, _STRIP // width)
     if rows >= height:
@@ -222,14 +223,14 @@ def _copy(image: Image.Image) -> NDArray[np.uint8]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn every error that occurs while ``path`` is read into a UserError that names the file."""
+    """Convert every error that occurs while ``path`` is read to a UserError that names the file."""
     try:
         yield
-    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # decoders raise various errors: OSError, SyntaxError, struct.error
         if isinstance(error, UnidentifiedImageError):
             reason = f"not a valid file of a supported format: {', '.join(FORMATS)}"
         else:
             reason = str(error).partition("\n")[0] or type(error).__name__
         message = f"unreadable image ({reason}). Repair or remove it; `moa-data check ROOT` lists all such files."
-        # Names of files may not be UTF-8, and messages are written to files.
+        # File names may not be valid UTF-8, but messages are written to UTF-8 files.
         raise UserError(f"{path}: {message}".encode(errors="backslashreplace").decode()) from error

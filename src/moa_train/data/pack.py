@@ -1,9 +1,9 @@
 """Packs: a split of small images in one memory-mapped array, with a JSON file that describes it.
 
 ``pack-<split>.npy`` holds uint8 N C H W. ``pack-<split>.json`` holds labels, classes, the SHA-256 of the array file,
-and the fingerprint and the names of the files that the pack was made of. Both are written under temporary names and
-renamed, the array first: if the JSON file exists, the pack is complete. Processes that pack at the same time replace
-each other's files with equal ones.
+and the fingerprint and the names of the source files. Both are written under temporary names and renamed, the array
+first: if the JSON file exists, the pack is complete. Processes that pack at the same time replace each other's files
+with identical ones.
 """
 
 import hashlib
@@ -52,8 +52,8 @@ def write_pack(
         images: uint8, N C H W.
         labels: int64, N.
         classes: names of the classes.
-        origin: fingerprint of the tree that was packed, if it was one.
-        files: paths of its files.
+        origin: fingerprint of the class-folder tree, if the images are from one.
+        files: paths of the tree's files.
     """
     array_path, json_path = pack_paths(root, split)
     temporary = [path.with_name(f".{path.name}.{os.getpid()}") for path in (array_path, json_path)]
@@ -62,7 +62,7 @@ def write_pack(
         with temporary[0].open("wb") as file:
             images = np.ascontiguousarray(images, np.uint8)
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(images))
-            file.write(images.data)  # np.save would not notice a full disk
+            file.write(images.data)  # np.save does not report a full disk
             file.flush()
             os.fsync(file.fileno())
         description = {
@@ -89,12 +89,12 @@ def write_pack(
 
 
 def pack_tree(tree: ClassTree, root: Path, split: str, decoding: Decoding | None = None) -> None:
-    """Decode a class-folder tree of equally sized small images, and write it as a pack.
+    """Decode a class-folder tree of small images of one size, and write it as a pack.
 
     Raises:
-        UserError: an image is unreadable or of another size than the first, or the pack cannot be written.
+        UserError: an image is unreadable or differs in size from the first, or the pack cannot be written.
     """
-    _log.info("Packing the %d images of %s into %s (only once)", len(tree.files), tree.root, root)
+    _log.info("Packing the %d images of %s into %s (needed only once)", len(tree.files), tree.root, root)
     images: np.ndarray | None = None
     for row in range(len(tree.files)):
         path = tree.path(row)
@@ -105,7 +105,7 @@ def pack_tree(tree: ClassTree, root: Path, split: str, decoding: Decoding | None
         if image.shape != images.shape[1:]:
             raise UserError(
                 f"{path} is {image.shape[2]} x {image.shape[1]} pixels, the first image is {images.shape[3]} x "
-                f"{images.shape[2]}: a pack needs one size. Use data=folder for images of any size."
+                f"{images.shape[2]}, but a pack requires one size. Use data=folder for images of any size."
             )
         images[row] = image
     assert images is not None  # scan never returns an empty tree
@@ -116,7 +116,7 @@ def read_pack(root: Path, split: str, title: str, image_size: tuple[int, int]) -
     """Open a pack, memory-mapped.
 
     Raises:
-        UserError: the files are damaged, do not belong together or are of another format.
+        UserError: the files are damaged, do not belong together or have a different format.
     """
     array_path, json_path = pack_paths(root, split)
     try:
@@ -124,18 +124,18 @@ def read_pack(root: Path, split: str, title: str, image_size: tuple[int, int]) -
         labels = np.asarray(facts["labels"], np.int64)
         classes = [str(name) for name in facts["classes"]]
         shape, checksum, version = tuple(facts["shape"]), str(facts["sha256"]), facts["format"]
-        names = facts.get("files")  # not in packs of older versions
+        names = facts.get("files")  # packs of older versions have none
         files = None if names is None else np.array([os.fsencode(name) for name in names])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(json_path, f"does not describe a pack ({error!r})") from error
     if version != FORMAT:
-        raise _damaged(json_path, f"has format {version}, this version reads {FORMAT}")
+        raise _damaged(json_path, f"has format {version}, but this version reads format {FORMAT}")
     try:
         images = np.load(array_path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise _damaged(array_path, f"cannot be read ({error})") from error
     if images.dtype != np.uint8 or images.shape != shape or len(shape) != 4 or shape[1] not in (1, 3):
-        raise _damaged(array_path, f"holds {images.dtype} {images.shape}, its description says uint8 {shape}")
+        raise _damaged(array_path, f"holds {images.dtype} {images.shape}, but its description says uint8 {shape}")
     if files is not None and len(files) != len(images):
         raise _damaged(json_path, f"has {len(files)} file names for {len(images)} images")
     if len(labels) != len(images) or (len(labels) and not 0 <= labels.min() <= labels.max() < len(classes)):
@@ -149,7 +149,7 @@ def packed_classes(root: Path, split: str) -> list[str]:
 
 
 def check_classes(root: Path, split: str, classes: Sequence[str]) -> None:
-    """Check that the classes of a split are those of train in the same folder, whether train is packed or not.
+    """Check that a split has the same classes as train in the same folder, whether train is packed or not.
 
     Raises:
         UserError: the names or their order differ.
@@ -161,10 +161,11 @@ def check_classes(root: Path, split: str, classes: Sequence[str]) -> None:
 
 
 def check_origin(root: Path, split: str, tree: ClassTree) -> None:
-    """Check that a pack was made of the files of the class-folder tree next to it.
+    """Check that a pack was created from the files of the class-folder tree next to it.
 
     Raises:
-        UserError: it was made of other files, or files were added, removed or renamed since; some of them are listed.
+        UserError: it was created from different files, or files were added, removed or renamed since. The message lists
+            some of them.
     """
     facts = json.loads(pack_paths(root, split)[1].read_text())
     if facts.get("origin") == tree.fingerprint:
@@ -177,7 +178,7 @@ def check_origin(root: Path, split: str, tree: ClassTree) -> None:
     ]
     raise _damaged(
         pack_paths(root, split)[1],
-        f"was not made of the files that are now in {root / split}" + (f" ({'; '.join(changes)})" if changes else ""),
+        f"was not created from the files now in {root / split}" + (f" ({'; '.join(changes)})" if changes else ""),
     )
 
 
@@ -190,7 +191,7 @@ def verify_pack(root: Path, split: str) -> None:
     array_path, json_path = pack_paths(root, split)
     read_pack(root, split, split, (1, 1))
     if file_sha256(array_path) != json.loads(json_path.read_text())["sha256"]:
-        raise _damaged(array_path, "does not have the SHA-256 of its description")
+        raise _damaged(array_path, "does not match the SHA-256 in its description")
 
 
 def file_sha256(path: Path) -> str:

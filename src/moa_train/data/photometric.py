@@ -1,6 +1,6 @@
-"""Photometric operations on batches, as Pillow defines them: to the bit (ImageOps, ImageEnhance).
+"""Photometric operations on batches, bit-identical to Pillow's (ImageOps, ImageEnhance).
 
-Each turns uint8 images, B 3 H W, and a level for each, float32 B 1 1 1, into uint8 images in memory of their own.
+Each operation takes uint8 images, B 3 H W, and one level per image, float32 B 1 1 1, and returns new uint8 images.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moa_train.data.batch import to_uint8
 
-_FULL = torch.tensor(255.0, dtype=torch.float64)  # as a tensor: a number would be multiplied by the reciprocal
+_FULL = torch.tensor(255.0, dtype=torch.float64)  # torch computes number / tensor by the reciprocal
 
 
 def invert(images: Tensor, level: Tensor) -> Tensor:
@@ -17,18 +17,18 @@ def invert(images: Tensor, level: Tensor) -> Tensor:
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
-    """Keep the highest ``bits`` (whole, 1 to 8) of each value."""
+    """Keep the highest ``bits`` (integer, 1 to 8) of each value."""
     dropped = (8 - bits).to(torch.uint8)
     return (images >> dropped) << dropped
 
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    """Invert values from ``threshold`` on."""
-    return images ^ -(images >= threshold).to(torch.uint8)  # the negative of 1 is 255: all bits
+    """Invert values of at least ``threshold``."""
+    return images ^ -(images >= threshold).to(torch.uint8)  # -1 is 255 in uint8: all bits are set
 
 
 def solarize_add(images: Tensor, amount: Tensor) -> Tensor:
-    """Add ``amount`` (whole, at most 128) to values below 128: those whose highest bit is 0."""
+    """Add ``amount`` (integer, at most 128) to values below 128, whose highest bit is 0."""
     return images + amount.to(torch.uint8) * (~images >> 7)
 
 
@@ -59,20 +59,20 @@ def equalize(images: Tensor, level: Tensor) -> Tensor:
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Move values away from the image's mean grey (0: grey, 1: no change)."""
+    """Move values away from the image's mean gray (0: gray, 1: no change)."""
     x_B3HW = images.float()
     mean = grey(x_B3HW).mean((1, 2, 3), keepdim=True, dtype=torch.float64).add_(0.5).floor_()
     return blend(mean.float(), x_B3HW, factor)
 
 
 def colour(images: Tensor, factor: Tensor) -> Tensor:
-    """Move colours away from grey (0: grey, 1: no change)."""
+    """Move colors away from gray (0: gray, 1: no change)."""
     x_B3HW = images.float()
     return blend(grey(x_B3HW), x_B3HW, factor)
 
 
 def sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    """Move values away from a blurred copy (0: blurred, 1: no change); the outermost pixels stay."""
+    """Move values away from a blurred copy (0: blurred, 1: no change), except in the outermost pixels."""
     if min(images.shape[-2:]) < 3:
         return images.clone()
     x_B3HW = images.float()
@@ -85,14 +85,14 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def grey(x_B3HW: Tensor) -> Tensor:
-    """Return luma as Pillow computes it (ITU-R 601-2, 16 bits after the point): whole floats, B 1 H W."""
-    red, green, blue = x_B3HW.unbind(1)  # what follows is exact in float32
+    """Return luma as Pillow computes it (ITU-R 601-2, 16-bit fixed point): floats with integer values, B 1 H W."""
+    red, green, blue = x_B3HW.unbind(1)  # the sums below are exact in float32
     luma = (red * (19595 / 65536)).add_(green, alpha=38470 / 65536).add_(blue, alpha=7471 / 65536)
     return luma.add_(0.5).floor_().unsqueeze(1)
 
 
 def blend(start: Tensor, end: Tensor, factor: Tensor) -> Tensor:
-    """Go from ``start`` towards ``end`` and past it: uint8, rounded down, as ``Image.blend``."""
+    """Interpolate from ``start`` to ``end`` or extrapolate beyond: uint8, rounded down, like ``Image.blend``."""
     return to_uint8((end - start).mul_(factor).add_(start).clamp_(0, 255))
 
 

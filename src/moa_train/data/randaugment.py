@@ -1,8 +1,8 @@
-"""RandAugment (Cubuk et al. 2019) for whole batches, with the increasing severities that recipes write as ``inc1``.
+"""RandAugment (Cubuk et al. 2019) for batches, with increasing severities (``inc1`` in the names of common recipes).
 
 Each of ``ops`` layers picks one of 15 operations for every image and applies it with probability 1/2, at a strength
-drawn around ``magnitude`` (0 to 10). The images of a layer are sorted by operation, so that each works on a slice of
-them; affine maps are carried out together.
+drawn around ``magnitude`` (0 to 10). The images of a layer are sorted by operation, so that each operation works on a
+slice of them. All affine maps are applied in one call.
 """
 
 import math
@@ -33,11 +33,11 @@ def level_of(operation: str, strength: Floats, sign: Floats) -> Floats:
 
     Args:
         operation: one of ``OPERATIONS``.
-        strength: in 0..1.
-        sign: -1 or 1, for operations that go both ways.
+        strength: from 0 to 1.
+        sign: -1 or 1, for operations with two directions.
 
     Returns:
-        Bits, a threshold, an amount, a factor, radians, a slope, or a part of the image's side.
+        Bits, a threshold, an amount, a factor, radians, a slope, or a fraction of the image's side.
     """
     match operation:
         case "posterize":
@@ -54,13 +54,13 @@ def level_of(operation: str, strength: Floats, sign: Floats) -> Floats:
             return sign * 0.3 * strength
         case "translate_x" | "translate_y":
             return sign * 0.45 * strength
-    return strength  # takes none
+    return strength  # the other operations ignore it
 
 
 def affine_map(operation: str, level: float, height: int, width: int) -> list[list[float]]:
-    """Return the map of a geometric operation, from places in the result to places in the image."""
+    """Return the map of a geometric operation, from positions in the result to positions in the image."""
     match operation:
-        case "rotate":  # counter-clockwise about the centre
+        case "rotate":  # counterclockwise about the center
             cos, sin, x, y = math.cos(level), math.sin(level), width / 2, height / 2
             return [[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y]]
         case "shear_x":
@@ -76,8 +76,8 @@ class RandAugment:
     """Random operations on batches of uint8 images.
 
     Args:
-        config: number of layers (operations per image at most), mean and standard deviation of the strength.
-        fill: values of pixels that come from outside the image, C.
+        config: number of layers (maximum operations per image), mean and standard deviation of the strength.
+        fill: C values for pixels outside the image.
     """
 
     def __init__(self, config: AugmentConfig, fill: Tensor) -> None:
@@ -87,7 +87,7 @@ class RandAugment:
     def __call__(self, images: Tensor, keys: Hashes) -> Tensor:
         """Augment uint8 images B 3 H W, whose samples have these keys."""
         layers = self.draw(keys)
-        order = np.arange(len(keys))  # images are kept sorted by operation, so that equal ones are a slice
+        order = np.arange(len(keys))  # sorted by operation, so that each operation's images form a slice
         for chosen, strength, sign in zip(*layers, strict=True):
             by_operation = np.argsort(chosen[order], kind="stable")
             order = order[by_operation]
@@ -96,7 +96,7 @@ class RandAugment:
         return images.index_select(0, send(np.argsort(order), images))
 
     def draw(self, keys: Hashes) -> tuple[Whole, Floats, Floats]:
-        """Return, for each layer and image, the operation's place in ``OPERATIONS`` (-1: none), strength and sign."""
+        """Return, for each layer and image, the operation's index in ``OPERATIONS`` (-1: none), strength and sign."""
         layers, last = np.arange(self.ops)[:, None], np.arange(3)[:, None, None]
         which, whether, direction = uniform(keys, Purpose.RANDAUGMENT, layers, last)
         strength = self.magnitude + self.std * normal(keys, Purpose.RANDAUGMENT, layers, 3)
@@ -108,7 +108,7 @@ class RandAugment:
         )
 
     def _apply(self, images: Tensor, chosen: Whole, strength: Floats, sign: Floats) -> None:
-        """Carry out one layer in place; ``chosen`` ascends."""
+        """Apply one layer in place; ``chosen`` is in ascending order."""
         names = ("none", *OPERATIONS)
         sizes = np.bincount(chosen + 1, minlength=len(names)).tolist()
         parts = zip(names, pairwise((0, *np.cumsum(sizes).tolist())), strict=True)
@@ -120,5 +120,5 @@ class RandAugment:
         maps = [affine_map(name, level, *images.shape[-2:]) for name in MAPS for level in levels[name].tolist()]
         if maps:
             self.fill = self.fill.to(images.device, non_blocking=True)
-            moved = images[-len(maps) :]  # they come last
+            moved = images[-len(maps) :]  # affine operations come last
             moved.copy_(warp(moved, send(np.array(maps, np.float32), images), self.fill))

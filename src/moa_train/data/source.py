@@ -1,7 +1,7 @@
 """A source: the images of one split, with labels and names.
 
 Both kinds have ``classes``, ``labels`` (int64, N), ``files``, ``place``, ``image_size``, ``in_memory``,
-``fingerprint``, a length, and the methods ``name``, ``subset`` and ``describe``. Loaders gather whole batches from an
+``fingerprint``, a length, and the methods ``name``, ``subset`` and ``describe``. Loaders gather full batches from an
 ``ArraySource``; for a ``FileSource``, worker processes read the files.
 """
 
@@ -22,10 +22,10 @@ _log = logging.getLogger(__name__)
 
 
 def align(source: Source, classes: Sequence[str]) -> Source:
-    """Return a source with the labels of a model that knows these classes. The source may lack some of them.
+    """Return the source with the labels of a model that has these classes. The source may lack some of them.
 
     Raises:
-        UserError: the source has classes that the model does not know.
+        UserError: the source has classes that the model does not have.
     """
     if source.classes == list(classes):
         return source

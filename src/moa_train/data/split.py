@@ -1,4 +1,4 @@
-"""Held-out parts of a data set: stratified, and the same for every run."""
+"""Hold out part of a data set, stratified by class and identical in every run."""
 
 import os
 from collections.abc import Iterable
@@ -17,17 +17,17 @@ Rows = NDArray[np.int64]
 
 
 def hold_out(labels: Rows, fraction: float, purpose: int = 0) -> tuple[Rows, Rows]:
-    """Divide the samples of each class, by their positions, into a part that stays and a part that is held out.
+    """Divide the samples of each class, by their positions, into a kept part and a held-out part.
 
-    Every class with at least two samples keeps at least one and gives at least one, whatever the fraction.
+    For any fraction, both parts get at least one sample of every class that has at least two.
 
     Args:
         labels: int64, N.
-        fraction: part held out, above 0 and below 1.
+        fraction: fraction to hold out, above 0 and below 1.
         purpose: divisions for different purposes are independent of each other.
 
     Returns:
-        Indices that stay and indices held out, both ascending.
+        Kept indices and held-out indices, both ascending.
     """
     _check_fraction(fraction)
     held = np.zeros(len(labels), bool)
@@ -41,17 +41,17 @@ def hold_out(labels: Rows, fraction: float, purpose: int = 0) -> tuple[Rows, Row
 def hold_out_by_name(names: Iterable[bytes], labels: Rows, fraction: float) -> tuple[Rows, Rows]:
     """Divide the samples of each class, by hashes of their names, as `hold_out` does.
 
-    A file is held out if its hash lies below the fraction, so adding or removing files moves no other file. (One
-    exception keeps small classes in both parts: if no hash of a class lies below, the file with the lowest is held
-    out; if all do, the file with the highest stays.)
+    A file is held out if its hash is below the fraction, so adding or removing files does not move other files. An
+    exception keeps small classes in both parts: if no hash of a class is below the fraction, the file with the lowest
+    hash is held out; if all hashes are, the file with the highest hash is kept.
 
     Args:
-        names: N paths, as `CLASS/NAME.jpg`. Their Unicode form (NFC, NFD) makes no difference.
+        names: N paths such as `CLASS/NAME.jpg`. Their Unicode form (NFC, NFD) does not matter.
         labels: int64, N.
-        fraction: part held out, above 0 and below 1; of large classes it is met approximately.
+        fraction: approximate fraction to hold out, above 0 and below 1.
 
     Returns:
-        Indices that stay and indices held out, both ascending.
+        Kept indices and held-out indices, both ascending.
     """
     _check_fraction(fraction)
     hashes = np.array([_hash(name) for name in names])
@@ -75,4 +75,4 @@ def _hash(name: bytes) -> float:
 
 def _check_fraction(fraction: float) -> None:
     if not 0 < fraction < 1:
-        raise UserError(f"val_fraction={fraction}: must be above 0 and below 1. Usual: val_fraction=0.1.")
+        raise UserError(f"val_fraction={fraction}: must be above 0 and below 1, for example val_fraction=0.1.")

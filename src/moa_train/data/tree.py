@@ -1,4 +1,4 @@
-"""Class-folder trees: root/CLASS/image.jpg, possibly in deeper folders."""
+"""Class-folder trees: root/CLASS/image.jpg, possibly with nested folders."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".
 SYSTEM_FOLDERS = frozenset(
     ["@eaDir", "#recycle", "@Recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"]
 )
-"""Folders that storage servers and operating systems leave in a tree, with thumbnails or deleted files in them."""
+"""Folders with thumbnails or deleted files that storage servers and operating systems create in a tree."""
 
 OTHER_NAMES = {
     **dict.fromkeys(["valid", "validation", "validate", "dev", "eval"], "val"),
@@ -26,17 +26,17 @@ OTHER_NAMES = {
     **dict.fromkeys(["training"], "train"),
     **{split: split for split in SPLITS},
 }
-"""Names that other programs use for the splits, in lower case."""
+"""Names that other programs use for the splits, in lowercase."""
 
 
 @dataclass(frozen=True)
 class ClassTree:
     """The image files of one split.
 
-    A class is a folder below ``root``; its index is the folder's position among the sorted names. Its samples are the
-    files in it and in folders below it whose suffix is one of ``IMAGE_SUFFIXES`` in lower or upper case, in sorted
+    A class is a folder in ``root``; its index is the folder's position among the sorted names. Its samples are the
+    files in this folder and its subfolders whose suffix is one of ``IMAGE_SUFFIXES`` (case-insensitive), in sorted
     order. Links to files and folders are followed. Everything else is ignored and counted: hidden files, other
-    suffixes, files next to the class folders, links that lead nowhere or to a folder that contains them.
+    suffixes, files next to the class folders, broken links, and links to a folder that contains them.
 
     Attributes:
         root: folder of the split.
@@ -110,7 +110,7 @@ def scan_split(root: Path, split: str) -> ClassTree:
     """List the images of root/split.
 
     Raises:
-        UserError: it is missing or empty, or its folders are not likely to be classes.
+        UserError: it is missing or empty, or its folders are unlikely to be classes.
     """
     check_plausible(root / split, split)
     return scan(root / split)
@@ -126,8 +126,8 @@ def _images(root: Path, folder: str, above: list[tuple[int, int]]) -> Iterator[t
 
     Args:
         root: folder that the paths are relative to.
-        folder: path of the folder, a string because a tree may hold a million files.
-        above: identities of the folders that contain it. A link to one of them would never end.
+        folder: path of the folder; a string, because a tree may hold a million files.
+        above: identities of the folders that contain it. Following a link to one of them would never end.
     """
     here = _identity(root / folder)
     if here in above:
@@ -151,7 +151,7 @@ def _images(root: Path, folder: str, above: list[tuple[int, int]]) -> Iterator[t
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     if entry.is_symlink():
-        return Path(entry).is_dir()  # entry.is_dir() raises an error for links in a circle
+        return Path(entry).is_dir()  # entry.is_dir() raises an error for circular links
     return entry.is_dir()
 
 
@@ -168,15 +168,15 @@ def check_plausible(root: Path, split: str) -> None:
     """Check that the class folders of a split are likely to be classes.
 
     Raises:
-        UserError: there is one class only, the classes are called train or val, or the system has made a folder. Says
-            what was probably meant.
+        UserError: there is only one class, the folders have names of splits such as train or val, or the system has
+            created one of them. The message suggests a fix.
     """
     classes = class_folders(root) if root.is_dir() else []
     if system := sorted(SYSTEM_FOLDERS & set(classes)):
         raise UserError(f"{root / system[0]}: this folder is not a class. Delete it or move it elsewhere.")
     if classes and {name.lower() for name in classes} <= set(OTHER_NAMES):
         raise UserError(
-            f"{root} has no classes but the folders {', '.join(classes)}, which look like splits. "
+            f"{root} holds only the folders {', '.join(classes)}, which look like splits, not classes. "
             f"Set data.root={root}, or move the class folders up to {root}/CLASS."
         )
     if split == "train" and len(classes) == 1:
@@ -188,16 +188,16 @@ def check_plausible(root: Path, split: str) -> None:
     for name in classes:
         if (other := forms.setdefault(normalize("NFC", name), name)) != name:
             raise UserError(
-                f"{root} has two class folders {name} whose names differ in their Unicode form (NFC, NFD) only: "
+                f"{root} has two class folders {name} whose names differ only in their Unicode form (NFC, NFD): "
                 f"{other!a} and {name!a}. Move their images into one folder."
             )
 
 
 def check_split_names(root: Path) -> None:
-    """Check that no folder in ``root`` is called like a split that is missing, but in another spelling.
+    """Check that no folder in ``root`` has another program's name for a split that is missing.
 
     Raises:
-        UserError: with the name that is expected.
+        UserError: there is one. The message gives the expected name.
     """
     for path in sorted(root.iterdir()) if root.is_dir() else ():
         meant = OTHER_NAMES.get(path.name.lower())
@@ -212,7 +212,7 @@ def compare_classes(one: str, its_classes: Sequence[str], other: str, classes: S
     """Check that two sources have the same classes in the same order.
 
     Raises:
-        UserError: they do not; some of the names that differ are listed.
+        UserError: they do not. The message lists some of the names that differ.
     """
     if list(its_classes) == list(classes):
         return
@@ -224,7 +224,7 @@ def compare_classes(one: str, its_classes: Sequence[str], other: str, classes: S
     )
     if sorted(normalize("NFC", name) for name in its_classes) == sorted(normalize("NFC", name) for name in classes):
         what = (
-            "the names differ in their Unicode form (NFC, NFD) only, as after a copy from macOS: "
+            "the names differ only in their Unicode form (NFC, NFD), as after a copy from macOS: "
             f"{', '.join(ascii(name) for _, names in differences for name in names[:1])}. Rename the folders"
             if what
             else "their order differs"

@@ -1,4 +1,4 @@
-"""Stage 1 of augmentation: from an image file to uint8 pixels of the model's size. Workers run it, per sample."""
+"""Stage 1 of augmentation, which workers run for each sample: from an image file to uint8 pixels of the input size."""
 
 import math
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from moa_train.data.resample import resample
 from moa_train.schema import AugmentConfig, DataConfig
 
 _LARGE = 16  # largest enlarged image, relative to the area of size / ratio; larger ones are cropped first
-_CHOICE = 16  # number of pixels among which the position of a cut is chosen
-_MARGIN = 4  # pixels around a part that its enlargement depends on; a bicubic filter reaches 2
+_CHOICE = 16  # number of candidate pixels for the position of a cut
+_MARGIN = 4  # pixels kept around a part because its enlargement depends on them; a bicubic filter reaches 2
 
 
 class View(Protocol):
-    """Interface of the classes that turn an image into pixels of a fixed size."""
+    """Interface of the classes that convert an image to pixels of a fixed size."""
 
     def numbers(self, keys: Hashes) -> Floats:
         """Draw the random numbers that B samples with these keys need."""
@@ -80,7 +80,7 @@ class CentreCrop:
         """Resize and cut out: uint8, 3 H W."""
         cover = [math.floor(side / self.ratio) for side in self.size]
         x_CHW = image.decode()
-        # In integers, as torchvision does: the side that decides gets its cover's length, the other is rounded down.
+        # Integer arithmetic, as in torchvision: one side gets exactly its cover's length, the other is rounded down.
         if cover[0] * image.width >= cover[1] * image.height:
             resized = cover[0], cover[0] * image.width // image.height
         else:
@@ -97,8 +97,8 @@ def _crop_before(
 ) -> tuple[Tensor, tuple[int, int], list[int]]:
     """Cut out the part of a long, narrow image that is visible after enlargement and cropping.
 
-    The cuts are at positions that fall nearly on pixel edges of the enlarged image, so the result differs from that of
-    enlarging the whole image by a small fraction of an enlarged pixel.
+    The cuts are close to pixel edges of the enlarged image, so the result differs from that of enlarging the full image
+    by a small fraction of an enlarged pixel.
 
     Returns:
         The part, the size to resize it to, and the position of the crop in it.
@@ -123,8 +123,8 @@ def resized_crop(image: EncodedImage, box: Box, size: tuple[int, int], interpola
     """Decode a rectangle of an image and resize it: uint8, 3 H W.
 
     If the rectangle is much larger than the result, a JPEG is decoded at a half, a quarter or an eighth of its size, as
-    long as each side keeps at least twice the pixels of the result. The difference from a full decode is similar to
-    that between two good filters.
+    long as each side keeps at least twice the pixels of the result. The difference from decoding at full size is
+    similar to that between two good resampling filters.
     """
     spare = min(box.height // (2 * size[0]), box.width // (2 * size[1]), MAX_REDUCTION)
     x_CHW = image.decode(reduction=1 << max(0, spare.bit_length() - 1))

@@ -1,7 +1,7 @@
-"""Attention with a relative position bias: the one product that every attention here is made of.
+"""Attention with a relative position bias, shared by all attention layers of this package.
 
-Letters of shapes, in this whole package: B images, H W height and width of a map, C channels, G groups that
-attend among themselves (windows of all images, or whole images), N heads, L tokens of a group, D width of a head.
+Shape suffixes, used throughout the package: B images, H W height and width of a feature map, C channels, G groups
+that attend independently (windows of all images, or full images), N heads, L tokens per group, D channels per head.
 """
 
 import torch
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LONG_ROW = 32
-"""From this number of tokens on, CUDA's attention kernels are faster than a plain product."""
+"""With at least this many tokens per row, CUDA's attention kernels are faster than plain matrix products."""
 
-# AMX, on Intel servers since 2023. The private name is the only one that torch 2.9 has.
+# Intel servers have AMX since 2023. In torch 2.9, only this private function reports it.
 HAS_MATRIX_TILES: bool = torch.cpu._is_amx_tile_supported()
 
 
@@ -19,8 +19,8 @@ class BiasedAttention(nn.Module):
     """``softmax(q kᵀ / √D + bias) v`` with a learned bias for every head and relative position on a grid.
 
     The table (2h - 1, 2w - 1, N) has a cell for every offset between two positions of the ``h x w`` grid.
-    ``relative_position_index`` (L, L) tells the cell of each pair of tokens. ``published_layout`` flattens the table
-    to two dimensions and keeps the index in the state dict, as the published files have it.
+    ``relative_position_index`` (L, L) maps each pair of tokens to its cell. ``published_layout`` flattens the table
+    to two dimensions and keeps the index in the state dict, to match the published files.
     """
 
     relative_position_index: Tensor
@@ -36,17 +36,17 @@ class BiasedAttention(nn.Module):
     def position_bias(self, like: Tensor) -> Tensor:
         """Look up the bias (N, L, L) and return it in the dtype of ``like``.
 
-        The lookup is in the table's own fp32, so that its gradient adds up to L terms for each cell in fp32, too.
+        The lookup runs in the table's fp32, so that the gradient's terms, up to L per cell, are also summed in fp32.
         """
         table_RN = self.relative_position_bias_table.view(-1, self.heads)
-        # With a single head, the transpose would give the gradient other strides than the table's, and DDP would warn.
+        # With a single head, the transpose would give the gradient different strides than the table; DDP would warn.
         table_NR = table_RN.t() if self.heads > 1 else table_RN.view(1, -1)
         L = self.relative_position_index.shape[0]
         return table_NR.index_select(1, self.relative_position_index.view(-1)).view(self.heads, L, L).to(like.dtype)
 
 
 def relative_position_index(height: int, width: int) -> Tensor:
-    """Return the table's cell (L, L) of every query-key pair; L = height x width, cells counted row by row."""
+    """Return the row-major index of the table cell of every query-key pair: (L, L), L = height x width."""
     row_L, column_L = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     row_L, column_L = row_L.flatten(), column_L.flatten()
     down_LL = row_L[:, None] - row_L[None, :] + height - 1
@@ -55,15 +55,15 @@ def relative_position_index(height: int, width: int) -> Tensor:
 
 
 def attend(q_GNLD: Tensor, k_GNLD: Tensor, v_GNLD: Tensor, bias: Tensor) -> Tensor:
-    """Return ``softmax(q kᵀ / √D + bias) v`` (G, N, L, D); ``bias`` is (N, L, L), or (G, N, L, L) with a mask in it.
+    """Return ``softmax(q kᵀ / √D + bias) v`` (G, N, L, D); ``bias`` is (N, L, L), or (G, N, L, L) if it contains masks.
 
-    The kernel is chosen here: FlexAttention in compiled code, else PyTorch's fused attention, or a plain product where
-    that is faster. Measurements: docs/GPU.md for CUDA, docs/MODEL.md for CPUs.
+    This function chooses the kernel: FlexAttention in compiled code, otherwise PyTorch's fused attention, or plain
+    matrix products where they are faster. Measurements: docs/GPU.md for CUDA, docs/MODEL.md for CPUs.
     """
     if flex_pays(q_GNLD, bias):
         from torch.nn.attention.flex_attention import flex_attention
 
-        bias_NLL = bias.float()  # its gradient is a sum over groups, in this dtype
+        bias_NLL = bias.float()  # the gradient is summed over groups in this dtype
         out_GNLD = flex_attention(
             q_GNLD, k_GNLD, v_GNLD, score_mod=lambda score, group, head, query, key: score + bias_NLL[head, query, key]
         )
@@ -71,9 +71,9 @@ def attend(q_GNLD: Tensor, k_GNLD: Tensor, v_GNLD: Tensor, bias: Tensor) -> Tens
         return out_GNLD
     if fused_pays(q_GNLD, bias):
         return F.scaled_dot_product_attention(q_GNLD, k_GNLD, v_GNLD, aligned(bias if bias.dim() == 4 else bias[None]))
-    # Autocast would promote the softmax, and with it the scores, the largest tensor of the model, to fp32.
+    # Autocast would promote the softmax and the scores, which are the largest tensor of the model, to fp32.
     with torch.autocast(q_GNLD.device.type, enabled=False):
-        # The product needs contiguous heads, and would copy a scaled view after the scaling.
+        # matmul requires contiguous heads; without this call, it would make another copy of the scaled tensor.
         scores_GNLL = (q_GNLD.contiguous() * q_GNLD.shape[-1] ** -0.5) @ k_GNLD.transpose(-2, -1)
         weights_GNLL = scores_GNLL.add_(bias).softmax(-1, dtype=softmax_dtype(scores_GNLL))
         return weights_GNLL.to(v_GNLD.dtype) @ v_GNLD
@@ -82,7 +82,7 @@ def attend(q_GNLD: Tensor, k_GNLD: Tensor, v_GNLD: Tensor, bias: Tensor) -> Tens
 def softmax_dtype(scores_GNLL: Tensor) -> torch.dtype:
     """Return the dtype of the softmax: on a CPU, short rows take three times as long in bf16 as in fp32.
 
-    There torch processes 32 bf16 values at once, and the rest of a row one by one.
+    The CPU kernel processes 32 bf16 values at once, and the remainder of a row one by one.
     """
     slow = scores_GNLL.device.type == "cpu" and scores_GNLL.shape[-1] < 64
     return torch.float32 if slow and scores_GNLL.dtype == torch.bfloat16 else scores_GNLL.dtype
@@ -91,8 +91,8 @@ def softmax_dtype(scores_GNLL: Tensor) -> torch.dtype:
 def flex_pays(q_GNLD: Tensor, bias: Tensor) -> bool:
     """Return whether FlexAttention is the fastest kernel: in code compiled for a GPU, for long rows.
 
-    It adds up the bias's gradient inside the kernel, where the fused kernel writes it out for every group. It does so
-    with atomic operations, whose order varies, so it is not for deterministic runs.
+    FlexAttention sums the bias gradient inside the kernel, whereas the fused kernel writes it out for every group. The
+    sum uses atomic operations in varying order, so deterministic runs cannot use FlexAttention.
     """
     return (
         torch.compiler.is_dynamo_compiling()
@@ -105,12 +105,12 @@ def flex_pays(q_GNLD: Tensor, bias: Tensor) -> bool:
 
 
 def fused_pays(q_GNLD: Tensor, bias: Tensor) -> bool:
-    """Return whether the fused kernel is faster than a plain product.
+    """Return whether the fused kernel is faster than plain matrix products.
 
-    On a GPU it is for all but short rows, of which its tiles of 64 tokens would mostly be empty. On a CPU, a bias that
-    needs a gradient takes a slow path, and without matrix tiles its bf16 products are slower than oneDNN's.
+    On a GPU it is faster except for short rows, which leave its tiles of 64 tokens mostly empty. On a CPU, a bias that
+    requires a gradient takes a slow path, and without matrix tiles its bf16 products are slower than oneDNN's.
     """
-    if q_GNLD.device.type == "meta":  # shapes only: one operation is enough, and autocast does not know this device
+    if q_GNLD.device.type == "meta":  # only shapes matter, and autocast does not support this device
         return True
     if q_GNLD.device.type != "cpu":
         return q_GNLD.device.type != "cuda" or q_GNLD.shape[-2] >= LONG_ROW
@@ -119,9 +119,9 @@ def fused_pays(q_GNLD: Tensor, bias: Tensor) -> bool:
 
 
 def aligned(bias: Tensor) -> Tensor:
-    """Give rows of the bias (..., L, L) a stride of 16 elements' multiple on CUDA, as the fused kernels need it.
+    """Pad the row stride of a CUDA bias (..., L, L) to a multiple of 16 elements, as the fused kernels require.
 
-    PyTorch would do the same copy for windows of 196, but after expanding the bias to all groups.
+    PyTorch would make the same copy for windows of 196 tokens, but only after expanding the bias to all groups.
     """
     if bias.device.type == "cpu" or bias.shape[-1] % 16 == 0:
         return bias

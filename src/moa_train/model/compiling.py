@@ -1,4 +1,4 @@
-"""torch.compile, for a whole model or block by block."""
+"""torch.compile, for an entire model or block by block."""
 
 from collections.abc import Callable
 from types import MethodType
@@ -14,14 +14,14 @@ BLOCKS: tuple[type[nn.Module], ...] = (LocalBlock, MOABlock, PatchMerging, Patch
 
 
 def compile_model(model: nn.Module, mode: str, **options: Any) -> nn.Module:
-    """Return what to call in training in place of ``model``, compiled.
+    """Return the compiled module to call in training in place of ``model``.
 
     Args:
-        model: its parameters and their names stay as they are.
-        mode: ``model`` compiles everything as one graph. ``blocks`` compiles one graph for each kind and shape of
-            block: all blocks of a stage share it, so compiling takes a fraction of the time. A model without such
-            blocks is compiled as a whole.
-        options: of ``torch.compile``, such as ``backend``.
+        model: the model; its parameters and their names do not change.
+        mode: ``model`` compiles everything as one graph. ``blocks`` compiles one graph per kind and shape of block,
+            which all blocks of a stage share, so compiling takes a fraction of the time. A model without such blocks
+            is compiled as one graph.
+        options: arguments of ``torch.compile``, such as ``backend``.
     """
     options = {"dynamic": False, **options}
     if mode == "model" or not has_blocks(model):
@@ -35,12 +35,12 @@ def compile_model(model: nn.Module, mode: str, **options: Any) -> nn.Module:
 
 
 def has_blocks(model: nn.Module) -> bool:
-    """Return whether a model has blocks that can be compiled one by one."""
+    """Return whether a model has blocks that can be compiled individually."""
     return any(type(module) in BLOCKS for module in model.modules())
 
 
 def in_training(plain: Callable[..., Tensor], compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a method that is ``compiled`` in training mode and ``plain`` in evaluation."""
+    """Return a method that calls ``compiled`` in training mode and ``plain`` in evaluation mode."""
 
     def forward(module: nn.Module, x: Tensor) -> Tensor:
         return (compiled if module.training else plain)(module, x)
@@ -49,7 +49,7 @@ def in_training(plain: Callable[..., Tensor], compiled: Callable[..., Tensor]) -
 
 
 def compiles(device: torch.device) -> bool:
-    """Return whether torch.compile works here. It needs Triton, a C compiler and Python's headers."""
+    """Return whether torch.compile works on ``device``. It requires Triton, a C compiler and Python's headers."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception:

@@ -1,4 +1,4 @@
-"""Layers of a local-window Transformer. Maps are B, H, W, C from end to end (letters: see `attention`)."""
+"""Layers of a local-window Transformer. Feature maps are (B, H, W, C) throughout (suffixes: see `attention`)."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,9 +14,9 @@ from moa_train.schema import ModelConfig
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalization that under CUDA's autocast reads and writes bf16 or fp16, with statistics in fp32.
+    """Layer normalization that reads and writes bf16 or fp16 under CUDA autocast, with statistics in fp32.
 
-    Autocast would run it in fp32 throughout, with twice the memory traffic and a cast on either side.
+    Autocast would run it entirely in fp32, with twice the memory traffic and casts of the input and the output.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,9 +31,9 @@ class LayerNorm(nn.LayerNorm):
 
 
 class PatchEmbedding(nn.Module):
-    """Cut images (B, 3, S, S) into patches, project each to C, normalise: (B, S/patch, S/patch, C).
+    """Cut images (B, 3, S, S) into patches, project each to C channels, and normalize: (B, S/patch, S/patch, C).
 
-    Images that do not divide into patches are padded with zeros at the right and the bottom.
+    Images whose sides are not multiples of the patch size are padded with zeros at the right and the bottom.
     """
 
     def __init__(self, patch: int, dim: int) -> None:
@@ -43,15 +43,15 @@ class PatchEmbedding(nn.Module):
         self.norm = LayerNorm(dim)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Map images (B, 3, H, W) to a map (B, H/patch, W/patch, C)."""
+        """Convert images (B, 3, H, W) to a feature map (B, H/patch, W/patch, C)."""
         images_BHWC = pad_to_multiple(images_BCHW.permute(0, 2, 3, 1), self.patch)
         return self.norm(project_patches(images_BHWC, self.proj))
 
 
 class PatchMerging(nn.Module):
-    """Halve the map and double its channels: 2x2 neighbours concatenated, LayerNorm(4C), Linear 4C -> 2C.
+    """Halve the map and double its channels: concatenate 2x2 neighbors, LayerNorm(4C), Linear 4C -> 2C.
 
-    The order of the neighbours is (0,0) (1,0) (0,1) (1,1) as (row, column). Odd sides are padded with zeros.
+    The neighbors are in the order (0,0) (1,0) (0,1) (1,1) as (row, column). Odd sides are padded with zeros.
     """
 
     def __init__(self, dim: int) -> None:
@@ -69,8 +69,8 @@ class PatchMerging(nn.Module):
 class WindowAttention(BiasedAttention):
     """Multi-head self-attention within windows of w x w positions; (B, H, W, C) in and out.
 
-    Maps that do not divide into windows are padded at the right and the bottom. Padded positions are masked as keys,
-    and cropped as queries, so they influence nothing.
+    Maps whose sides are not multiples of w are padded at the right and the bottom. Padded positions are masked as keys
+    and cropped as queries, so they do not affect the result.
     """
 
     padding_mask: Tensor | None
@@ -97,20 +97,20 @@ class WindowAttention(BiasedAttention):
     def groups(self) -> str:
         """The two leading dimensions in the attention: windows of all images, and heads.
 
-        Where the map is padded, each window of an image has its own mask. There an image's windows count as heads, so
-        that neither mask nor bias is repeated for every image.
+        In a padded map, each window of an image has its own mask. The windows of an image then count as heads, so that
+        neither the mask nor the bias is repeated for every image.
         """
         return "(b h w) n" if self.padding_mask is None else "b (h w n)"
 
     def to_windows(self, qkv_BHWC: Tensor) -> tuple[Tensor, ...]:
-        """Split (B, H, W, 3C) into q, k and v of (G, N, L, D), L = w x w positions; G and N are those of `groups`."""
-        # Apart before they are copied: attention keeps k and v, and would keep the unscaled q with them.
+        """Split (B, H, W, 3C) into q, k and v (G, N, L, D), L = w x w positions; `groups` defines G and N."""
+        # Split before copying: autograd saves k and v, and a joint copy would also keep the unscaled q in memory.
         parts = pad_to_multiple(qkv_BHWC, self.window).chunk(3, dim=-1)
         pattern = f"b (h y) (w x) (n d) -> {self.groups} (y x) d"
         return tuple(rearrange(part, pattern, n=self.heads, y=self.window, x=self.window) for part in parts)
 
     def to_map(self, x_GNLD: Tensor, map_size: Sequence[int]) -> Tensor:
-        """Put windows (G, N, L, D) back into the map (B, H, W, C), without its padding."""
+        """Put windows (G, N, L, D) back into the map (B, H, W, C) and crop the padding."""
         height, width = map_size
         pattern = f"{self.groups} (y x) d -> b (h y) (w x) (n d)"
         rows, columns = -(-height // self.window), -(-width // self.window)
@@ -133,10 +133,10 @@ class MLP(nn.Sequential):
 class DropPath(nn.Module):
     """Stochastic depth (arXiv 1603.09382): in training, drop a residual branch for some samples.
 
-    Each sample loses the branch with probability ``rate``; for the others it is scaled by 1 / (1 - rate). On a CPU, the
-    branch is computed only for the samples that keep it, since a block treats each sample independently. On a GPU that
-    is slower than computing all samples and masking the result, because samples have to be copied, and shapes that
-    change at every step prevent compilation.
+    The branch is dropped for each sample with probability ``rate``, and scaled by 1 / (1 - rate) for the others. On a
+    CPU, the branch is computed only for the samples that keep it, since a block treats each sample independently. On a
+    GPU, this is slower than computing all samples and masking the result, because samples have to be copied and shapes
+    that change at every step prevent compilation.
     """
 
     keep: Tensor
@@ -144,11 +144,11 @@ class DropPath(nn.Module):
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        # A buffer, so that compiled blocks that differ only in their rate share one graph.
+        # Stored as a buffer so that compiled blocks that differ only in their drop rate share one graph.
         self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
 
     def forward(self, branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Return ``branch(x)`` for ``x`` (B, ...), with zeros for the samples that lose the branch."""
+        """Return ``branch(x)`` for ``x`` (B, ...), with zeros for the samples whose branch is dropped."""
         if not self.active:
             return branch(x)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -157,15 +157,15 @@ class DropPath(nn.Module):
         return update * self.mask(update) / self.keep.to(update.dtype)
 
     def add(self, branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Return ``x + branch(x)`` for ``x`` (B, ...); samples that lose the branch stay as they are."""
+        """Return ``x + branch(x)`` for ``x`` (B, ...); samples whose branch is dropped do not change."""
         if not self.active or torch.compiler.is_compiling() or x.device.type == "cpu":
             return x + self(branch, x)
         update = branch(x)
-        return torch.addcmul(x, update, self.mask(update), value=1 / (1 - self.rate))  # one kernel for all of it
+        return torch.addcmul(x, update, self.mask(update), value=1 / (1 - self.rate))  # a single kernel
 
     @property
     def active(self) -> bool:
-        """Whether samples may lose the branch. A compiled graph serves all rates, so it always draws a mask."""
+        """Whether branches may be dropped. A compiled graph serves all drop rates, so it always draws a mask."""
         return self.training and (torch.compiler.is_compiling() or self.rate > 0)
 
     def mask(self, update: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class DropPath(nn.Module):
         return update.new_zeros(B, *update.shape[1:]).index_add_(0, kept, update, alpha=scale)
 
     def extra_repr(self) -> str:
-        """Show the rate when the model is printed."""
+        """Show the drop rate when the model is printed."""
         return f"{self.rate:.3f}"
 
 
@@ -208,7 +208,7 @@ class LocalBlock(nn.Module):
 
 
 class LocalStage(nn.Module):
-    """Local blocks, and the way down to the next stage (the last one has none)."""
+    """Local blocks, followed by downsampling to the next stage (except in the last stage)."""
 
     def __init__(
         self, stage: StagePlan, blocks: Sequence[nn.Module], downsample: PatchMerging | None, *, checkpointing: bool
@@ -221,11 +221,11 @@ class LocalStage(nn.Module):
         self.downsample = downsample
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        """Apply all blocks, but not the way down: (B, H, W, C) in and out.
+        """Apply all blocks, but not the downsampling: (B, H, W, C) in and out.
 
-        Windows stay where they are, unlike Swin's. So they are stacked once for all local blocks: in a map that is one
-        window wide, every window is contiguous and nothing has to be copied to cut it out. What pads its last windows
-        stays as it is: stacked, the padding would be computed in every layer.
+        Unlike Swin's windows, these do not shift, so they are stacked once for all local blocks: in a map that is one
+        window wide, every window is contiguous and can be cut out without a copy. A map that needs padding is not
+        stacked, because the padding would then be computed in every layer.
         """
         stacked = all(side % self.window == 0 for side in self.map_size)
         if stacked:
@@ -238,24 +238,24 @@ class LocalStage(nn.Module):
         return self.run(self.global_attention, x_BHWC)
 
     def global_attention(self, x_BHWC: Tensor) -> Tensor:
-        """Relate windows to each other, (B, H, W, C) in and out: not here, but in the stages of both MOA forms."""
+        """Return the map unchanged. The stages of both MOA forms override this with attention between windows."""
         return x_BHWC
 
     def run(self, block: Callable[[Tensor], Tensor], x_BHWC: Tensor) -> Tensor:
-        """Apply a block of this stage, with ``checkpointing`` so that its inner activations are recomputed."""
+        """Apply a block of this stage; with ``checkpointing``, recompute its activations in the backward pass."""
         return run_block(block, x_BHWC, recompute=self.checkpointing and self.training)
 
 
 def run_block(block: Callable[[Tensor], Tensor], x: Tensor, *, recompute: bool) -> Tensor:
-    """Apply a block; with ``recompute`` its inner activations are not kept, but computed again for the gradient."""
+    """Apply a block; with ``recompute``, its activations are recomputed in the backward pass instead of stored."""
     return checkpoint(block, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(x)
 
 
 def project_patches(x_BHWC: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Apply a convolution (square kernel, no dilation, no groups) as one product over its patches: (B, h, w, C').
+    """Apply a convolution (square kernel, no dilation, no groups) as a matrix product of its patches: (B, h, w, C').
 
-    With a stride of the kernel's order that takes a third to a half of the convolution's time on a CPU, gradients
-    included.
+    If the stride is not much smaller than the kernel, this takes a third to half of the convolution's time on a CPU,
+    including gradients.
     """
     size, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
     if padding:
@@ -271,7 +271,7 @@ def pad_to_multiple(x_BHWC: Tensor, size: int) -> Tensor:
 
 
 def padding_mask(map_size: tuple[int, int], window: int) -> Tensor | None:
-    """Return (windows of one image, L) with 0 at positions of the map and -inf at padding; None without padding."""
+    """Return a mask (windows of one image, L) with 0 in the map and -inf in the padding; None without padding."""
     if map_size[0] % window == 0 and map_size[1] % window == 0:
         return None
     real_HW = pad_to_multiple(torch.ones(1, *map_size, 1), window)[0, :, :, 0]

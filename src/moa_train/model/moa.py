@@ -1,4 +1,4 @@
-"""The MOA block of the paper: windows for what is near, one small attention over all windows for what is far.
+"""The MOA block of the paper, which adds global context to window attention by a small attention over all windows.
 
 Patel, Bur, Li, Wang: "Aggregating Global Features into Local Vision Transformer", arXiv 2201.12903.
 """
@@ -15,11 +15,11 @@ from moa_train.schema import ModelConfig
 
 
 class MOABlock(BiasedAttention):
-    """Multi-resolution overlapped attention (section 3.2): every window receives what all windows contain.
+    """Multi-resolution overlapped attention (section 3.2): every window receives information from all windows.
 
-    Windows of P x P positions become the queries, h x w = H/P x W/P tokens; patches that overlap their neighbours
-    by ``overlap`` positions a side become the keys and values. The map is padded at the right and the bottom where
-    it does not divide. ``reduction`` makes the patches that are projected thinner, R times.
+    Windows of P x P positions become the queries, h x w = H/P x W/P tokens. Patches that extend ``overlap`` positions
+    beyond their window on each side become the keys and values. A map whose sides are not multiples of P is padded at
+    the right and the bottom. ``reduction`` is the factor R by which channels are reduced before patches are projected.
     """
 
     def __init__(self, stage: StagePlan, config: ModelConfig, *, drop_path: float) -> None:
@@ -38,12 +38,12 @@ class MOABlock(BiasedAttention):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        """Add to every window what its token learned from all windows; (B, H, W, C) in and out."""
+        """Add each window's token, computed from all windows, to the window's positions; (B, H, W, C) in and out."""
         update_BhwC = self.drop_path(lambda x_BHWC: self.expand(self.tokens(x_BHWC)), x_BHWC)
         return add_to_windows(x_BHWC, update_BhwC, self.window)
 
     def tokens(self, x_BHWC: Tensor) -> Tensor:
-        """Return one token for every window, (B, h, w, C), after attention among all of them and the MLP."""
+        """Return one token per window, (B, h, w, C), after attention over all windows and the MLP."""
         thin_BHWc = pad_to_multiple(self.reduce(self.norm1(x_BHWC)), self.window)
         q_BhwC = project_patches(thin_BHWc, self.q)
         k_BhwC, v_BhwC = project_patches(thin_BHWc, self.kv).chunk(2, dim=-1)
@@ -51,7 +51,7 @@ class MOABlock(BiasedAttention):
         return x_BhwC + self.mlp(self.norm2(x_BhwC))
 
     def attention(self, q_BhwC: Tensor, k_BhwC: Tensor, v_BhwC: Tensor) -> Tensor:
-        """Multi-head attention over the grid of windows: here a group is an image, its tokens are the windows."""
+        """Apply multi-head attention over the grid of windows: a group is an image, and its tokens are the windows."""
         q_BNLD, k_BNLD, v_BNLD = (
             rearrange(t_BhwC, "b h w (n d) -> b n (h w) d", n=self.heads) for t_BhwC in (q_BhwC, k_BhwC, v_BhwC)
         )
@@ -60,9 +60,9 @@ class MOABlock(BiasedAttention):
 
 
 def add_to_windows(x_BHWC: Tensor, update_BhwC: Tensor, window: int) -> Tensor:
-    """Add each token of (B, h, w, C) to all positions of its own window of the map (B, H, W, C)."""
+    """Add each token of (B, h, w, C) to all positions of its window in the map (B, H, W, C)."""
     height, width = x_BHWC.shape[1:3]
-    if height % window == 0 and width % window == 0:  # broadcast, without writing the repeated tokens out
+    if height % window == 0 and width % window == 0:  # broadcasting avoids storing the repeated tokens
         x_BhywxC = x_BHWC.unflatten(2, (-1, window)).unflatten(1, (-1, window))
         return (x_BhywxC + update_BhwC[:, :, None, :, None]).flatten(3, 4).flatten(1, 2)
     repeated_BHWC = update_BhwC.repeat_interleave(window, dim=1).repeat_interleave(window, dim=2)
@@ -70,7 +70,7 @@ def add_to_windows(x_BHWC: Tensor, update_BhwC: Tensor, window: int) -> Tensor:
 
 
 class MOAStage(LocalStage):
-    """A stage that ends in a MOA block."""
+    """A stage that ends with a MOA block."""
 
     def __init__(
         self,

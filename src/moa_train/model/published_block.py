@@ -1,9 +1,9 @@
-"""The MOA block as its authors published it: compatible weight for weight and number for number.
+"""The MOA block as its authors published it, with compatible weights and matching results.
 
 It differs from the paper's text (`moa.MOABlock`): memory is *reinterpreted* between layouts, never transposed.
-A tensor (B, H, W, C) is read as if it were (B, C, H, W), so a "window" there is a slice of channels over a strip of
-the image, the token of a window is not added to that window's pixels, and a 3x3 convolution replaces the MLP.
-Every `reshape` below that changes the meaning of a dimension is deliberate. See docs/MODEL.md.
+A tensor (B, H, W, C) is read as if it were (B, C, H, W), so a "window" is a slice of channels over a strip of the
+image, and the token of a window is not added to that window's pixels. A 3x3 convolution replaces the MLP.
+Every `reshape` below that changes the meaning of a dimension is intentional. See docs/MODEL.md.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from moa_train.schema import ModelConfig
 
 
 class PublishedAttention(BiasedAttention):
-    """Attention from the patches of a reinterpreted map to overlapping ones: (B, C, H, W) -> (B, h w, C)."""
+    """Attention from the patches of a reinterpreted map to overlapping patches: (B, C, H, W) -> (B, h w, C)."""
 
     def __init__(self, stage: StagePlan, config: ModelConfig) -> None:
         super().__init__(stage.heads, stage.windows, published_layout=True)
@@ -32,7 +32,7 @@ class PublishedAttention(BiasedAttention):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, y_BCHW: Tensor) -> Tensor:
-        """Map the reinterpreted (B, C, H, W) to one token for every window, (B, L, C)."""
+        """Convert the reinterpreted map (B, C, H, W) to one token per window, (B, L, C)."""
         P, K, L = self.window, self.window + 2 * self.overlap, self.grid[0] * self.grid[1]
         thin_BcHW = self.pre_conv(y_BCHW)
         B = thin_BcHW.shape[0]
@@ -47,7 +47,7 @@ class PublishedAttention(BiasedAttention):
 
 
 class PublishedStage(LocalStage):
-    """A stage that ends in the published MOA block; names and their order are the published ones."""
+    """A stage that ends with the published MOA block; parameter names and their order match the published weights."""
 
     def __init__(self, stage: StagePlan, blocks: Sequence[nn.Module], config: ModelConfig, *, drop_path: float) -> None:
         super().__init__(stage, blocks, None, checkpointing=config.checkpointing)
@@ -68,7 +68,7 @@ class PublishedStage(LocalStage):
         return z_BHWC + self.drop_path(self.post_conv, z_BCHW).reshape(x_BHWC.shape)
 
     def tokens_in_windows(self, x_BHWC: Tensor) -> Tensor:
-        """Add to each "window" of the normalised map its token: (B, H, W, C) -> (B, L, P, P, C)."""
+        """Add to each "window" of the normalized map its token: (B, H, W, C) -> (B, L, P, P, C)."""
         B, H, W, C = x_BHWC.shape
         P = self.glb_attn.window
         y_BHWC = self.norm1(x_BHWC)

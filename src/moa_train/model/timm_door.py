@@ -1,6 +1,6 @@
-"""Models of timm, at the image size of the data set and without network access.
+"""Models from timm, built for the image size of the data set and without network access.
 
-The extra ``timm`` installs the library. It is imported only where one of its models is used.
+The ``timm`` extra installs the library, which is imported only if one of its models is used.
 """
 
 import functools
@@ -33,14 +33,14 @@ class TimmArgs:
         None,
         "local file with weights to start from, .safetensors or .pth; a classifier of another size is reinitialized",
     )
-    kwargs: dict[str, Any] = knob({}, "arguments passed on to the model's class in timm: {depths:[2,2],embed_dim:48}")
+    kwargs: dict[str, Any] = knob({}, "additional arguments of the model's class in timm: {depths:[2,2],embed_dim:48}")
 
 
 class TimmModel(Classifier, nn.Module):
-    """The model of timm called ``config.variant``, as the module ``net``.
+    """timm's model ``config.variant``, held in the submodule ``net``.
 
-    It takes the image size, ``config.drop_path`` (timm's ``drop_path_rate``), ``config.dropout`` (timm's
-    ``drop_rate``) and ``config.checkpointing``; the other settings of the architecture are timm's own.
+    The image size, ``config.drop_path`` (timm's ``drop_path_rate``), ``config.dropout`` (timm's ``drop_rate``) and
+    ``config.checkpointing`` apply to it. All other settings of the architecture are timm's defaults.
     """
 
     def __init__(self, config: ModelConfig, *, image_size: tuple[int, int], num_classes: int, args: TimmArgs) -> None:
@@ -56,14 +56,14 @@ class TimmModel(Classifier, nn.Module):
             if any(module is head for head in (heads if isinstance(heads, list | tuple) else [heads]))
         ]
         if not self.heads:
-            raise UserError(f"model.variant={config.variant} is not a classifier. Choose another model of timm.")
+            raise UserError(f"model.variant={config.variant} is not a classifier. Choose another timm model.")
         self.head_name = self.heads[0]
         stages = getattr(self.net, "feature_info", None) if hasattr(self.net, "forward_intermediates") else None
         self.stages = [f"net.{stage['module']}" for stage in stages or []]
 
     @staticmethod
     def check(config: ModelConfig, image_size: tuple[int, int]) -> None:
-        """Raise `UserError` if timm has no such model, or if it doesn't take these settings or this image size."""
+        """Raise `UserError` if timm has no such model or the model does not support these settings or image size."""
         supported_arguments(config, fill(TimmArgs, config.args, "model.args"), image_size)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class TimmModel(Classifier, nn.Module):
         return {f"net.{name}" for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
     def hidden_matrices(self) -> set[str]:
-        """Return all matrices but those of the classifiers and those that are exempt from weight decay."""
+        """Return all matrices except those of the classifiers and those that are exempt from weight decay."""
         return {
             name for name in super().hidden_matrices() if not name.startswith(tuple(f"{head}." for head in self.heads))
         }
@@ -107,10 +107,10 @@ class TimmModel(Classifier, nn.Module):
         return -1, name.removeprefix("net.").split(".")[0]
 
     def load_pretrained(self) -> None:
-        """Load ``args.pretrained``, if given, after timm's own conversion (names, position tables of another size).
+        """Load ``args.pretrained``, if set, after timm's own conversion (names, position tables of a different size).
 
         Raises:
-            UserError: the file cannot be read, or anything but the size of the classifier differs.
+            UserError: the file cannot be read, or anything other than the size of the classifier differs.
         """
         if self.pretrained is None:
             return
@@ -131,14 +131,14 @@ class TimmModel(Classifier, nn.Module):
 
 
 def create(variant: str, arguments: dict[str, Any], **pretrained: Any) -> Any:
-    """Call timm's factory, which accesses the network only for weights that are not given."""
+    """Call timm's factory, which accesses the network only for pretrained weights that are not passed in."""
     import timm
 
     return timm.create_model(variant, **arguments, **pretrained)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the state dict in a .safetensors file or, read without executing anything in it, a .pth file."""
+    """Return the state dict of a .safetensors or .pth file, without executing any code in the file."""
     if path.suffix != ".safetensors":
         return read_state_dict(path)
     from safetensors import SafetensorError
@@ -152,18 +152,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def supported_arguments(config: ModelConfig, args: TimmArgs, image_size: tuple[int, int]) -> dict[str, Any]:
-    """Return the arguments for `create` except ``num_classes``, after a trial on the meta device.
+    """Return the arguments for `create` except ``num_classes``, after testing them on the meta device.
 
     Raises:
-        UserError: timm is not installed, has no such model, or the model doesn't work with these settings.
+        UserError: timm is not installed, timm has no such model, or the model does not work with these settings.
     """
     if importlib.util.find_spec("timm") is None:
-        raise UserError("model.name=timm needs the library timm, which is not installed: pip install 'moa-train[timm]'")
+        raise UserError("model.name=timm requires timm, which is not installed. Run: pip install 'moa-train[timm]'")
     for key in args.kwargs:
         if key in RESERVED or key.startswith(("pretrained", "cache")):
             raise UserError(
-                f"model.args.kwargs.{key} cannot be set: it follows from the data, from model.dropout and "
-                "model.drop_path, or from model.args.pretrained."
+                f"model.args.kwargs.{key} cannot be set, because the data, model.dropout, model.drop_path "
+                "or model.args.pretrained determines it. Remove it."
             )
     wanted = {"img_size": image_size, "drop_rate": config.dropout, "drop_path_rate": config.drop_path}
     taken = _try_out(config.variant, image_size, json.dumps([wanted, args.kwargs]), config.checkpointing)
@@ -175,7 +175,7 @@ def supported_arguments(config: ModelConfig, args: TimmArgs, image_size: tuple[i
 
 @functools.cache
 def _try_out(variant: str, image_size: tuple[int, int], settings: str, checkpointing: bool) -> list[str]:
-    """Return which settings the model takes. A model without memory is built and run on an image to find out."""
+    """Build the model on the meta device, run it on one image, and return the settings that it accepts."""
     import timm
 
     if not timm.is_model(variant):
@@ -188,11 +188,11 @@ def _try_out(variant: str, image_size: tuple[int, int], settings: str, checkpoin
                 net = create(variant, {**wanted, **kwargs}).eval()
                 net(torch.empty(1, 3, height, width))
                 break
-            except Exception as error:  # timm reports in many ways what a model doesn't take
+            except Exception as error:  # timm raises various exceptions for unsupported settings
                 refused = [key for key in wanted if "unexpected" in str(error) and re.search(rf"\b{key}\b", str(error))]
                 if not refused:
                     raise UserError(
-                        f"timm's {variant} does not work for images of {height} x {width} with these settings: "
+                        f"timm's {variant} does not work with images of {height} x {width} and these settings: "
                         f"{type(error).__name__}: {error}\nChange data.image_size or model.args.kwargs={kwargs}."
                     ) from error
                 for key in refused:
