@@ -16,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch.distributed.run import get_args_parser
 
-from moa_train.cli import app, bench
+from moa_train.cli import app, bench, model
 from moa_train.cli.compose import addable, typed
 from moa_train.runtime.signals import Exit
 from moa_train.schema import EvalConfig, RunConfig
@@ -101,6 +101,7 @@ def accept(program: str, arguments: list[str]) -> None:
     """Parse ``arguments`` with the program's own code, or compose and validate every job of a multirun."""
     if program == "model":
         command, *arguments = arguments
+        model.take_gpus(arguments)
         if command == "summary":
             return accept("train", [*arguments, "data.root=."])  # it reads no image
         assert command == "convert"
