@@ -70,7 +70,7 @@ def test_every_knob_is_documented_and_has_a_sensible_default(config):
         ({"data__std": [0.5, 0.0, 0.5]}, ["data.std=0.0", "> 0"]),
         ({"augment__scale": [0.9, 0.1]}, ["augment.scale=[0.9, 0.1]", "exceeds"]),
         ({"augment__ratio": [1.0]}, ["augment.ratio=[1.0]", "2 entries"]),
-        ({"augment__crop": "centre"}, ["augment.crop=centre", "pad, resized, none"]),
+        ({"augment__crop": "center"}, ["augment.crop=center", "pad, resized, none"]),
         ({"augment__scale": [0.0, 1.0]}, ["augment.scale=0.0", "> 0"]),
         ({"augment__scale": [0.5, 1.2]}, ["augment.scale=1.2", "<= 1"]),
         ({"augment__scale": [math.nan, 1.0]}, ["augment.scale=nan"]),

@@ -53,7 +53,7 @@ def on_canvas(image: Tensor, map_23: Tensor, border: int = 30) -> Tensor:
 
 
 @pytest.mark.parametrize("level", [-0.45, 0.27])
-def test_direction_and_centre_are_torchvisions(tiles: Tensor, level: float) -> None:
+def test_direction_and_center_are_torchvisions(tiles: Tensor, level: float) -> None:
     """Inside of the moved image, where torchvision's treatment of its border does not show."""
     degrees, slope = float(np.degrees(level)), float(np.degrees(np.arctan(level)))
     settings = {"interpolation": InterpolationMode.BILINEAR, "fill": [0.0]}

@@ -133,9 +133,9 @@ def test_resized_crops_show_parts_of_the_image() -> None:
 
 
 def test_jitter_has_the_configured_range() -> None:
-    grey = torch.full((2000, 3, 4, 4), 100, dtype=torch.uint8)  # contrast and saturation do not change it
+    gray = torch.full((2000, 3, 4, 4), 100, dtype=torch.uint8)  # contrast and saturation do not change it
     transform = plain(color_jitter=0.4)
-    values = transform.normalize.undo(transform(batch_of(grey)))[:, 0, 0, 0].float() / 100
+    values = transform.normalize.undo(transform(batch_of(gray)))[:, 0, 0, 0].float() / 100
     assert stats.kstest((values.numpy() - 0.6) / 0.8, "uniform").pvalue > 1e-3
 
 

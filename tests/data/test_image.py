@@ -59,7 +59,7 @@ def test_progressive_jpegs_too(photographs: list[Image.Image]) -> None:
     ("mode", "format"), [("RGB", "PNG"), ("L", "PNG"), ("1", "PNG"), ("RGBA", "PNG"), ("LA", "PNG")]
 )
 @pytest.mark.parametrize("size", [(40, 30)])
-def test_colour_modes(photographs: list[Image.Image], mode: str, format: str, size: tuple[int, int]) -> None:
+def test_color_modes(photographs: list[Image.Image], mode: str, format: str, size: tuple[int, int]) -> None:
     data = encode(photographs[0].resize(size).convert(mode), format)
     pixels = EncodedImage(data).decode()
     assert pixels.dtype == torch.uint8

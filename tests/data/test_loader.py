@@ -26,7 +26,7 @@ from moa_train.data.loader import EvalLoader, TrainLoader
 from moa_train.data.order import Order
 from moa_train.data.source import Source
 from moa_train.data.tree import scan
-from moa_train.data.view import CentreCrop, RandomResizedCrop
+from moa_train.data.view import CenterCrop, RandomResizedCrop
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopRequestedError
 from moa_train.schema import DataConfig
@@ -55,7 +55,7 @@ def train(
     **settings: Any,
 ) -> TrainLoader:
     size, order = source.image_size, Order(len(source), batch_size, seed)
-    view = RandomResizedCrop(size, (0.08, 1.0), (3 / 4, 4 / 3)) if crop == "resized" else CentreCrop(size, 1.0)
+    view = RandomResizedCrop(size, (0.08, 1.0), (3 / 4, 4 / 3)) if crop == "resized" else CenterCrop(size, 1.0)
     return TrainLoader(source, config or DataConfig(), order=order, view=view, micro_batch_size=micro, **settings)
 
 
@@ -103,7 +103,7 @@ def test_batches_hold_the_images_they_name(files: FileSource, digits: Source) ->
     assert batch.labels.tolist() == digits.labels[batch.index.numpy()].tolist()
     for read in first(train(files, crop="none")):
         for image, index in zip(read.images, read.index.tolist(), strict=True):
-            alone = CentreCrop((24, 20), 1.0)(EncodedImage(Path(files.name(index)).read_bytes()), np.empty(0))
+            alone = CenterCrop((24, 20), 1.0)(EncodedImage(Path(files.name(index)).read_bytes()), np.empty(0))
             assert torch.equal(image, alone)
 
 
@@ -350,7 +350,7 @@ def test_pinned_batches(files: FileSource, digits: Source, workers: int) -> None
         assert not there.index.is_cuda
 
 
-def test_grey_and_tall_images_fit_in(tmp_path: Path) -> None:
+def test_gray_and_tall_images_fit_in(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     Image.new("L", (5, 90), 99).save(tmp_path / "a" / "1.png")
     Image.new("RGB", (90, 5), (1, 2, 3)).save(tmp_path / "a" / "2.png")

@@ -42,7 +42,7 @@ def test_fingerprint_follows_the_pixels(packed: Path, tmp_path: Path) -> None:
     assert read_pack(tmp_path / "other", "train", "x", (8, 6)).fingerprint != before
 
 
-def test_grey_images_get_three_channels(tmp_path: Path) -> None:
+def test_gray_images_get_three_channels(tmp_path: Path) -> None:
     write_pack(tmp_path, "train", IMAGES[:, :1], LABELS, CLASSES)
     images = read_pack(tmp_path, "train", "x", (8, 6)).gather(np.arange(20)).numpy()
     assert images.shape == (20, 3, 8, 6)

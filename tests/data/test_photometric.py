@@ -35,7 +35,7 @@ OPERATIONS: dict[str, tuple[Peer, list[float]]] = {
     "autocontrast": (lambda image, level: ImageOps.autocontrast(image), [0]),
     "equalize": (lambda image, level: ImageOps.equalize(image), [0]),
     "contrast": (lambda image, level: ImageEnhance.Contrast(image).enhance(level), [0, 0.1, 0.55, 1, 1.3, 1.9]),
-    "colour": (lambda image, level: ImageEnhance.Color(image).enhance(level), [0, 0.1, 0.55, 1, 1.3, 1.9]),
+    "color": (lambda image, level: ImageEnhance.Color(image).enhance(level), [0, 0.1, 0.55, 1, 1.3, 1.9]),
     "sharpness": (lambda image, level: ImageEnhance.Sharpness(image).enhance(level), [0, 0.1, 0.55, 1, 1.3, 1.9]),
 }
 
@@ -84,16 +84,16 @@ def test_photographs_of_ordinary_size(photographs: list[Image.Image]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["posterize", "solarize", "solarize_add", "brightness", "contrast", "colour", "sharpness"]
+    "name", ["posterize", "solarize", "solarize_add", "brightness", "contrast", "color", "sharpness"]
 )
 def test_each_image_has_its_own_level(name: str, images: Tensor) -> None:
     levels = [OPERATIONS[name][1][place % len(OPERATIONS[name][1])] for place in range(len(images))]
     assert torch.equal(apply(name, images, levels), by_pillow(name, images, levels))
 
 
-def test_grey_is_pillows(images: Tensor) -> None:
+def test_gray_is_pillows(images: Tensor) -> None:
     expected = torch.stack([torch.from_numpy(np.array(to_pillow(image).convert("L"))) for image in images])
-    assert torch.equal(photometric.grey(images.float()).squeeze(1), expected.float())
+    assert torch.equal(photometric.gray(images.float()).squeeze(1), expected.float())
 
 
 def test_histogram_counts(images: Tensor) -> None:

@@ -45,7 +45,7 @@ def test_layers_and_sign_and_strength_are_independent() -> None:
         ("solarize", 0.9, 1, 26),
         ("solarize_add", 0.9, 1, 99),
         ("contrast", 0.9, 1, 1.81),
-        ("colour", 0.9, -1, 0.19),
+        ("color", 0.9, -1, 0.19),
         ("brightness", 1.0, -1, 0.1),
         ("rotate", 0.9, -1, -math.radians(27)),
         ("shear_x", 0.9, 1, 0.27),
@@ -58,7 +58,7 @@ def test_severity_increases_with_strength(operation: str, strength: float, sign:
 
 TIMM = {
     "posterize": "PosterizeIncreasing", "solarize": "SolarizeIncreasing", "solarize_add": "SolarizeAdd",
-    "contrast": "ContrastIncreasing", "brightness": "BrightnessIncreasing", "colour": "ColorIncreasing",
+    "contrast": "ContrastIncreasing", "brightness": "BrightnessIncreasing", "color": "ColorIncreasing",
     "sharpness": "SharpnessIncreasing", "rotate": "Rotate", "shear_x": "ShearX", "shear_y": "ShearY",
     "translate_x": "TranslateXRel", "translate_y": "TranslateYRel", "autocontrast": "AutoContrast",
     "equalize": "Equalize", "invert": "Invert",
@@ -117,7 +117,7 @@ def one(name: str, image: Tensor, level: float) -> Tensor:
             return torch.where(image < 128, (image.int() + int(level)).clamp(max=255).to(torch.uint8), image)
         case "contrast" | "brightness" | "sharpness":
             return getattr(peer, f"adjust_{name}")(image, level)
-        case "colour":
+        case "color":
             return peer.adjust_saturation(image, level)
     from moa_train.data.affine import warp  # checked against torchvision in test_geometry
 

@@ -8,12 +8,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+from torchvision import transforms
+from torchvision.transforms import Compose, InterpolationMode, Resize
 
 from moa_train.data.box import Box
 from moa_train.data.counter import sample_keys
 from moa_train.data.image import EncodedImage
-from moa_train.data.view import CentreCrop, RandomResizedCrop, resized_crop
+from moa_train.data.view import CenterCrop, RandomResizedCrop, resized_crop
 
 NOTHING = np.empty(0)
 
@@ -36,10 +37,10 @@ def tensor(image: Image.Image) -> Tensor:
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 def test_evaluation_is_pillows_to_two_levels(photographs: list[Image.Image], size: tuple[int, int], mode: str) -> None:
     """The bound that docs/PERFORMANCE.md states: no pixel differs by more than 2 of 255, 1 in 100 by more than 1."""
-    peer = Compose([Resize(256, InterpolationMode(mode)), CenterCrop(224)])
+    peer = Compose([Resize(256, InterpolationMode(mode)), transforms.CenterCrop(224)])
     for photograph in photographs:
         image = jpeg(photograph, size)
-        result = CentreCrop((224, 224), 0.875, mode)(image, NOTHING)
+        result = CenterCrop((224, 224), 0.875, mode)(image, NOTHING)
         difference = (result.int() - tensor(peer(pillow(image))).int()).abs()
         assert difference.max() <= 2
         assert (difference > 1).float().mean() < 0.01
@@ -48,11 +49,11 @@ def test_evaluation_is_pillows_to_two_levels(photographs: list[Image.Image], siz
 def test_a_trained_model_is_as_good_on_pillows_pixels() -> None:
     """Logistic regression on JPEG files of the digits, trained on our pixels and judged on both."""
     digits = load_digits()
-    peer = Compose([Resize(36, InterpolationMode.BICUBIC), CenterCrop(32)])
+    peer = Compose([Resize(36, InterpolationMode.BICUBIC), transforms.CenterCrop(32)])
     ours, theirs = [], []
     for scan in digits.images:
         image = jpeg(Image.fromarray((scan * 255 / 16).astype(np.uint8)), (50, 44))
-        ours.append(CentreCrop((32, 32), 0.875)(image, NOTHING)[0].flatten().numpy() / 255)
+        ours.append(CenterCrop((32, 32), 0.875)(image, NOTHING)[0].flatten().numpy() / 255)
         theirs.append(tensor(peer(pillow(image)))[0].flatten().numpy() / 255)
     assert not np.array_equal(ours, theirs)
     model = LogisticRegression(max_iter=200).fit(ours[:1000], digits.target[:1000])
@@ -64,10 +65,10 @@ def test_a_trained_model_is_as_good_on_pillows_pixels() -> None:
 
 
 @pytest.mark.parametrize(("shape", "size"), [((96, 160), (640, 427)), ((160, 96), (640, 427)), ((64, 64), (20, 400))])
-def test_any_shape_is_covered_and_centred(shape: tuple[int, int], size: tuple[int, int]) -> None:
+def test_any_shape_is_covered_and_centered(shape: tuple[int, int], size: tuple[int, int]) -> None:
     x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
     ramps = Image.fromarray(np.stack((x, y, x), -1).round().astype(np.uint8))
-    result = CentreCrop(shape, 0.875)(jpeg(ramps, quality=100), NOTHING).double()
+    result = CenterCrop(shape, 0.875)(jpeg(ramps, quality=100), NOTHING).double()
     assert result.shape == (3, *shape)
     assert float(result[0].mean()) == pytest.approx(127.5, abs=2)
     assert float(result[1].mean()) == pytest.approx(127.5, abs=2)
@@ -87,7 +88,7 @@ def png(pixels: np.ndarray) -> EncodedImage:
 def test_long_images_are_cropped_before_they_are_enlarged(shape: tuple[int, int], mode: str) -> None:
     """As of the whole image, enlarged."""
     image = png(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
-    result = CentreCrop((96, 96), 0.875, mode)(image, NOTHING).double()
+    result = CenterCrop((96, 96), 0.875, mode)(image, NOTHING).double()
     scale = max(109 / side for side in shape)
     height, width = (int(scale * side + 1e-6) for side in shape)
     whole = pillow(image).resize((width, height), getattr(Image.Resampling, mode.upper()))
@@ -103,7 +104,7 @@ def test_long_images_take_little_memory(size: tuple[int, int], peak: Callable[..
     image = png(np.zeros((size[1], size[0], 3), np.uint8))
 
     def crop() -> None:
-        assert CentreCrop((224, 224))(image, NOTHING).shape == (3, 224, 224)
+        assert CenterCrop((224, 224))(image, NOTHING).shape == (3, 224, 224)
         view = RandomResizedCrop((224, 224), (0.08, 1.0), (3 / 4, 4 / 3))
         for numbers in view.numbers(sample_keys(0, 0, np.arange(5), 0)):
             assert view(image, numbers).shape == (3, 224, 224)

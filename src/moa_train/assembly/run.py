@@ -88,10 +88,10 @@ def build_run(
     record: dict[str, Any] = {"config": to_dict(config), **training_record(train)}
     record["measured"] = measurement(config, choice, sources)
     starts: list[dict[str, Any]] = []
-    anew = None
+    restarted = None
     if newest is not None:
         starts, before = _restore(state, store.at(newest), record, distributed)
-        anew = _seek_best_anew(state, before, record["measured"], sources)
+        restarted = _reset_best(state, before, record["measured"], sources)
     if rolled_back is not None:
         state.nonfinite, state.lr_factor = rolled_back.nonfinite, rolled_back.lr_factor
     record["origin"] = [*starts, {**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}]
@@ -100,8 +100,8 @@ def build_run(
         config, train, state, weak_from=weak_from, total_steps=plan.total_steps, distributed=distributed
     )
     tracker = Tracker() if config.replay is not None else _build_tracker(config, run_dir, plan, state.step, distributed)
-    if anew:
-        tracker.say(anew)
+    if restarted:
+        tracker.say(restarted)
     if state.step == 0 and config.tracking.images and distributed.is_main:
         _show_inputs(train_step, tracker, config)
     validation = None
@@ -153,7 +153,7 @@ def _restore(
     return before["origin"], before
 
 
-def _seek_best_anew(
+def _reset_best(
     state: TrainState, before: dict[str, Any], now: dict[str, Any], sources: dict[str, Source]
 ) -> str | None:
     """Discard the best score if scores were measured differently before this start, and return a message about it."""

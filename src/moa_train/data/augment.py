@@ -43,7 +43,7 @@ from moa_train.data.counter import Hashes, Purpose, own_keys, sample_keys, unifo
 from moa_train.data.erasing import RandomErasing
 from moa_train.data.randaugment import RandAugment
 from moa_train.data.source import Source
-from moa_train.data.view import CentreCrop, RandomResizedCrop, View
+from moa_train.data.view import CenterCrop, RandomResizedCrop, View
 from moa_train.interfaces import Batch
 from moa_train.plugins import AUGMENTATIONS, DATASETS, short_name
 from moa_train.runtime.errors import UserError
@@ -65,7 +65,7 @@ def plan_crop(config: AugmentConfig, source: Source) -> tuple[View, str]:
     if config.crop == "resized" and not source.in_memory:
         scale, ratio = (config.scale[0], config.scale[1]), (config.ratio[0], config.ratio[1])
         return RandomResizedCrop(source.image_size, scale, ratio, config.interpolation), "none"
-    return CentreCrop(source.image_size, 1.0), config.crop
+    return CenterCrop(source.image_size, 1.0), config.crop
 
 
 class Normalize:
@@ -189,7 +189,7 @@ class BatchAugment:
         bright, strong, vivid = send(factors.T.astype(np.float32), images).view(3, -1, 1, 1, 1)
         images = photometric.brightness(images, bright)
         images = photometric.contrast(images, strong)
-        return photometric.colour(images, vivid)
+        return photometric.color(images, vivid)
 
     def _extra(self, images: Tensor, keys: Hashes) -> Tensor:
         for name, op, args in self._own:

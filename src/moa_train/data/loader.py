@@ -28,7 +28,7 @@ from moa_train.data.array_source import ArraySource
 from moa_train.data.batch import Batch
 from moa_train.data.order import Draw, Indices, Order, micro_batches
 from moa_train.data.source import Source
-from moa_train.data.view import CentreCrop, View
+from moa_train.data.view import CenterCrop, View
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopRequestedError
 from moa_train.schema import DataConfig, RuntimeConfig
@@ -146,7 +146,7 @@ class EvalLoader:
     ) -> None:
         self.source, self.batch_size = source, batch_size
         self._chunks = range(rank, -(-len(source) // batch_size), world_size)
-        self.view = CentreCrop(source.image_size, crop_ratio)
+        self.view = CenterCrop(source.image_size, crop_ratio)
         read = _Reader(source, 0, self.view, substitute=False)
         self._start = partial(_start, read, workers=workers, pin_memory=pin_memory, wait=_Wait(timeout, stop))
 

@@ -61,14 +61,14 @@ def equalize(images: Tensor, level: Tensor) -> Tensor:
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Move values away from the image's mean gray (0: gray, 1: no change)."""
     x_B3HW = images.float()
-    mean = grey(x_B3HW).mean((1, 2, 3), keepdim=True, dtype=torch.float64).add_(0.5).floor_()
+    mean = gray(x_B3HW).mean((1, 2, 3), keepdim=True, dtype=torch.float64).add_(0.5).floor_()
     return blend(mean.float(), x_B3HW, factor)
 
 
-def colour(images: Tensor, factor: Tensor) -> Tensor:
+def color(images: Tensor, factor: Tensor) -> Tensor:
     """Move colors away from gray (0: gray, 1: no change)."""
     x_B3HW = images.float()
-    return blend(grey(x_B3HW), x_B3HW, factor)
+    return blend(gray(x_B3HW), x_B3HW, factor)
 
 
 def sharpness(images: Tensor, factor: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
     return result
 
 
-def grey(x_B3HW: Tensor) -> Tensor:
+def gray(x_B3HW: Tensor) -> Tensor:
     """Return luma as Pillow computes it (ITU-R 601-2, 16-bit fixed point): floats with integer values, B 1 H W."""
     red, green, blue = x_B3HW.unbind(1)  # the sums below are exact in float32
     luma = (red * (19595 / 65536)).add_(green, alpha=38470 / 65536).add_(blue, alpha=7471 / 65536)

@@ -21,7 +21,7 @@ MAX_MAGNITUDE = 10.0
 PROBABILITY = 0.5
 
 PHOTOMETRIC = (
-    "invert", "posterize", "solarize", "solarize_add", "brightness", "autocontrast", "equalize", "contrast", "colour",
+    "invert", "posterize", "solarize", "solarize_add", "brightness", "autocontrast", "equalize", "contrast", "color",
     "sharpness",
 )  # fmt: skip
 MAPS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
@@ -46,7 +46,7 @@ def level_of(operation: str, strength: Floats, sign: Floats) -> Floats:
             return 256 - np.floor(256 * strength)
         case "solarize_add":
             return np.floor(110 * strength)
-        case "contrast" | "brightness" | "colour" | "sharpness":
+        case "contrast" | "brightness" | "color" | "sharpness":
             return np.maximum(1 + sign * 0.9 * strength, 0.1)
         case "rotate":
             return sign * math.radians(30) * strength

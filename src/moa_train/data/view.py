@@ -57,7 +57,7 @@ class RandomResizedCrop:
 
 
 @dataclass(frozen=True)
-class CentreCrop:
+class CenterCrop:
     """Resize an image so that it just covers an area of size / ratio, then cut out its center.
 
     For square sizes this is the usual evaluation: the shorter side is resized to size / ratio (224 / 0.875 = 256).
