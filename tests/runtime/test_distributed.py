@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moa_train.runtime.distributed import Distributed, unwrap
+from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import LostRankError, UserError
 
 SCRIPT = str(Path(__file__).with_name("two_ranks.py"))
@@ -70,15 +70,9 @@ def test_all_ranks_see_a_flag_one_call_later(seen):
         assert rank["agreements"]["agree_any_seconds"] < 0.02
 
 
-def test_integer_sums_are_exact(seen):
-    for rank in seen:
-        assert rank["sums"]["counts"] == [2**54 + 3, 1, -6]  # a float64 cannot represent 2**54 + 3
-
-
 def test_accumulated_gradients_equal_those_of_the_large_batch(seen):
     for rank in seen:
         assert rank["accumulate"]["error"] < 1e-12
-        assert rank["accumulate"]["unwrapped"]
 
 
 def test_the_threads_of_the_control_group_end_before_the_interpreter(seen, folder):
@@ -130,11 +124,8 @@ def test_a_single_process_needs_no_group(monkeypatch):
         assert alone.on_main(lambda: "x") == "x"
         alone.check_same("anything", 1)
         alone.barrier()
-        counts = torch.tensor([3])
-        assert alone.all_reduce_sum(counts) is counts
         model = torch.nn.Linear(1, 1)
         assert alone.wrap(model) is model
-        assert unwrap(model) is model
         with alone.no_sync(model):
             pass
         with pytest.raises(UserError, match="no luck"):

@@ -280,12 +280,6 @@ class Distributed:
 
     # Communication between the devices
 
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Sum ``tensor`` (on any device) over the ranks in place, and return it. Sums of integers are exact."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor, group=self._control if tensor.device.type == "cpu" else None)
-        return tensor
-
     def broadcast_buffers(self, model: nn.Module) -> None:
         """Copy the buffers of rank 0, such as batch-normalization statistics, to every rank before an evaluation."""
         if self.world_size > 1:
@@ -313,11 +307,6 @@ class Distributed:
     def no_sync(self, model: nn.Module) -> AbstractContextManager[object]:
         """Return a context that accumulates gradients without reducing them, for all micro-batches except the last."""
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module that was passed to `Distributed.wrap`."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _environment(name: str, default: int) -> int:
