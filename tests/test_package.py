@@ -92,7 +92,7 @@ def test_imported_packages_are_declared_as_dependencies(source):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 imported.add(node.module.split(".")[0])
-    names = {"hydra": "hydra-core", "PIL": "pillow", "sklearn": "scikit-learn"}
+    names = {"hydra": "hydra-core", "PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
     foreign = {names.get(name, name) for name in imported - sys.stdlib_module_names - {"moa_train"}}
     extras = PROJECT["optional-dependencies"]
     required, optional = (

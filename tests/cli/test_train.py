@@ -120,7 +120,7 @@ def test_packing_is_announced(make_classes, tmp_path):
         env=ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr
-    assert f"Packing the 39 images of {root}/train into {root} (only once)" in done.stderr.splitlines()
+    assert f"Packing the 39 images of {root}/train into {root} (needed only once)" in done.stderr.splitlines()
 
 
 SHORT = {"schedule__duration": "2 steps", "schedule__warmup": "0", "engine__eval_every": "2 steps"}

@@ -1,9 +1,9 @@
 """Real images for the tests of the input pipeline: two photographs and handwritten digits, from scikit-learn."""
 
+import ctypes
 import inspect
 import multiprocessing
 import re
-import resource
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -68,13 +68,20 @@ def make_tree(tmp_path: Path, photographs: list[Image.Image]) -> Callable[..., P
 def peak() -> Callable[[Callable[[], object]], float]:
     """Return a function that runs an action in a process of its own and returns the megabytes of memory it added."""
 
+    def kilobytes(name: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{name}:\s+(\d+)", status)[1])
+
     def measure(action: Callable[[], object]) -> float:
         receiver, sender = multiprocessing.Pipe(duplex=False)
 
         def run() -> None:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            # Memory that earlier tests have freed would be used again without being counted.
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            before = kilobytes("VmRSS")
             action()
-            sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+            sender.send((kilobytes("VmHWM") - before) / 1024)
 
         process = multiprocessing.get_context("fork").Process(target=run)
         process.start()
