@@ -7,6 +7,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +171,9 @@ def test_limits_hold_before_memory_is_taken(peak: Callable[..., float]) -> None:
     bombs = [encoded(Image.new("L", (3000, 2000)), name) for name in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "JPEG2000")]
     few = Decoding(max_pixels=5_999_999)
     for data in [*bombs, tiff(20_000), tiff(46_000)]:
-        assert peak(lambda data=data: refuse(data, "pixels are more than data.max_pixels", few)) < 15  # type: ignore[misc]
+        refused = partial(refuse, data, "pixels are more than data.max_pixels", few)
+        # Whatever else the process does may add to one measurement; a decoded image would add to each.
+        assert min(peak(refused) for _ in range(3)) < 15, data[:12]
     large = encoded(Image.new("L", (6000, 5000)), "PNG")
     assert peak(lambda: EncodedImage(large).decode()) > 30  # what the limit saves
 
