@@ -84,19 +84,6 @@ def given_defaults(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
         yield node.target.id, node.value
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src" / "moa_train")))
-def test_no_module_checks_the_range_of_a_setting_again(path: Path) -> None:
-    """Only a knob reports ``SECTION.KEY=VALUE is out of range``; rules across settings have other words."""
-    text = path.read_text()
-    again = [
-        key
-        for key, (item, _) in KNOBS.items()
-        if any(item.metadata[bound] is not None for bound in ("least", "above", "most", "below"))
-        and any(f"{key}={{{{{name}}}}} must be".replace("{{", "{").replace("}}", "}") in text for name in ("value",))
-    ]
-    assert not again
-
-
 def test_sections_reach_their_constructors_whole() -> None:
     """No ``locals()``, no ``inspect.signature``, and no function that spells a section out in its parameters."""
     for path in SOURCES:
