@@ -11,6 +11,8 @@ from moa_train.engine.manifest import MANIFEST, Checkpoint
 from moa_train.engine.tensorfile import CheckpointError, read_tensors
 
 WEIGHTS = ("model.safetensors", "ema.safetensors")
+HUB = ("model.safetensors", "config.json")
+"""Files in a folder from a model hub. A checkpoint whose manifest is missing has no config.json."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,7 @@ def find_weights(path: Path, parts: Sequence[str] = ("ema", "model")) -> FoundWe
     """Find the weights to which a run folder, a checkpoint folder, a folder from a hub, or a weights file refers.
 
     In a run folder, the best checkpoint is used, or the newest if none was evaluated. In a checkpoint, the first of
-    ``parts`` that exists is used; by default, EMA weights are preferred. A folder from a hub contains
-    model.safetensors.
+    ``parts`` that exists is used; by default, EMA weights are preferred.
 
     Raises:
         CheckpointError: there are no such weights.
@@ -53,7 +54,7 @@ def find_weights(path: Path, parts: Sequence[str] = ("ema", "model")) -> FoundWe
         raise CheckpointError(f"{path} does not exist. Give a run folder, a checkpoint folder or a .safetensors file.")
     if (path / MANIFEST).is_file():
         found, which = Checkpoint.open(path.resolve()), "checkpoint"
-    elif (path / "model.safetensors").is_file():
+    elif all((path / name).is_file() for name in HUB):
         return FoundWeights(path / "model.safetensors", None, f"the folder {path.name}")
     else:
         found, which = _of_run(path)

@@ -5,7 +5,7 @@ in timm's format, so that ``timm.create_model("local-dir:FOLDER", pretrained=Tru
 """
 
 import json
-import logging
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ import yaml  # type: ignore[import-untyped]
 from moa_train.engine.tensorfile import write_tensors
 from moa_train.export import weights_file
 from moa_train.export.subject import Runner, Subject
+from moa_train.knobs import knobs
 from moa_train.model.timm_door import TimmModel
+from moa_train.runtime.command_line import argument
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_flushed
-from moa_train.schema import ExportConfig, to_dict
+from moa_train.schema import ExportConfig, ModelConfig, to_dict
 from moa_train.tracking.provenance import reproduce
 
 
@@ -109,7 +111,9 @@ def card(subject: Subject, timm_name: str | None) -> str:
     scores = subject.scores(subject.reference)
     found = subject.source.describe()
     origin = json.loads(trained.metadata.get("origin", "[]"))
-    commands = [line for line in reproduce(origin).splitlines() if not line.startswith("cd ")]
+    lines = [line for line in reproduce(origin).splitlines() if not line.startswith("cd ")]
+    # Folders of the machine that trained the weights say nothing to others.
+    commands = [re.sub(r"^\S*python[\d.]* \S*/(moa-\w+) ", r"\1 ", line) for line in lines]
     title = f"{subject.run.model.title}, trained on {subject.run.data.name}"
     library = "timm" if timm_name else "moa-train"
     metrics = [
@@ -130,7 +134,13 @@ def card(subject: Subject, timm_name: str | None) -> str:
     }
     parameters = sum(parameter.numel() for parameter in subject.model.model.parameters())
     height, width = subject.preprocessing.size
-    use = MOA_USE + (TIMM_USE.format(height=height, width=width) if timm_name else "")
+    settings = [
+        argument(f"model.{key}", value)
+        for (key, _, value), (_, _, default) in zip(knobs(subject.run.model), knobs(ModelConfig()), strict=True)
+        if value != default
+    ]
+    use = MOA_USE.format(height=height, width=width, settings=" ".join(settings))
+    use += TIMM_USE.format(height=height, width=width) if timm_name else ""
     return CARD.format(
         front=yaml.safe_dump(front, sort_keys=False).rstrip(),
         title=title,
@@ -188,11 +198,22 @@ names of the classes, in the order of the logits, are `label_names` in config.js
 {license}
 """
 
-MOA_USE = """With [moa-train], where FOLDER is this folder:
+MOA_USE = """With moa-train, where FOLDER is this folder:
 
 ```bash
-moa-eval ckpt=FOLDER root=DATA                    # measure the accuracy again
-moa-train init=FOLDER init_head=new data.name=folder data.root=DATA  # fine-tune; also give the settings of the model
+moa-eval ckpt=FOLDER root=DATA    # measure the accuracy again
+moa-train init=FOLDER init_head=new data=folder data.root=DATA data.image_size=[{height},{width}] {settings}
+```
+
+```python
+from pathlib import Path
+
+import torch
+
+from moa_train.assembly.trained import Trained
+
+model = Trained.open(Path("FOLDER")).build().eval()
+logits = model(torch.zeros(1, 3, {height}, {width}))  # normalized images
 ```
 """
 

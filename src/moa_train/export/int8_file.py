@@ -6,32 +6,27 @@ float, which costs little time and keeps the accuracy. The file is in QDQ form: 
 DequantizeLinear nodes, which ONNX Runtime fuses with the layers.
 """
 
-import contextlib
 import json
 import math
-import statistics
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from moa_train.data.source import Source
-from moa_train.export import onnx_file
+from moa_train.export import onnx_file, speed
 from moa_train.export.subject import Subject, as_input, draw, name_of
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_flushed
-from moa_train.schema import ExportConfig
 
 LAYERS = ("Conv", "Gemm", "MatMul")
 RANKING_IMAGES = 32
 """Calibration images on which the effect of every single layer is measured."""
-SECONDS = 0.05
-"""Minimum duration of one speed measurement."""
+
 check = onnx_file.check
 load = onnx_file.load
 
@@ -52,22 +47,27 @@ def write(subject: Subject, path: Path) -> dict[str, Any]:
         quantizer = Quantizer(model, Path(folder), subject, source)
         quantized, floats, accuracy = search(quantizer, logits)
     int8_session = onnx_file.session(quantized.SerializeToString())
-    speed = [
-        compare_speed(fp32_session.run, int8_session.run, subject.examples, size, config.rounds)
-        for size in config.batch_sizes
+    cases = [
+        speed.compare(fp32_session, int8_session, subject.examples, size, config.rounds) for size in config.batch_sizes
     ]
+    reasons = {
+        case["batch_size"]: speed.reason(quantized, speed.repeated(subject.examples, case["batch_size"]))
+        for case in cases
+        if case["ratio_quartiles"][0] <= 1
+    }
+    measured = {"cpu": speed.cpu(), "threads": torch.get_num_threads(), "cases": cases}
     report = {
         "accuracy": accuracy,
-        "speed": {"cpu": cpu(), "threads": fp32_session.get_session_options().intra_op_num_threads, "cases": speed},
-        "float_layers": floats,
+        "speed": measured,
         "int8_layers": len(quantizer.nodes) - len(floats),
+        "float_layers": floats,
         "calibration": {
             "source": source.title,
             "seed": config.seed,
             "images": [name_of(source, index) for index in range(len(source))],
         },
+        "notes": notes(accuracy, measured, reasons),
     }
-    report["notes"] = notes(report, quantized, subject)
     int8 = onnx_file.runner(int8_session)
     onnx_file.describe(quantized, {**subject.record(int8, accuracy["int8"]), "quantization": json.dumps(report)})
     write_flushed(path, quantized.SerializeToString())
@@ -217,97 +217,24 @@ def paired_interval(lost: int, gained: int, total: int) -> tuple[float, float]:
     return middle - 1.96 * error, middle + 1.96 * error
 
 
-Run = Callable[[Sequence[str], dict[str, NDArray[np.uint8]]], Any]
+def notes(accuracy: dict[str, Any], speed: dict[str, Any], reasons: dict[int, str]) -> list[str]:
+    """Return what a user should know about accuracy and speed, in sentences.
 
-
-def compare_speed(fp32: Run, int8: Run, examples: NDArray[np.uint8], batch_size: int, rounds: int) -> dict[str, Any]:
-    """Time both models alternately, and return medians and the ratio with its quartiles."""
-    images = {"images": np.resize(examples, (batch_size, *examples.shape[1:]))}
-    calls = {}
-    for name, run in (("fp32", fp32), ("int8", int8)):
-        run(["logits"], images)
-        calls[name] = max(1, math.ceil(SECONDS / seconds(run, images, 1)))
-    taken: dict[str, list[float]] = {"fp32": [], "int8": []}
-    for _ in range(rounds):
-        for name, run in (("fp32", fp32), ("int8", int8)):
-            taken[name].append(seconds(run, images, calls[name]))
-    ratios = [slow / fast for slow, fast in zip(taken["fp32"], taken["int8"], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return {
-        "batch_size": batch_size,
-        "rounds": rounds,
-        "fp32_ms": 1e3 * statistics.median(taken["fp32"]),
-        "int8_ms": 1e3 * statistics.median(taken["int8"]),
-        "ratio": middle,
-        "ratio_quartiles": [low, high],
-    }
-
-
-def seconds(run: Run, images: dict[str, NDArray[np.uint8]], calls: int) -> float:
-    """Return the seconds per call."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        run(["logits"], images)
-    return (time.perf_counter() - start) / calls
-
-
-def cpu() -> dict[str, Any]:
-    """Return the name of the CPU, and which of the instructions for products of 8-bit numbers it has."""
-    found = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            found.setdefault(key.strip(), value.strip())
-    flags = found.get("flags", "").split()
-    known = [flag for flag in ("avx_vnni", "avx512_vnni", "amx_int8") if flag in flags]
-    return {"name": found.get("model name", "unknown"), "int8_instructions": known}
-
-
-def notes(report: dict[str, Any], model: Any, subject: Subject) -> list[str]:
-    """Return what a user should know about accuracy and speed, in sentences."""
-    accuracy, cases = report["accuracy"], report["speed"]["cases"]
+    Args:
+        accuracy: the result of `search`.
+        speed: the measured speed.
+        reasons: batch sizes at which int8 is not clearly faster, and why.
+    """
     low, high = accuracy["drop_interval_95"]
     int8, fp32 = accuracy["int8"], accuracy["fp32"]
-    lines = [
+    return [
         f"top-1 {int8['top1']:.2f}% instead of {fp32['top1']:.2f}% on the same {int8['total']} {int8['split']} images: "
         f"drop {accuracy['drop']:.2f} points, 95% interval [{low:.2f}, {high:.2f}]",
         *(
             f"batch size {case['batch_size']}: {case['ratio']:.2f} times as fast as fp32 (quartiles "
             f"{case['ratio_quartiles'][0]:.2f} to {case['ratio_quartiles'][1]:.2f}, n = {case['rounds']}), "
             f"{case['int8_ms']:.2f} instead of {case['fp32_ms']:.2f} ms"
-            for case in cases
+            for case in speed["cases"]
         ),
+        *(f"int8 is not clearly faster at batch size {size}: {reason}" for size, reason in reasons.items()),
     ]
-    for case in cases:
-        if case["ratio_quartiles"][0] <= 1:
-            lines.append(f"int8 is not clearly faster at batch size {case['batch_size']}: {reason(report, model, subject, case)}")
-    return lines
-
-
-def reason(report: dict[str, Any], model: Any, subject: Subject, case: dict[str, Any]) -> str:
-    """Explain from a profile why int8 is not faster."""
-    instructions = report["speed"]["cpu"]["int8_instructions"]
-    images = np.resize(subject.examples, (case["batch_size"], *subject.examples.shape[1:]))
-    times = profile(model, images)
-    total = sum(times.values())
-    # ONNX Runtime's names of fused integer kernels: QLinearConv, QLinearMatMul, QGemm, MatMulIntegerToFloat.
-    integer = sum(value for name, value in times.items() if name.startswith("Q") or "Integer" in name)
-    integer -= times["QuantizeLinear"]
-    others = [(name, value) for name, value in times.most_common() if not name.startswith("QLinear")][:4]
-    shares = ", ".join(f"{name} {100 * value / total:.0f}%" for name, value in others if "Integer" not in name)
-    has = f"this CPU has {', '.join(instructions)}" if instructions else "this CPU has no instructions for int8 products"
-    return f"{has}; {100 * integer / total:.0f}% of its time is spent in int8 products, and the rest in {shares}"
-
-
-def profile(model: Any, images: NDArray[np.uint8]) -> Counter[str]:
-    """Return the microseconds that a model spends in each kind of kernel."""
-    with TemporaryDirectory() as folder:
-        opened = onnx_file.session(model.SerializeToString(), profile=Path(folder) / "profile")
-        for _ in range(5):
-            opened.run(["logits"], {"images": images})
-        events = json.loads(Path(opened.end_profiling()).read_text())
-    times: Counter[str] = Counter()
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            times[event["args"]["op_name"]] += event["dur"]
-    return times

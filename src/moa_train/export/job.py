@@ -44,7 +44,9 @@ def export(config: ExportConfig, stream: TextIO) -> dict[str, Any]:
     set_up_process(run.runtime, alone())
     source = draw(trained.open_split(config.split, config.root, config.workers), config.images, config.seed)
     if len(source) < VECTORS:
-        raise UserError(f"split={config.split} has only {len(source)} images; an export is checked on at least {VECTORS}.")
+        raise UserError(
+            f"split={config.split} has only {len(source)} images; an export is checked on at least {VECTORS}."
+        )
     subject = Subject(config, trained, run, source, stream)
     with staged(output) as temporary:
         report = form.write(subject, temporary)

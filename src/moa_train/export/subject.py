@@ -178,7 +178,8 @@ class Subject:
                 "Nothing was written. Rounding can change the order of two nearly equal logits, and other seed= or "
                 "images= avoid that image; anything larger is a bug of the exporter or of a library."
             )
-        return {**now, "largest_difference": difference}
+        changed = int((logits.argmax(1) != self.reference.argmax(1)).sum())
+        return {**now, "different_answers": changed, "largest_difference": difference}
 
     @cached_property
     def examples(self) -> NDArray[np.uint8]:
@@ -224,7 +225,7 @@ def as_input(images_BCHW: Tensor) -> NDArray[np.uint8]:
 
 
 def draw(source: Source, count: int, seed: int) -> Source:
-    """Return ``count`` images of a source, drawn by seed without replacement and in their order; all if it has fewer."""
+    """Return ``count`` different images of a source, drawn by seed, in their order; all images if it has fewer."""
     if count >= len(source):
         return source
     rows = np.random.default_rng(seed).choice(len(source), count, replace=False)
