@@ -21,7 +21,7 @@ from moa_train.model.timm_door import TimmModel
 from moa_train.runtime.command_line import argument
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_flushed
-from moa_train.schema import ExportConfig, ModelConfig, to_dict
+from moa_train.schema import ExportConfig, to_dict
 from moa_train.tracking.provenance import reproduce
 
 
@@ -136,9 +136,10 @@ def card(subject: Subject, timm_name: str | None) -> str:
     height, width = subject.preprocessing.size
     settings = [
         argument(f"model.{key}", value)
-        for (key, _, value), (_, _, default) in zip(knobs(subject.run.model), knobs(ModelConfig()), strict=True)
-        if value != default
+        for key, item, value in knobs(subject.run.model)
+        if (item.metadata["fixed"] or key == "variant") and key != "args"
     ]
+    settings += [f"'model.args.{key}={json.dumps(value)}'" for key, value in subject.run.model.args.items()]
     use = MOA_USE.format(height=height, width=width, settings=" ".join(settings))
     use += TIMM_USE.format(height=height, width=width) if timm_name else ""
     return CARD.format(
