@@ -70,7 +70,9 @@ def test_the_model_card_has_measured_numbers_and_commands(exported, logged, lear
     assert origin[0]["command"].split()[-1] in text
     init = re.search(r"^moa-train (init=FOLDER.*)$", text, re.MULTILINE)[1]
     settings = [setting for setting in shlex.split(init) if setting.startswith("model.")]
-    ours, theirs = (dict(fixed(config)) for config in (with_overrides(RunConfig(), settings), Trained.open(path).config))
+    ours, theirs = (
+        dict(fixed(config)) for config in (with_overrides(RunConfig(), settings), Trained.open(path).config)
+    )
     assert ours == theirs
     assert json.loads((path / "config.json").read_text())["num_classes"] == 10
 

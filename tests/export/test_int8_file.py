@@ -89,7 +89,7 @@ def sensitive(best, path: Path) -> str:
     """
     weights, header = best
     weights = dict(weights)
-    norm, layer = "stages.0.blocks.0.norm2", "stages.0.blocks.0.mlp.fc1"
+    norm, layer = "layers.0.downsample.norm", "layers.0.downsample.reduction"
     channel = int(weights[f"{layer}.weight"].abs().sum(0).argmin())
     scale = torch.ones(weights[f"{norm}.weight"].shape)
     scale[channel] = 1000
@@ -116,6 +116,8 @@ def test_a_sensitive_layer_stays_in_float(best, export, tmp_path):
 
 
 def test_too_few_calibration_images(learned, export, tmp_path):
-    with pytest.raises(UserError, match=r"calibration=5000: the training split has only \d+ images\. Set calibration=\d+"):
+    with pytest.raises(
+        UserError, match=r"calibration=5000: the training split has only \d+ images\. Set calibration=\d+"
+    ):
         export(ckpt=learned, format="int8", output=tmp_path / "x", calibration=5000)
     assert not list(tmp_path.iterdir())

@@ -47,10 +47,14 @@ def test_a_full_disk_is_reported_and_leaves_nothing(learned, export, tmp_path, f
 
 
 def test_a_failed_check_leaves_nothing(tmp_path):
-    with pytest.raises(UserError), staged(tmp_path / "x") as path:
-        path.mkdir()
-        (path / "half").write_text("")
-        raise UserError("the exported file does not agree")
+    def fail() -> None:
+        with staged(tmp_path / "x") as path:
+            path.mkdir()
+            (path / "half").write_text("")
+            raise UserError("the exported file does not agree")
+
+    with pytest.raises(UserError, match="does not agree"):
+        fail()
     assert not list(tmp_path.iterdir())
 
 
@@ -68,7 +72,9 @@ def test_one_wrong_answer_more_fails_the_export(learned, logged):
     first = int(np.flatnonzero(checked.ranks(logits) == 0)[0])
     logits[first, checked.labels[first]] -= 100
     count = logged["top1_count"]
-    with pytest.raises(UserError, match=rf"classifies {count - 1} of 359 images correctly.*checkpoint {count};.* is 100"):
+    with pytest.raises(
+        UserError, match=rf"classifies {count - 1} of 359 images correctly.*checkpoint {count};.* is 100"
+    ):
         checked.agreement(logits)
 
 

@@ -52,7 +52,9 @@ def bare(tmp_path_factory) -> Path:
 def alone(folder: Path, code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run Python code in isolation (-I) and without site-packages (-S), except for those in a folder."""
     start = f"import sys; sys.path.insert(0, {str(folder)!r}); {code}"
-    return subprocess.run([sys.executable, "-I", "-S", "-c", start, *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", start, *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 def test_right_answers_are_those_logged_in_training(exported, logged):
@@ -115,19 +117,24 @@ def test_the_script_fits_on_a_screen(script):
     assert len([line for line in script.read_text().splitlines() if line.strip()]) <= 24
 
 
-@pytest.mark.parametrize("shape", [(50, 90), (90, 50), (33, 400)])
-def test_the_script_resizes_and_crops_as_an_evaluation(script, best, export, make_classes, tmp_path, shape, monkeypatch):
-    """A model trained on image files: its evaluation crops, and Pillow's filter differs only by rounding."""
-    weights, header = best
+@pytest.fixture(scope="module")
+def of_files(best, export, make_classes, tmp_path_factory) -> Path:
+    """The ONNX file of a model that was trained on image files, whose evaluation crops images."""
+    folder, (weights, header) = tmp_path_factory.mktemp("files"), best
     config = json.loads(header["config"])
     config["data"] |= {"name": "folder", "root": str(make_classes(10)), "val_fraction": 0.0, "eval_crop": 0.8}
     classes = json.dumps([f"class{number}" for number in range(10)])
-    metadata = header | {"config": json.dumps(config), "classes": classes}
-    write_tensors(tmp_path / "x.safetensors", weights, metadata)
-    export(ckpt=tmp_path / "x.safetensors", output=tmp_path / "x.onnx", images=20)
+    write_tensors(folder / "x.safetensors", weights, header | {"config": json.dumps(config), "classes": classes})
+    export(ckpt=folder / "x.safetensors", output=folder / "x.onnx", images=20)
+    return folder / "x.onnx"
+
+
+@pytest.mark.parametrize("shape", [(50, 90), (90, 50), (33, 400)])
+def test_the_script_resizes_and_crops_as_an_evaluation(of_files, script, tmp_path, shape, monkeypatch):
+    """The filters of Pillow and of moa-train differ only by rounding."""
     pixels = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((shape[1] * 2, shape[0] * 2)).save(tmp_path / "x.png")
-    monkeypatch.setattr(sys, "argv", ["classify.py", str(tmp_path / "x.onnx"), str(tmp_path / "x.png")])
+    monkeypatch.setattr(sys, "argv", ["classify.py", str(of_files), str(tmp_path / "x.png")])
     ours = np.asarray(runpy.run_path(str(script))["image"]).astype(int)
     view = CenterCrop((32, 32), 0.8)
     theirs = view(EncodedImage.of(tmp_path / "x.png"), np.empty(0)).permute(1, 2, 0).numpy().astype(int)

@@ -29,7 +29,9 @@ print(json.dumps(record["classes"]))
 def test_the_file_runs_without_moa_train(exported, logged):
     path, report = exported("torch_export")
     assert report["agreement"]["top1_count"] == logged["top1_count"]
-    site = str(Path(find_spec("torch").origin).parents[1])  # -S: no .pth file is read, so that an editable install stays invisible
+    site = str(
+        Path(find_spec("torch").origin).parents[1]
+    )  # -S: no .pth file is read, so that an editable install stays invisible
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", CODE, site, str(path)], capture_output=True, text=True, timeout=300
     )
