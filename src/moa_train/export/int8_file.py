@@ -225,7 +225,7 @@ def notes(accuracy: dict[str, Any], speed: dict[str, Any], reasons: dict[int, st
         speed: the measured speed.
         reasons: batch sizes at which int8 is not clearly faster, and why.
     """
-    low, high = accuracy["drop_interval_95"]
+    low, high = (round(bound, 2) + 0.0 for bound in accuracy["drop_interval_95"])  # + 0.0: not "-0.00"
     int8, fp32 = accuracy["int8"], accuracy["fp32"]
     return [
         f"top-1 {int8['top1']:.2f}% instead of {fp32['top1']:.2f}% on the same {int8['total']} {int8['split']} images: "
