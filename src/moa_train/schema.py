@@ -377,7 +377,7 @@ class RunConfig:
 class EvalConfig:
     """Settings of ``moa-eval``; the checkpoint records its model and data set."""
 
-    ckpt: str | None = knob(None, "run folder, checkpoint folder or .safetensors file")
+    ckpt: str | None = knob(None, "run folder, checkpoint folder, folder of a model hub, or .safetensors file")
     weights: str = knob(
         "auto",
         "weights to evaluate; auto: ema if the checkpoint contains them, else model",
@@ -400,7 +400,7 @@ class EvalConfig:
 class ExportConfig:
     """Settings of ``moa-export``; the checkpoint records its model and data set."""
 
-    ckpt: str | None = knob(None, "run folder, checkpoint folder, folder of format=hub, or .safetensors file")
+    ckpt: str | None = knob(None, "run folder, checkpoint folder, folder of a model hub, or .safetensors file")
     format: str = knob(
         "onnx",
         "onnx: for ONNX Runtime; int8: quantized for CPUs, for ONNX Runtime; torch_export: for torch.export.load; "

@@ -69,7 +69,8 @@ SETTINGS = {
 def best(learned) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and header of the model's best EMA weights."""
     with safe_open(learned / "checkpoints" / "best" / "ema.safetensors", "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 it is no dictionary
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, file.metadata()
 
 
 @pytest.fixture(scope="session")
