@@ -53,11 +53,11 @@ def test_areas_of_a_model_that_looks_at_one_cell():
     maps = torch.zeros(1, 32, 32)
     maps[0, 10:12, 18:20] = 1  # the chosen cell first
     found = faithfulness(model, images, classes, maps)
-    assert found.deletion_B.item() == pytest.approx(1 / 32, abs=1e-6)  # the first of 16 cuts removes it
-    assert found.insertion_B.item() == pytest.approx(1 - 1 / 32, abs=1e-6)
+    assert found.deletion.item() == pytest.approx(1 / 32, abs=1e-6)  # the first of 16 cuts removes it
+    assert found.insertion.item() == pytest.approx(1 - 1 / 32, abs=1e-6)
     last = faithfulness(model, images, classes, -maps)
-    assert last.deletion_B.item() == pytest.approx(1 - 1 / 32, abs=1e-6)
-    assert 0 < found.random_deletion_B.item() < 1
+    assert last.deletion.item() == pytest.approx(1 - 1 / 32, abs=1e-6)
+    assert 0 < found.random_deletion.item() < 1
 
 
 def test_every_cell_changes_once():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PATH_STEPS = 16
+PATH_STEPS = 8
 """Points on the path of `class_map`. More points do not change the areas of `faithfulness` (docs/EXPLAIN.md)."""
 CELLS, CUTS = 16, 16
 """`faithfulness` ranks the cells of a grid of 16 x 16, and changes a sixteenth of them at a time."""
@@ -48,10 +48,10 @@ class Faithfulness:
     area and a large insertion area, compared with those of a random order.
     """
 
-    deletion_B: Tensor
-    insertion_B: Tensor
-    random_deletion_B: Tensor
-    random_insertion_B: Tensor
+    deletion: Tensor
+    insertion: Tensor
+    random_deletion: Tensor
+    random_insertion: Tensor
 
     @classmethod
     def concatenate(cls, parts: Sequence["Faithfulness"]) -> "Faithfulness":
@@ -62,8 +62,8 @@ class Faithfulness:
         """Describe the means, with the standard error of each difference from the random order."""
         parts = []
         for name, own_B, random_B in (
-            ("deletion", self.deletion_B, self.random_deletion_B),
-            ("insertion", self.insertion_B, self.random_insertion_B),
+            ("deletion", self.deletion, self.random_deletion),
+            ("insertion", self.insertion, self.random_insertion),
         ):
             difference_B = own_B - random_B
             error = f" +- {difference_B.std() / len(own_B) ** 0.5:.3f}" if len(own_B) > 1 else ""
@@ -71,7 +71,7 @@ class Faithfulness:
                 f"{name} area {own_B.mean():.3f}, random order {random_B.mean():.3f} "
                 f"(difference {difference_B.mean():+.3f}{error})"
             )
-        count = len(self.deletion_B)
+        count = len(self.deletion)
         return f"{'; '.join(parts)}; {count} image{'s' * (count != 1)}"
 
 
