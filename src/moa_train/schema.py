@@ -396,6 +396,46 @@ class EvalConfig:
     output: str | None = knob(None, "JSON file for the result (default: eval-SPLIT.json next to the weights)")
 
 
+@dataclass
+class PredictConfig:
+    """Settings of ``moa-predict``; the checkpoint records its model, its classes and how images are prepared."""
+
+    ckpt: str | None = knob(None, "run folder, checkpoint folder or .safetensors file")
+    input: str | None = knob(
+        None,
+        "image file, folder (with its subfolders), pattern such as 'photos/*.jpg', or - to read paths from standard "
+        "input, one per line",
+    )
+    top: int = knob(5, "number of classes per image, most likely first", least=1)
+    format: str = knob(
+        "table", "table; jsonl: one JSON object per image; csv: one row per class", options=("table", "jsonl", "csv")
+    )
+    output: str | None = knob(None, "file for the predictions (default: standard output)")
+    explain: str | None = knob(None, "folder for one PNG per image: class map, and the attention of MOA models")
+    explain_class: str | None = knob(None, "explain: class that the class map explains (default: the predicted class)")
+    explain_window: list[int] | None = knob(
+        None,
+        "explain: [row,column] of the window of the first stage whose attention is drawn (default: the window with "
+        "the most evidence for the class)",
+        least=0,
+    )
+    explain_checks: int = knob(
+        32, "explain: number of images whose class maps are measured by deletion and insertion; 0: none", least=0
+    )
+    weights: str = knob(
+        "auto",
+        "weights to use; auto: ema if the checkpoint contains them, else model",
+        options=("auto", "model", "ema"),
+    )
+    batch_size: int | None = knob(None, "images per forward pass (default: as in evaluation)", least=1)
+    workers: int | None = knob(None, "processes that decode image files (default: as in training)", least=0)
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N; auto: CUDA if available")
+    precision: str | None = knob(None, "precision (default: runtime.eval_precision of the run)", options=PRECISIONS)
+    code: list[str] = knob(
+        [], "your own modules or packages that the checkpoint's configuration may import, for example [my_package]"
+    )
+
+
 def compile_mode(choice: Any) -> str:
     """Return ``runtime.compile`` as auto, blocks, model or false; true means model."""
     mode = {"true": "model"}.get(str(choice).lower(), str(choice).lower())
@@ -436,7 +476,7 @@ def own_code(config: Any) -> list[str]:
 
 
 def validate(config: Any) -> None:
-    """Check ranges, options and the rules that span several settings of a ``RunConfig`` or ``EvalConfig``.
+    """Check ranges, options and the rules that span several settings of a command's configuration.
 
     Raises:
         UserError: the message gives the key, the value and the allowed values.

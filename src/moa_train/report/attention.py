@@ -18,14 +18,15 @@ from moa_train.model.published_block import PublishedStage
 
 @dataclass(frozen=True)
 class WindowMap:
-    """The weights of one attention layer for B images: of a MOA block between windows, or of a local block within them.
+    """The weights of one attention layer for B images: of a MOA block between windows, or of a local block.
+
 
     Attributes:
         name: name of the layer in the model.
         stage: its stage, counted from 0.
-        weights: after the softmax, in the dtype of the model. Between windows (B, N, L, L): heads, query windows, key windows. Within
-            windows (B, L, N, P P, P P): windows, heads, query positions, key positions. All indices are row-major, and
-            every row sums to 1.
+        weights: after the softmax, in the dtype of the model; every row sums to 1, and all indices are row-major.
+            Between windows: (B, N, L, L), heads, query windows and key windows.
+            Within windows: (B, L, N, P P, P P), windows, heads, query positions and key positions.
         grid: rows and columns of windows, L in total.
         window: side P of a window in positions.
         position: side of a position in pixels.
