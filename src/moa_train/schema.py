@@ -298,7 +298,18 @@ class TrackingConfig:
         options=("auto", "bar", "plain"),
     )
     loggers: list[str] = knob(["tensorboard"], "loggers in addition to the console and metrics.jsonl", plugins=LOGGERS)
-    images: int = knob(16, "number of augmented training images to log", least=0)
+    images: int = knob(16, "number of augmented training images to log, with their mixed labels", least=0)
+    mistakes: int = knob(
+        16,
+        "number of the most confident mistakes of each evaluation that loggers show, along with the confusion matrix; "
+        "0: neither",
+        least=0,
+    )
+    ratios: bool = knob(
+        False,
+        "log gradient norm and relative size of the update of every layer; each log row then takes a copy of the "
+        "parameters",
+    )
     profile_steps: int = knob(
         0, "number of steps to profile, after three warmup steps; written to trace.json.gz", least=0
     )

@@ -1,7 +1,9 @@
 """One picture per image: what the model predicts, the class map, and the attention of MOA blocks and local blocks."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,30 +63,25 @@ def draw_explanation(
     spatial = [found for found in between if found.is_spatial]
     center = _center(window, map_HW, (spatial or [*last.values()])[:1])
     image_HWC = pixels_CHW.permute(1, 2, 0).numpy()
-    panels = 2 + 2 * len(between) + len(last)
-    columns = min(4, panels)
-    rows = -(-panels // columns)
-    figure = Figure(figsize=(3.3 * columns, 3.6 * rows + 0.4), layout="constrained")
-    figure.suptitle(_plain(title, 90), parse_math=False, fontsize=11, x=0.01, ha="left")
-    axes = iter(figure.subplots(rows, columns, squeeze=False).flat)
-
     names, probabilities = predictions
     lines = [f"{100 * value:.1f} %  {_plain(name, 26)}" for name, value in zip(names, probabilities, strict=True)]
-    _image(next(axes), image_HWC, "\n".join(lines[:3]))
-    _class_map(next(axes), image_HWC, map_HW, f"class map: {_plain(explained, 24)}\nred: for it, blue: against it")
-    for found in between:
-        if found.is_spatial:
-            _keys(next(axes), image_HWC, found, found.window_at(*center))
-        else:
-            blank = next(axes)
-            blank.axis("off")
-            text = "The windows of the\npublished MOA block are\nnot areas of the image."
-            blank.text(0.5, 0.5, text, ha="center", va="center", fontsize=9)
-        _matrix(next(axes), found)
-    for found in last.values():
-        _local(next(axes), image_HWC, found, center)
-    for rest in axes:
-        rest.axis("off")
+    about = f"class map: {_plain(explained, 24)}\nred: for it, blue: against it"
+    panels: list[Callable[[Axes], None]] = [
+        lambda axes: _image(axes, image_HWC, "\n".join(lines[:3])),
+        lambda axes: _class_map(axes, image_HWC, map_HW, about),
+    ]
+    windows = {found.stage: found for found in between}
+    for stage in sorted(last, key=lambda stage: stage != max(last)):  # the last stage has no MOA block and comes first
+        panels.append(partial(_local, image_HWC=image_HWC, found=last[stage], center=center))
+        if stage in windows:
+            panels.append(partial(_keys, image_HWC=image_HWC, found=windows[stage], center=center))
+            panels.append(partial(_matrix, found=windows[stage]))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.7 * rows + 0.3), layout="constrained")
+    figure.suptitle(_plain(title, 30 * columns), parse_math=False, fontsize=11, x=0.01, ha="left")
+    for axes, panel in zip_longest(figure.subplots(rows, columns, squeeze=False).flat, panels):
+        panel(axes) if panel else axes.axis("off")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # names may use any script
@@ -127,11 +124,11 @@ def _image(axes: "Axes", image_HWC: NDArray[np.uint8], title: str, alpha: float 
 def _class_map(axes: "Axes", image_HWC: NDArray[np.uint8], map_HW: Tensor, title: str) -> None:
     """Draw the means over the cells that `faithfulness` ranks, because the values of single pixels are noisy."""
     cells = F.adaptive_avg_pool2d(map_HW[None, None], min(CELLS, *map_HW.shape))
-    smooth = F.interpolate(cells, map_HW.shape, mode="bicubic")[0, 0]
+    smooth = F.interpolate(cells, map_HW.shape, mode="bilinear")[0, 0]
     limit = max(float(smooth.abs().max()), 1e-12)
     gray_HW = image_HWC.mean(2)
     axes.imshow(gray_HW, cmap="gray", vmin=-80, vmax=335)  # pale, so that the colors stand out
-    strength = (smooth.abs() / limit).sqrt().mul(0.85).numpy()
+    strength = (smooth.abs() / limit).mul(0.9).numpy()
     axes.imshow(smooth.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=strength)
     axes.set_title(title, fontsize=9, loc="left", parse_math=False)
     axes.set_xticks([])
@@ -145,8 +142,14 @@ def _rectangle(axes: "Axes", box: tuple[int, int, int, int], **style: Any) -> No
     axes.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, **style))
 
 
-def _keys(axes: "Axes", image_HWC: NDArray[np.uint8], found: WindowMap, window: tuple[int, int]) -> None:
+def _keys(axes: "Axes", image_HWC: NDArray[np.uint8], found: WindowMap, center: tuple[int, int]) -> None:
     """Draw the key of every window, with its overlap, as dark as its weight for the query of one window."""
+    if not found.is_spatial:
+        axes.axis("off")
+        text = "The windows of the\npublished MOA block are\nnot areas of the image."
+        axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=9)
+        return
+    window = found.window_at(*center)
     rows, columns = found.grid
     weights = found.weights[0].float().mean(0)[window[0] * columns + window[1]].view(rows, columns)
     title = f"stage {found.stage}: MOA attention of window [{window[0]},{window[1]}]\nto the keys of all windows"
@@ -156,7 +159,7 @@ def _keys(axes: "Axes", image_HWC: NDArray[np.uint8], found: WindowMap, window: 
         for column in range(columns):
             weight = float(weights[row, column])
             box = found.box(row, column, found.overlap)  # overlapping keys add up
-            _rectangle(axes, box, facecolor=KEY, alpha=0.6 * weight / limit, linewidth=0)
+            _rectangle(axes, box, facecolor=KEY, alpha=0.5 * weight / limit, linewidth=0)
             _rectangle(axes, box, fill=False, edgecolor=KEY, linewidth=0.8, alpha=0.7)
             if rows * columns <= _MOST_NUMBERS:
                 top, left, bottom, right = found.box(row, column)
@@ -170,7 +173,8 @@ def _matrix(axes: "Axes", found: WindowMap) -> None:
     """Draw the weights of all pairs of windows, averaged over the heads."""
     weights = 100 * found.weights[0].float().mean(0)
     heads = found.weights.shape[1]
-    title = f"stage {found.stage}: MOA attention, mean of {heads} heads\nrows: queries, columns: keys, in %"
+    mean = "1 head" if heads == 1 else f"mean of {heads} heads"
+    title = f"stage {found.stage}: MOA attention, {mean}\nrows: queries, columns: keys, in %"
     shown = axes.imshow(weights.numpy(), cmap="Blues", vmin=0)
     axes.set_title(title, fontsize=9, loc="left")
     count = len(weights)
@@ -193,7 +197,7 @@ def _local(axes: "Axes", image_HWC: NDArray[np.uint8], found: WindowMap, center:
         values,
         cmap="Blues",
         vmin=0,
-        alpha=0.8,
+        alpha=0.7,
         extent=(left, left + pixels, top + pixels, top),
         interpolation="nearest",
     )

@@ -5,6 +5,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
+from moa_train.tracking.pictures import printable
+
 Row = Callable[[str, Sequence[str], Sequence[float]], None]
 """Writes the prediction for one image: its path, names of classes, and their probabilities."""
 
@@ -53,13 +55,6 @@ def open_rows(form: str, stream: TextIO, paths: Sequence[str], classes: Sequence
         print("  ".join([f"{printable(path):<{first}}", *cells]).rstrip(), file=stream)
 
     return write
-
-
-def printable(text: str) -> str:
-    """Return the text with escapes in place of characters that do not print, such as those that control a terminal."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
 
 
 def _cell(text: str) -> str:
