@@ -9,9 +9,11 @@ from moa_train.interfaces import Classifier
 
 
 class UpdateRatios:
-    """Measure the norm of the gradient, ``gradient/LAYER``, and the relative size of the update, ``update/LAYER``.
+    """Measure gradients and updates of every layer.
 
-    The relative size is the norm of the update divided by the norm of the weights.
+    ``per_layer/gradient_LAYER`` is the norm of the gradient, and ``per_layer/update_LAYER`` the norm of the update
+    divided by that of the weights.
+
     Layers that hardly learn, or learn much faster than the others, stand out. Measuring takes a copy of the parameters.
     The host does not wait for the device.
 
@@ -38,14 +40,14 @@ class UpdateRatios:
         if self.due(step + 1):
             for layer, parameters in self.layers.items():
                 gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-                self.values[f"gradient/{layer}"] = _norm(gradients)
+                self.values[f"per_layer/gradient_{layer}"] = _norm(gradients)
                 self._before[layer] = [parameter.detach().clone() for parameter in parameters]
 
     def after(self) -> None:
         """Complete ``values``, which are empty if this update is not measured."""
         for layer, old in self._before.items():
             change = torch._foreach_sub([parameter.detach() for parameter in self.layers[layer]], old)
-            self.values[f"update/{layer}"] = _norm(list(change)) / _norm(old).clamp_min(1e-12)
+            self.values[f"per_layer/update_{layer}"] = _norm(list(change)) / _norm(old).clamp_min(1e-12)
         self._before = {}
 
 

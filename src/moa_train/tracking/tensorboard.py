@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from moa_train.runtime.files import writing
-from moa_train.tracking.logger import Logger, Metrics, numbers
+from moa_train.tracking.logger import Logger, Metrics
 from moa_train.tracking.pictures import confusion_picture, image_grid
 
 if TYPE_CHECKING:
@@ -23,15 +23,14 @@ _PREFIX = "events.out.tfevents."
 
 GROUPS = {"loss": "loss", "images_per_second": "speed", "memory": "speed"}
 """Groups of cards. Other values are in ``optimization`` if they are of the training, else in ``accuracy``."""
-_HIDDEN = ("epoch", "total", "step")
 
 
 class TensorBoard(Logger):
     """Write event files to ``tensorboard/`` in the run folder. The first event imports tensorboard and opens the file.
 
     Every group of cards answers one question: ``accuracy``, ``loss``, ``optimization``, ``speed``, and on request
-    ``gradient`` and ``update``. A name such as ``loss/train`` gives the group and the split or value. Final metrics are
-    columns next to the settings in the tab HPARAMS, and nowhere else.
+    ``per_layer``. A name such as ``loss/train`` gives the group and the split or value. Final metrics are columns next
+    to the settings in the tab HPARAMS, and nowhere else, because a single point is not a curve.
 
     TensorBoard hides the events of ``first_step`` and later steps that earlier sessions wrote, so no step appears
     twice.
@@ -48,8 +47,9 @@ class TensorBoard(Logger):
         self._scalars(step, metrics, "train")
 
     def log_eval(self, step: int, metrics: Metrics, split: str = "val") -> None:
-        """Write a point of each curve."""
-        self._scalars(step, metrics, split)
+        """Write a point of each curve, except for the test split if it is evaluated only at the end."""
+        if split != "test" or self._config.get("engine", {}).get("eval_split") == "test":
+            self._scalars(step, metrics, split)
 
     def log_images(self, step: int, images: Tensor, captions: Sequence[str] = (), name: str = "train/input") -> None:
         """Write one picture of up to 64 images with their captions."""
@@ -66,7 +66,9 @@ class TensorBoard(Logger):
         if final:
             from torch.utils.tensorboard.summary import hparams
 
-            for summary in hparams(_flatten(self._config) | numbers("final", final), {}):
+            # TensorBoard sorts the columns by name and shows the first five, so these names come before all settings.
+            results = {f"(final) {name}": value for name, value in final.items() if _has_curve(name, value)}
+            for summary in hparams(_flatten(results | dict(self._config)), {}):
                 self._events.add(summary)
         if self._opened is not None:
             self._opened.close()
@@ -85,13 +87,14 @@ class TensorBoard(Logger):
         from torch.utils.tensorboard.summary import scalar
 
         for name, value in metrics.items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and not _is_hidden(name):
-                self._events.add(scalar(_tag(name, split), float(value)), step)
+            if _has_curve(name, value):
+                self._events.add(scalar(_tag(name, split), value), step)
 
 
-def _is_hidden(name: str) -> bool:
-    """Return whether a value has no curve worth a card: numbers of images and hits, and other forms of the step."""
-    return name in _HIDDEN or name.endswith("_count")
+def _has_curve(name: str, value: object) -> bool:
+    """Return whether a value is worth a card: a number, but not one of images or hits, nor another form of the step."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and name not in ("epoch", "step") and not name.endswith(("_count", "total"))
 
 
 def _tag(name: str, split: str) -> str:
