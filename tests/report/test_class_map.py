@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from moa_train.model.registry import create_model
+from moa_train.report.attention import attention_maps
 from moa_train.report.class_map import CELLS, Faithfulness, class_map, faithfulness
-from moa_train.schema import ModelConfig
+from moa_train.schema import MoaConfig, ModelConfig
 
 
 class OneCell(nn.Module):
@@ -82,3 +83,43 @@ def test_the_summary_names_means_and_differences():
     both = str(Faithfulness.concatenate([one, one]))
     assert "(difference -0.200 +- 0.000)" in both
     assert "2 images" in both
+
+
+def draw(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Images of noise whose class is that of a small patch; the classes and the cells (8 x 8) of the patches."""
+    patterns = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(5)).sign() * 2
+    images = torch.randn(48, 3, 32, 32, generator=generator) * 0.05
+    labels, cells = (torch.randint(high, (48,), generator=generator) for high in (4, 64))
+    for image, label, cell in zip(images, labels, cells.tolist(), strict=True):
+        top, left = 4 * (cell // 8), 4 * (cell % 8)
+        image[:, top : top + 4, left : left + 4] = patterns[label]
+    return images, labels, cells
+
+
+def test_maps_of_a_trained_model_show_where_the_information_is():
+    torch.manual_seed(0)
+    moa = MoaConfig(overlap=0, reduction=1, drop_path=0.0)
+    config = ModelConfig(embed_dim=24, depths=[1, 1], heads=[2, 2], window=2, mlp_ratio=2, drop_path=0.0, moa=moa)
+    model, generator = create_model(config, image_size=(32, 32), num_classes=4), torch.Generator().manual_seed(1)
+    optimizer, loss = torch.optim.AdamW(model.parameters(), 5e-3), 1.0
+    for _ in range(400):
+        images, labels, _ = draw(generator)
+        loss = 0.9 * loss + 0.1 * (step := nn.functional.cross_entropy(model(images), labels)).item()
+        optimizer.zero_grad()
+        step.backward()
+        optimizer.step()
+        if loss < 0.05:
+            break
+    model.eval()
+    images, labels, cells = draw(generator)
+    with torch.no_grad():
+        assert (model(images).argmax(1) == labels).float().mean() > 0.9
+    maps = class_map(model, images, labels)
+    evidence = nn.functional.avg_pool2d(maps[:, None], 4)[:, 0].flatten(1)
+    assert (evidence.argmax(1) == cells).float().mean() > 0.6  # chance: 1/64
+    found = faithfulness(model, images, labels, maps)
+    assert found.deletion.mean() < found.random_deletion.mean() - 0.2
+    assert found.insertion.mean() > found.random_insertion.mean() + 0.05
+    (between,), _ = attention_maps(model, images)
+    received = between.weights.mean((1, 2))  # by the key of each window, over heads and queries
+    assert (received.argmax(1) == cells // 16 * 4 + cells % 8 // 2).float().mean() > 0.3  # chance: 1/16
