@@ -85,41 +85,57 @@ def test_the_summary_names_means_and_differences():
     assert "2 images" in both
 
 
+class Corner(nn.Module):
+    """A classifier that reads only one position of the first stage, which the MOA block must therefore inform."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        moa = MoaConfig(overlap=0, reduction=1, drop_path=0.0)
+        config = ModelConfig(embed_dim=24, depths=[1, 1], heads=[2, 2], window=2, mlp_ratio=2, drop_path=0.0, moa=moa)
+        self.body = create_model(config, image_size=(16, 16), num_classes=2)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.head(self.body.forward_features(images_BCHW)[0][:, :, 0, 0])
+
+
 def draw(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Images of noise whose class is that of a small patch; the classes and the cells (8 x 8) of the patches."""
-    patterns = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(5)).sign() * 2
-    images = torch.randn(48, 3, 32, 32, generator=generator) * 0.05
-    labels, cells = (torch.randint(high, (48,), generator=generator) for high in (4, 64))
-    for image, label, cell in zip(images, labels, cells.tolist(), strict=True):
-        top, left = 4 * (cell // 8), 4 * (cell % 8)
-        image[:, top : top + 4, left : left + 4] = patterns[label]
+    """Images of noise, whose class is that of a patch in one of 4 x 4 cells, or 0 without a patch; and the cells."""
+    patterns = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(5)).sign() * 2
+    images = torch.randn(32, 3, 16, 16, generator=generator) * 0.05
+    labels, cells = (torch.randint(high, (32,), generator=generator) for high in (3, 16))
+    for image, label, cell in zip(images, labels.tolist(), cells.tolist(), strict=True):
+        if label:
+            top, left = 4 * (cell // 4), 4 * (cell % 4)
+            image[:, top : top + 4, left : left + 4] = patterns[label]
     return images, labels, cells
 
 
 def test_maps_of_a_trained_model_show_where_the_information_is():
     torch.manual_seed(0)
-    moa = MoaConfig(overlap=0, reduction=1, drop_path=0.0)
-    config = ModelConfig(embed_dim=24, depths=[1, 1], heads=[2, 2], window=2, mlp_ratio=2, drop_path=0.0, moa=moa)
-    model, generator = create_model(config, image_size=(32, 32), num_classes=4), torch.Generator().manual_seed(1)
-    optimizer, loss = torch.optim.AdamW(model.parameters(), 5e-3), 1.0
-    for _ in range(400):
+    model, generator = Corner(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, 150, pct_start=0.2)
+    for _ in range(150):
         images, labels, _ = draw(generator)
-        loss = 0.9 * loss + 0.1 * (step := nn.functional.cross_entropy(model(images), labels)).item()
         optimizer.zero_grad()
-        step.backward()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if loss < 0.05:
-            break
+        schedule.step()
     model.eval()
     images, labels, cells = draw(generator)
     with torch.no_grad():
         assert (model(images).argmax(1) == labels).float().mean() > 0.9
+    images, labels, cells = (values[labels > 0] for values in (images, labels, cells))
     maps = class_map(model, images, labels)
     evidence = nn.functional.avg_pool2d(maps[:, None], 4)[:, 0].flatten(1)
-    assert (evidence.argmax(1) == cells).float().mean() > 0.6  # chance: 1/64
+    assert (evidence.argmax(1) == cells).float().mean() > 0.7  # chance: 1/16
     found = faithfulness(model, images, labels, maps)
     assert found.deletion.mean() < found.random_deletion.mean() - 0.2
-    assert found.insertion.mean() > found.random_insertion.mean() + 0.05
-    (between,), _ = attention_maps(model, images)
-    received = between.weights.mean((1, 2))  # by the key of each window, over heads and queries
-    assert (received.argmax(1) == cells // 16 * 4 + cells % 8 // 2).float().mean() > 0.3  # chance: 1/16
+    assert found.insertion.mean() > found.random_insertion.mean() + 0.1
+    (between,), _ = attention_maps(model.body, images)
+    weights = between.weights[:, :, 0].mean(1)  # of the window that is read, over the heads
+    windows = cells // 8 * 2 + cells % 4 // 2
+    assert (weights.argmax(1) == windows).float().mean() > 0.7  # chance: 1/4
+    assert weights.gather(1, windows[:, None]).mean() > 0.4
