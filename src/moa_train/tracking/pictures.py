@@ -67,10 +67,10 @@ def confusion_picture(counts_KK: NDArray[np.int64], classes: Sequence[str]) -> T
     matrix = Image.fromarray(pixels).resize((count * side, count * side), Image.Resampling.NEAREST)
     names = [_fitting(printable(name), 130) for name in classes] if named else []
     left = 8 + max((int(_font().getlength(name)) for name in names), default=0)
-    picture = Image.new("RGB", (left + matrix.width + 8, _LINE + 10 + left + matrix.height), "white")
+    picture = Image.new("RGB", (left + matrix.width + 8, _LINE + 18 + left + matrix.height), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((4, 3), f"rows: true class, columns: predicted class; {count} classes", fill="black", font=_font())
-    top = _LINE + 10 + (left - 8 if named else 0)
+    top = _LINE + 18 + (left - 8 if named else 0)
     picture.paste(matrix, (left, top))
     draw.rectangle((left - 1, top - 1, left + matrix.width, top + matrix.height), outline="gray")
     for row, name in enumerate(names):
