@@ -46,8 +46,8 @@ class Predictor:
     """A trained model that is ready to predict, with its preprocessing and the names of its classes.
 
     Images are prepared as in evaluation. The logits of an image are bit for bit those of an evaluation in which its
-    batch holds the same images. In other batches they differ by rounding, about 1e-6, because the kernels of matrix
-    products depend on the size of the batch.
+    batch holds the same images. In other batches they differ by rounding (docs/PREDICT.md), because the kernels of
+    matrix products depend on the size of the batch.
 
     Attributes:
         model: in eval mode, on ``precision.device``, from normalized images to logits.
