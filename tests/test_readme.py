@@ -19,19 +19,20 @@ from torch.distributed.run import get_args_parser
 from moa_train.cli import app, bench, model
 from moa_train.cli.compose import addable, typed
 from moa_train.runtime.signals import Exit
-from moa_train.schema import EvalConfig, ExportConfig, RunConfig
+from moa_train.schema import EvalConfig, ExportConfig, PredictConfig, RunConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CONF = ROOT / "conf"
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
-SCHEMAS = {"train": RunConfig, "eval": EvalConfig, "export": ExportConfig}
-MODULES = {"train": "train", "evaluate": "eval", "data": "data", "model": "model", "bench": "bench", "export": "export"}
+SCHEMAS = {"train": RunConfig, "eval": EvalConfig, "export": ExportConfig, "predict": PredictConfig}
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+MODULES = {path.split(":")[0].rpartition(".")[2]: name.removeprefix("moa-") for name, path in SCRIPTS.items()}
 
 
 def commands(text: str) -> Iterator[str]:
     """Yield the lines of a text that start with a command of this project, without their comments."""
-    names = r"moa-(?:train|eval|data|model|bench|export)|torchrun|sbatch|scripts/\S+|make|python -m"
+    names = rf"{'|'.join(SCRIPTS)}|torchrun|sbatch|scripts/\S+|make|python -m"
     for line in re.sub(r" *\\\n\s*", " ", text).splitlines():
         if found := re.match(rf"(?:#   |#? {{0,6}})((?:{names})(?: +\S.*)?$)", line):
             command = re.split(r"  +[^- ]|\s#\s", found[1])[0]  # two spaces separate a command from its explanation
@@ -147,8 +148,7 @@ def test_the_table_of_groups_equals_conf():
 
 
 def test_the_table_of_commands_is_complete():
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert re.findall(r"^\| `(moa-\w+)` \|", README, re.MULTILINE) == list(scripts)
+    assert re.findall(r"^\| `(moa-\w+)` \|", README, re.MULTILINE) == list(SCRIPTS)
 
 
 def test_the_table_of_exit_codes_is_complete():

@@ -298,7 +298,18 @@ class TrackingConfig:
         options=("auto", "bar", "plain"),
     )
     loggers: list[str] = knob(["tensorboard"], "loggers in addition to the console and metrics.jsonl", plugins=LOGGERS)
-    images: int = knob(16, "number of augmented training images to log", least=0)
+    images: int = knob(16, "number of augmented training images to log, with their mixed labels", least=0)
+    mistakes: int = knob(
+        16,
+        "number of the most confident mistakes of each evaluation that loggers show, along with the confusion matrix; "
+        "0: neither",
+        least=0,
+    )
+    ratios: bool = knob(
+        False,
+        "log gradient norm and relative size of the update of every layer; each log row then takes a copy of the "
+        "parameters",
+    )
     profile_steps: int = knob(
         0, "number of steps to profile, after three warmup steps; written to trace.json.gz", least=0
     )
@@ -444,6 +455,46 @@ class ExportConfig:
     )
 
 
+@dataclass
+class PredictConfig:
+    """Settings of ``moa-predict``; the checkpoint records its model, its classes and how images are prepared."""
+
+    ckpt: str | None = knob(None, "run folder, checkpoint folder or .safetensors file")
+    input: str | None = knob(
+        None,
+        "image file, folder (with its subfolders), pattern such as 'photos/*.jpg', or - to read paths from standard "
+        "input, one per line",
+    )
+    top: int = knob(5, "number of classes per image, most likely first", least=1)
+    format: str = knob(
+        "table", "table; jsonl: one JSON object per image; csv: one row per class", options=("table", "jsonl", "csv")
+    )
+    output: str | None = knob(None, "file for the predictions (default: standard output)")
+    explain: str | None = knob(None, "folder for one PNG per image: class map, and the attention of MOA models")
+    explain_class: str | None = knob(None, "explain: class that the class map explains (default: the predicted class)")
+    explain_window: list[int] | None = knob(
+        None,
+        "explain: [row,column] of the window of the first stage whose attention is drawn (default: the window with "
+        "the most evidence for the class)",
+        least=0,
+    )
+    explain_checks: int = knob(
+        32, "explain: number of images whose class maps are measured by deletion and insertion; 0: none", least=0
+    )
+    weights: str = knob(
+        "auto",
+        "weights to use; auto: ema if the checkpoint contains them, else model",
+        options=("auto", "model", "ema"),
+    )
+    batch_size: int | None = knob(None, "images per forward pass (default: as in evaluation)", least=1)
+    workers: int | None = knob(None, "processes that decode image files (default: as in training)", least=0)
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N; auto: CUDA if available")
+    precision: str | None = knob(None, "precision (default: runtime.eval_precision of the run)", options=PRECISIONS)
+    code: list[str] = knob(
+        [], "your own modules or packages that the checkpoint's configuration may import, for example [my_package]"
+    )
+
+
 def compile_mode(choice: Any) -> str:
     """Return ``runtime.compile`` as auto, blocks, model or false; true means model."""
     mode = {"true": "model"}.get(str(choice).lower(), str(choice).lower())
@@ -484,7 +535,7 @@ def own_code(config: Any) -> list[str]:
 
 
 def validate(config: Any) -> None:
-    """Check ranges, options and the rules that span several settings of a ``RunConfig`` or ``EvalConfig``.
+    """Check ranges, options and the rules that span several settings of a command's configuration.
 
     Raises:
         UserError: the message gives the key, the value and the allowed values.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moa_train.model.registry import create_model
+from moa_train.report.attention import attention_maps
 from moa_train.schema import MoaConfig, ModelConfig
 
 EPSILON = 1e-5  # of nn.LayerNorm
@@ -23,6 +24,7 @@ class Loops:
     def __init__(self, weights: dict[str, Tensor], *, form: str, window: int, overlap: int, reduction: int) -> None:
         self.weights = weights
         self.form, self.window, self.overlap, self.reduction = form, window, overlap, reduction
+        self.attention: dict[str, list[dict]] = {}  # by layer: a dictionary (head, query, key) -> weight per call
 
     def __getitem__(self, name: str) -> Tensor:
         return self.weights[name]
@@ -44,7 +46,8 @@ class Loops:
         table = self[f"{name}.relative_position_bias_table"]
         heads = table.shape[-1]
         table = table.reshape(2 * grid[0] - 1, 2 * grid[1] - 1, heads)
-        result = {}
+        result, seen = {}, {}
+        self.attention.setdefault(name, []).append(seen)
         for cell in q:
             parts = []
             for head in range(heads):
@@ -56,6 +59,7 @@ class Loops:
                     for other in k
                 }
                 total = sum(score.exp() for score in scores.values())
+                seen.update({(head, cell, other): score.exp() / total for other, score in scores.items()})
                 parts.append(sum(score.exp() / total * v[other][own] for other, score in scores.items()))
             result[cell] = self.linear(f"{name}.proj", torch.cat(parts))
         return result
@@ -194,7 +198,8 @@ def stack(values: dict, shape: tuple[int, ...]) -> Tensor:
     return torch.stack([values[cell] for cell in product(range(shape[0]), range(shape[1]))]).view(shape)
 
 
-def compare(form: str, image_size, patch, depths, heads, window, overlap, reduction, dim=8) -> None:
+def build(form: str, image_size, patch, depths, heads, window, overlap, reduction, dim=8):
+    """Return a model with random weights, images and the loops."""
     torch.manual_seed(0)
     model = (
         create_model(
@@ -218,8 +223,12 @@ def compare(form: str, image_size, patch, depths, heads, window, overlap, reduct
             parameter.copy_(torch.randn_like(parameter) * 0.3)
     images = torch.randn(2, 3, *image_size, dtype=torch.float64, requires_grad=True)
     weights = dict(model.named_parameters())
-    loops = Loops(weights, form=form, window=window, overlap=overlap, reduction=reduction)
+    return model, images, Loops(weights, form=form, window=window, overlap=overlap, reduction=reduction)
 
+
+def compare(form: str, image_size, patch, depths, heads, window, overlap, reduction) -> None:
+    model, images, loops = build(form, image_size, patch, depths, heads, window, overlap, reduction)
+    weights = loops.weights
     logits, maps = model(images), model.forward_features(images)
     expected = [loops.network(image, patch, depths) for image in images]
     torch.testing.assert_close(logits, torch.stack([one for one, _ in expected]), rtol=1e-11, atol=1e-12)
@@ -259,3 +268,61 @@ def test_paper_form_equals_the_loops(image_size, patch, depths, heads, window, o
 )
 def test_published_form_equals_the_loops(image_size, patch, depths, heads, window, overlap, reduction):
     compare("published", image_size, patch, depths, heads, window, overlap, reduction)
+
+
+@pytest.mark.parametrize(
+    ("form", "image_size", "depths", "heads"),
+    [
+        pytest.param("paper", (8, 12), (2, 1), (2, 4), id="divides"),
+        pytest.param("paper", (11, 14), (1, 1), (1, 2), id="padded"),
+        pytest.param("published", (8, 8), (1, 1), (2, 2), id="published"),
+    ],
+)
+def test_attention_maps_equal_the_loops(form, image_size, depths, heads):
+    model, images, loops = build(form, image_size, 1, depths, heads, window=4, overlap=1, reduction=4)
+    with torch.no_grad():
+        expected = model(images)
+        loops.network(images[0], 1, depths)
+        between, within = attention_maps(model, images)
+        assert torch.equal(model(images), expected)  # nothing remains of the recording
+    assert [found.name for found in (*between, *within)] == [
+        f"layers.0.{'moa' if form == 'paper' else 'glb_attn'}",
+        *(f"layers.{stage}.blocks.{block}.attn" for stage, depth in enumerate(depths) for block in range(depth)),
+    ]
+    for found in between:
+        columns, (seen,) = found.grid[1], loops.attention[found.name if form == "published" else "layers.0.moa"]
+        own = {
+            (head, divmod(query, columns), divmod(key, columns)): found.weights[0, head, query, key]
+            for head, query, key in product(*map(range, found.weights.shape[1:]))
+        }
+        assert own.keys() == seen.keys()
+        for place, weight in seen.items():
+            assert own[place].item() == pytest.approx(weight.item(), rel=1e-9)
+    for found in within:
+        for window, seen in enumerate(loops.attention[found.name]):  # row by row, without padding
+            for (head, query, key), weight in seen.items():
+                places = [row * found.window + column for row, column in (query, key)]
+                assert found.weights[0, window, head, *places].item() == pytest.approx(weight.item(), rel=1e-9)
+        assert len(loops.attention[found.name]) == found.grid[0] * found.grid[1]
+        torch.testing.assert_close(found.weights.sum(-1), torch.ones_like(found.weights[..., 0]))
+
+
+def test_the_boxes_of_the_maps_cover_the_pixels_that_a_key_depends_on():
+    model, images, _ = build("paper", (24, 36), 2, (1, 1), (1, 2), window=3, overlap=1, reduction=4)
+    with torch.no_grad():
+        for block in model.layers[0].blocks:  # without local attention, a position depends on its own pixels only
+            block.attn.proj.weight.zero_()
+    (found,), _ = attention_maps(model, images)
+    assert found.grid == (4, 6)
+    layer, kept = model.layers[0].moa, []
+    own = layer.attention
+    layer.attention = lambda q, k, v: kept.append(k) or own(q, k, v)
+    model(images)
+    for row, column in product(range(4), range(6)):
+        gradient = torch.autograd.grad(kept[0][0, row, column].sum(), images, retain_graph=True)[0][0].abs().sum(0)
+        rows, columns = gradient.nonzero().unbind(1)
+        box = (rows.min().item(), columns.min().item(), rows.max().item() + 1, columns.max().item() + 1)
+        assert box == found.box(row, column, found.overlap)
+        top, left, bottom, right = found.box(row, column)
+        assert (bottom - top, right - left) == (6, 6)
+        assert found.window_at(top, left) == found.window_at(bottom - 1, right - 1) == (row, column)

@@ -41,7 +41,7 @@ def test_every_logger_receives_everything_and_a_resume_continues(tmp_path: Path)
     assert [(row["step"], row["top1"]) for row in rows if row["kind"] == "eval"] == [(10, 10.0), (20, 20.0), (30, 30.0)]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("val/top1")] == [10, 20, 30]
+    assert [event.step for event in events.Scalars("accuracy/val_top1")] == [10, 20, 30]
     assert [event.step for event in events.Images("train/input")] == [0]
     assert stream.getvalue().count("the end") == 2
 

@@ -3,15 +3,21 @@
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from torch import Tensor, nn
 
 from moa_train.assembly.inputs import build_eval_loader, build_eval_transform
+from moa_train.data.array_source import ArraySource
 from moa_train.data.augment import Normalize
+from moa_train.data.order import Draw
 from moa_train.data.source import Source
+from moa_train.data.view import CenterCrop
 from moa_train.engine.evaluator import Evaluation, evaluate
 from moa_train.engine.metrics import create_metrics
+from moa_train.engine.mistakes import Mistakes, MistakesRecorder
 from moa_train.engine.state import TrainState
 from moa_train.interfaces import Batch
 from moa_train.plugins import short_name
@@ -19,6 +25,7 @@ from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
 from moa_train.schema import RunConfig
 from moa_train.tracking.console import EvaluationProgress
+from moa_train.tracking.tracker import Tracker
 
 
 def build_evaluation(
@@ -70,14 +77,51 @@ def measurement(config: RunConfig, split: str, sources: Mapping[str, Source]) ->
 
 
 def build_validation(
-    config: RunConfig, source: Source, state: TrainState, distributed: Distributed, stop: Callable[[], bool]
+    config: RunConfig,
+    source: Source,
+    state: TrainState,
+    distributed: Distributed,
+    stop: Callable[[], bool],
+    tracker: Tracker,
 ) -> Callable[[], Evaluation | None]:
-    """Return a function that evaluates the state of a run, with the EMA weights if there are any."""
-    evaluation = build_evaluation(config, source, distributed, stop)
+    """Return a function that evaluates the state of a run, with the EMA weights if there are any.
+
+    Loggers, if there are any, show the confusion matrix and the most confident mistakes.
+    """
+    build = partial(build_evaluation, config, source, distributed, stop)
+    build()  # raises errors before the training starts
+    shown = config.tracking.mistakes if config.tracking.loggers else 0
 
     def validation() -> Evaluation | None:
         distributed.broadcast_buffers(state.model)  # batch normalization statistics differ between ranks
+        recorder = MistakesRecorder(shown)
         with state.ema.applied() if state.ema is not None else nullcontext():
-            return evaluation(state.model)
+            result = build(record=recorder)(state.model) if shown else build()(state.model)
+        if shown and result is not None:
+            found = recorder.gather(distributed)
+            if distributed.is_main:
+                show_mistakes(config, source, found, state.step, tracker)
+        return result
 
     return validation
+
+
+def show_mistakes(config: RunConfig, source: Source, found: Mistakes, step: int, tracker: Tracker) -> None:
+    """Log the confusion matrix and the most confident mistakes of an evaluation."""
+    split, classes = source.title.rpartition("/")[2], source.classes
+    tracker.log_confusion(step, found.confusion, classes, split)
+    if not len(found.index):
+        return
+    if isinstance(source, ArraySource):
+        images = source.gather(found.index)
+    else:
+        zeros = np.zeros_like(found.index)
+        view = CenterCrop(source.image_size, config.data.eval_crop)
+        images = source.read(Draw(zeros, found.index, zeros), 0, view, False)[0]
+    captions = [
+        f"true: {classes[label]}\n{classes[predicted]}: {100 * probability:.0f} %\n{Path(source.name(index)).name}"
+        for index, label, predicted, probability in zip(
+            found.index, found.labels, found.predicted, found.probability, strict=True
+        )
+    ]
+    tracker.log_images(step, images, captions, f"{split}/mistakes")

@@ -16,7 +16,7 @@ from moa_train.interfaces import Batch
 from moa_train.runtime.device import available_cores
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
-from moa_train.schema import DataConfig, RunConfig
+from moa_train.schema import DataConfig, EngineConfig, RunConfig
 
 
 def open_splits(config: RunConfig, distributed: Distributed) -> tuple[dict[str, Source], str]:
@@ -58,7 +58,7 @@ def build_train_loader(
         micro_batch_size=engine.micro_batch_size or engine.batch_size,
         rank=distributed.rank,
         world_size=distributed.world_size,
-        workers=workers(config.data, distributed),
+        workers=workers(config.data, distributed.local_world_size),
         pin_memory=distributed.device.type == "cuda",
         stop=stop,
     )
@@ -70,21 +70,26 @@ def build_eval_loader(
     """Return the loader of this rank's evaluation batches."""
     return EvalLoader(
         source,
-        batch_size=config.engine.eval_batch_size or (64 if distributed.device.type == "cpu" else 256),
+        batch_size=eval_batch_size(config.engine, distributed.device),
         rank=distributed.rank,
         world_size=distributed.world_size,
-        workers=workers(config.data, distributed),
+        workers=workers(config.data, distributed.local_world_size),
         crop_ratio=config.data.eval_crop,
         pin_memory=distributed.device.type == "cuda",
         stop=stop,
     )
 
 
-def workers(config: DataConfig, distributed: Distributed) -> int:
+def eval_batch_size(config: EngineConfig, device: torch.device) -> int:
+    """Return the number of images per forward pass in evaluation."""
+    return config.eval_batch_size or (64 if device.type == "cpu" else 256)
+
+
+def workers(config: DataConfig, local_world_size: int = 1) -> int:
     """Return the number of processes per rank that decode files."""
     if config.workers is not None:
         return config.workers
-    return min(8, max(1, available_cores() // distributed.local_world_size))
+    return min(8, max(1, available_cores() // local_world_size))
 
 
 def build_train_transform(
@@ -113,8 +118,14 @@ def build_augment(config: RunConfig, source: Source) -> BatchAugment:
 
 def build_eval_transform(config: RunConfig) -> Callable[[Batch], Tensor]:
     """Return the function that converts a batch on the device to normalized images."""
+    normalize = normalization(config)
+    return lambda batch: normalize(batch.images)
+
+
+def normalization(config: RunConfig) -> Callable[[Tensor], Tensor]:
+    """Return the function from uint8 images (B, 3, H, W) to the images that the model receives in evaluation."""
     normalize = Normalize.of(config.data)
-    return lambda batch: _layout(normalize(batch.images), config.runtime.channels_last)
+    return lambda images: _layout(normalize(images), config.runtime.channels_last)
 
 
 def _layout(images: Tensor, channels_last: bool) -> Tensor:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from moa_train.assembly.commands import command
 from moa_train.assembly.evaluation import build_validation, measurement
@@ -22,6 +22,7 @@ from moa_train.engine.manifest import Checkpoint
 from moa_train.engine.metrics import create_metrics
 from moa_train.engine.nonfinite import NonFinitePolicy, RollBack
 from moa_train.engine.plan import Plan
+from moa_train.engine.ratios import UpdateRatios
 from moa_train.engine.state import TrainState, check_form
 from moa_train.engine.step import TrainStep
 from moa_train.engine.trainer import Trainer
@@ -103,10 +104,12 @@ def build_run(
     if restarted:
         tracker.say(restarted)
     if state.step == 0 and config.tracking.images and distributed.is_main:
-        _show_inputs(train_step, tracker, config)
+        _show_inputs(train_step, tracker, config, train.classes)
+    if config.tracking.ratios:
+        train_step.ratios = UpdateRatios(state.model, plan.log.due)
     validation = None
     if choice != "none":
-        validation = build_validation(config, sources[choice], state, distributed, lambda: stop.requested)
+        validation = build_validation(config, sources[choice], state, distributed, lambda: stop.requested, tracker)
 
     engine, best_by = config.engine, short_name(config.engine.best_by)
     trainer = Trainer(
@@ -174,10 +177,23 @@ def _reset_best(
     )
 
 
-def _show_inputs(train_step: TrainStep, tracker: Tracker, config: RunConfig) -> None:
-    """Log some augmented images of the first batch."""
+def _show_inputs(train_step: TrainStep, tracker: Tracker, config: RunConfig, classes: list[str]) -> None:
+    """Log some augmented images of the first batch, with their mixed labels."""
     normalize, shown = Normalize.of(config.data), config.tracking.images
-    train_step.on_inputs = lambda images: tracker.log_images(0, normalize.undo(images[:shown]))
+
+    def show(images: Tensor, targets: Tensor) -> None:
+        captions = [mixed_label(target, classes) for target in targets[:shown].cpu()]
+        tracker.log_images(0, normalize.undo(images[:shown]), captions)
+
+    train_step.on_inputs = show
+
+
+def mixed_label(target_K: Tensor, classes: list[str]) -> str:
+    """Describe a target distribution by its one or two classes above the part that label smoothing spreads evenly."""
+    top = target_K.topk(min(2, len(classes)))
+    floor = 1.5 * float(target_K.min()) + 0.005
+    pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    return "\n".join(f"{classes[index]}: {100 * weight:.0f} %" for weight, index in pairs if weight > floor)
 
 
 def _build_tracker(config: RunConfig, run_dir: Path, plan: Plan, step: int, distributed: Distributed) -> Tracker:

@@ -62,6 +62,18 @@ class Trained:
         folder = (self.found.path if self.found.checkpoint is None else self.found.checkpoint.path).parent
         return folder.parent if folder.name == "checkpoints" else folder
 
+    @property
+    def eval_crop(self) -> float:
+        """Side of the center crop of image files in evaluation, relative to the resized image.
+
+        It is 1 for models that were trained on images in memory, such as CIFAR's or those of a pack, because
+        evaluation does not crop these.
+        """
+        data = self.config.data
+        assumed = data.name in ("cifar10", "cifar100", "digits")  # older versions did not record it
+        in_memory = json.loads(self.metadata.get("in_memory", json.dumps(assumed)))
+        return 1.0 if in_memory else data.eval_crop
+
     def build(self) -> nn.Module:
         """Return the model with these weights, on the CPU, in training mode."""
         size = image_shape(self.config.data.image_size)

@@ -69,7 +69,8 @@ def check_batch_size(config: RunConfig, images: int) -> None:
 def training_record(train: Source) -> dict[str, Any]:
     """Return what checkpoints record about the training images, in JSON types."""
     counts = np.bincount(train.labels, minlength=len(train.classes)).tolist()
-    return {"classes": train.classes, "fingerprint": train.fingerprint, "counts": counts}
+    record = {"classes": train.classes, "fingerprint": train.fingerprint, "counts": counts}
+    return {**record, "in_memory": train.in_memory}
 
 
 def check_same_data(before: dict[str, Any], now: dict[str, Any], remedy: str = "Start a new run with init=.") -> None:

@@ -84,11 +84,11 @@ def typed(config: DictConfig) -> Any:
     return result
 
 
-PATHS = ("run_dir", "resume", "init", "ckpt", "root", "output", "data.root")
+PATHS = ("run_dir", "resume", "init", "ckpt", "root", "input", "output", "explain", "data.root")
 
 
 def expand_home(config: Any) -> None:
-    """Expand ~ in the paths of a ``RunConfig`` or ``EvalConfig``, where the shell did not."""
+    """Expand ~ in the paths of a command's configuration, where the shell did not."""
     for key in PATHS:
         section, _, name = key.rpartition(".")
         holder = getattr(config, section, None) if section else config

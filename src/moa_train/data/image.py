@@ -122,6 +122,26 @@ class EncodedImage:
         return "progressive" not in self._image.info and self._data.startswith(start, header_end - 2 * channels - 8)
 
 
+class DecodedImage(EncodedImage):
+    """An image whose pixels are in memory: uint8, 3 H W."""
+
+    def __init__(self, pixels_CHW: Tensor) -> None:
+        self._pixels_CHW = pixels_CHW
+        self.height, self.width = pixels_CHW.shape[1:]
+
+    @classmethod
+    def of_pillow(cls, image: Image.Image, decoding: Decoding | None = None) -> "DecodedImage":
+        """Convert a Pillow image like the image of a file."""
+        decoding = decoding or Decoding()
+        if image.width * image.height > decoding.max_pixels:
+            raise UserError(f"{image.width} x {image.height} pixels are more than {_too_many(decoding)}")
+        return cls(torch.from_numpy(_copy(_to_rgb(image, decoding.value_range))).permute(2, 0, 1))
+
+    def decode(self, reduction: int = 1) -> Tensor:
+        """Return the pixels."""
+        return self._pixels_CHW
+
+
 def open_image(file: IO[bytes]) -> Image.Image:
     """Open a file with Pillow if its content has one of ``FORMATS``.
 

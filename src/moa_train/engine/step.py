@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moa_train.engine.nonfinite import GradientGuard, trace_gradient, tracing
+from moa_train.engine.ratios import UpdateRatios
 from moa_train.interfaces import Batch
 from moa_train.optim.ema import AveragedWeights
 from moa_train.optim.optimizers import Optimizers
@@ -37,7 +38,8 @@ class TrainStep:
         batch_size: number of samples per update, over all ranks and micro-batches.
 
     Attributes:
-        on_inputs: called once with the next images that the model sees, then reset.
+        on_inputs: called once with the next images that the model sees and their targets, then reset.
+        ratios: measures gradients and updates by layer, if it is set.
     """
 
     def __init__(
@@ -70,7 +72,8 @@ class TrainStep:
         self.loss_scale = distributed.world_size / batch_size  # because DDP averages over the ranks
         self.seed = seed
         self.distributed = distributed
-        self.on_inputs: Callable[[Tensor], None] | None = None
+        self.on_inputs: Callable[[Tensor, Tensor], None] | None = None
+        self.ratios: UpdateRatios | None = None
 
     def __call__(
         self, batches: Iterator[Batch], step: int, stop: Callable[[], bool] = lambda: False
@@ -84,8 +87,9 @@ class TrainStep:
                 abandoned without a trace.
 
         Returns:
-            Scalars on the device: ``loss``, in nats, whose mean over the ranks is the loss of the global batch, and
-            ``grad_norm``, the norm of the global gradient before clipping. None if the update was abandoned.
+            Scalars on the device: ``loss``, in nats, whose mean over the ranks is the loss of the global batch,
+            ``grad_norm``, the norm of the global gradient before clipping, and the values of ``ratios``. None if the
+            update was abandoned.
         """
         self.statistics.save()
         total = torch.zeros((), device=self.distributed.device)
@@ -106,7 +110,8 @@ class TrainStep:
                 loss, _ = self._loss(self.model, batch, step)
                 self.precision.scaler.scale(loss).backward()
             total += loss.detach()
-        return {"loss": total, "grad_norm": self._update(step)}
+        values = {"loss": total, "grad_norm": self._update(step)}
+        return {**values, **self.ratios.values} if self.ratios else values
 
     def _abandon(self) -> None:
         self.optimizer.zero_grad()
@@ -117,7 +122,7 @@ class TrainStep:
         batch = copy_aside(batch, self.distributed.device)
         images, targets = self.transform(batch, step)
         if self.on_inputs:
-            self.on_inputs(images)
+            self.on_inputs(images, targets)
             self.on_inputs = None
         if faults.point("step.input"):
             images = images.log()
@@ -136,6 +141,8 @@ class TrainStep:
         scaler = self.precision.scaler
         whole: Any = self.optimizer  # so that the scaler lets either all optimizers step or none
         scaler.unscale_(whole)
+        if self.ratios:
+            self.ratios.before(step)
         grad_norm = self.clip(self.parameters)
         admitted = self.guard.admits(step, grad_norm)
         skipped = self.guard.found
@@ -146,6 +153,8 @@ class TrainStep:
         if skipped is not None or not admitted:
             self.statistics.restore(skipped)
         scaler.update()
+        if self.ratios:
+            self.ratios.after()
         self.optimizer.zero_grad()
         return grad_norm
 

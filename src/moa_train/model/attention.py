@@ -29,6 +29,7 @@ class BiasedAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.grid = grid
+        self.attend = attend  # an attribute, so that report.attention can record its arguments
         table_RRN = torch.zeros(2 * grid[0] - 1, 2 * grid[1] - 1, heads)
         self.relative_position_bias_table = nn.Parameter(table_RRN.flatten(0, 1) if published_layout else table_RRN)
         self.register_buffer("relative_position_index", relative_position_index(*grid), persistent=published_layout)

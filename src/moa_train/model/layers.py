@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moa_train.model.attention import BiasedAttention, attend
+from moa_train.model.attention import BiasedAttention
 from moa_train.model.stages import StagePlan
 from moa_train.schema import ModelConfig
 
@@ -91,7 +91,7 @@ class WindowAttention(BiasedAttention):
         bias_NLL = self.position_bias(q_GNLD)
         if self.padding_mask is not None:
             bias_NLL = (bias_NLL + self.padding_mask.to(bias_NLL.dtype)[:, None, None, :]).flatten(0, 1)
-        return self.dropout(self.proj(self.to_map(attend(q_GNLD, k_GNLD, v_GNLD, bias_NLL), x_BHWC.shape[1:3])))
+        return self.dropout(self.proj(self.to_map(self.attend(q_GNLD, k_GNLD, v_GNLD, bias_NLL), x_BHWC.shape[1:3])))
 
     @property
     def groups(self) -> str:

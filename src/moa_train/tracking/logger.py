@@ -1,9 +1,11 @@
 """What receives the logs of a training: the base class of all loggers, including your own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 Metrics = Mapping[str, float | int | str | bool | None]
@@ -29,8 +31,20 @@ class Logger:
     def log_eval(self, step: int, metrics: Metrics, split: str = "val") -> None:
         """Record the result of an evaluation: loss, top1, top5, ..."""
 
-    def log_images(self, step: int, images: "Tensor") -> None:
-        """Record a sample of the model's input: uint8, B C H W with 1 or 3 channels."""
+    def log_images(self, step: int, images: "Tensor", captions: Sequence[str] = (), name: str = "train/input") -> None:
+        """Record images: a sample of the model's input (train/input), or the worst mistakes (SPLIT/mistakes).
+
+        Args:
+            step: number of completed updates.
+            images: uint8, B C H W with 1 or 3 channels.
+            captions: a text for each image, such as its mixed label.
+            name: what the images are.
+        """
+
+    def log_confusion(
+        self, step: int, counts_KK: "NDArray[np.int64]", classes: Sequence[str], split: str = "val"
+    ) -> None:
+        """Record the confusion matrix of an evaluation: rows are true classes, columns predicted ones, (K, K)."""
 
     def say(self, text: str) -> None:
         """Show a message to the user."""

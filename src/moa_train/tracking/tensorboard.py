@@ -1,28 +1,39 @@
-"""TensorBoard: scalars, a sample of the input, and hyperparameters with the final metrics."""
+"""TensorBoard: curves, pictures, and hyperparameters with the final metrics."""
 
 import contextlib
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from moa_train.runtime.files import writing
-from moa_train.tracking.logger import Logger, Metrics, numbers
+from moa_train.tracking.logger import Logger, Metrics
+from moa_train.tracking.pictures import confusion_picture, image_grid
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _PREFIX = "events.out.tfevents."
+
+
+GROUPS = {"loss": "loss", "images_per_second": "speed", "memory": "speed"}
+"""Groups of cards. Other values are in ``optimization`` if they are of the training, else in ``accuracy``."""
 
 
 class TensorBoard(Logger):
     """Write event files to ``tensorboard/`` in the run folder. The first event imports tensorboard and opens the file.
 
+    Every group of cards answers one question: ``accuracy``, ``loss``, ``optimization``, ``speed``, and on request
+    ``per_layer``. A name such as ``loss/train`` gives the group and the split or value. Final metrics are columns next
+    to the settings in the tab HPARAMS, and nowhere else, because a single point is not a curve.
+
     TensorBoard hides the events of ``first_step`` and later steps that earlier sessions wrote, so no step appears
-    twice. The configuration is written with the final metrics, as hyperparameters.
+    twice.
     """
 
     def __init__(self, run_dir: Path, first_step: int, config: Mapping[str, Any]) -> None:
@@ -32,41 +43,68 @@ class TensorBoard(Logger):
         self._opened: _EventFile | None = None
 
     def log_step(self, step: int, metrics: Metrics) -> None:
-        """Write ``train/NAME`` for each number."""
-        self._scalars(step, numbers("train", metrics))
+        """Write a point of each curve."""
+        self._scalars(step, metrics, "train")
 
     def log_eval(self, step: int, metrics: Metrics, split: str = "val") -> None:
-        """Write ``SPLIT/NAME`` for each number."""
-        self._scalars(step, numbers(split, metrics))
+        """Write a point of each curve, except for the test split if it is evaluated only at the end."""
+        if split != "test" or self._config.get("engine", {}).get("eval_split") == "test":
+            self._scalars(step, metrics, split)
 
-    def log_images(self, step: int, images: Tensor) -> None:
-        """Write one picture of up to 64 images."""
-        from torch.utils.tensorboard.summary import image
+    def log_images(self, step: int, images: Tensor, captions: Sequence[str] = (), name: str = "train/input") -> None:
+        """Write one picture of up to 64 images with their captions."""
+        self._image(step, name, image_grid(images, captions))
 
-        self._events.add(image("train/input", image_grid(images), dataformats="CHW"), step)
+    def log_confusion(
+        self, step: int, counts_KK: "NDArray[np.int64]", classes: Sequence[str], split: str = "val"
+    ) -> None:
+        """Write a picture of the confusion matrix."""
+        self._image(step, f"{split}/confusion", confusion_picture(counts_KK, classes))
 
     def close(self, final: Metrics | None = None) -> None:
         """Write hyperparameters and final metrics, if there are any, and close the file."""
         if final:
             from torch.utils.tensorboard.summary import hparams
 
-            values = numbers("final", final)
-            for summary in hparams(_flatten(self._config), values):
+            # TensorBoard sorts the columns by name and shows the first five, so these names come before all settings.
+            results = {f"(final) {name}": value for name, value in final.items() if _has_curve(name, value)}
+            for summary in hparams(_flatten(results | dict(self._config)), {}):
                 self._events.add(summary)
-            self._scalars(0, values)
         if self._opened is not None:
             self._opened.close()
+
+    def _image(self, step: int, name: str, picture: Tensor) -> None:
+        from torch.utils.tensorboard.summary import image
+
+        self._events.add(image(name, picture, dataformats="CHW"), step)
 
     @property
     def _events(self) -> "_EventFile":
         self._opened = self._opened or _EventFile(self._folder, self._first_step)
         return self._opened
 
-    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def _scalars(self, step: int, metrics: Metrics, split: str) -> None:
         from torch.utils.tensorboard.summary import scalar
 
-        for name, value in values.items():
-            self._events.add(scalar(name, value), step)
+        for name, value in metrics.items():
+            if _has_curve(name, value):
+                self._events.add(scalar(_tag(name, split), value), step)
+
+
+def _has_curve(name: str, value: object) -> bool:
+    """Return whether a value is worth a card: a number, but not one of images or hits, nor another form of the step."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and name not in ("epoch", "step") and not name.endswith(("_count", "total"))
+
+
+def _tag(name: str, split: str) -> str:
+    """Return the name of a curve, GROUP/NAME."""
+    if "/" in name:
+        return name
+    group = GROUPS.get(name, "optimization" if split == "train" else "accuracy")
+    if group == "accuracy":
+        return f"accuracy/{split}_{name}"
+    return f"loss/{split}" if group == "loss" else f"{group}/{name}"
 
 
 class _EventFile:
@@ -111,18 +149,6 @@ def _time_after_all(folder: Path) -> int:
     """Return the time in whole seconds, or one second after the latest time in a file name if that is later."""
     stamps = (path.name.removeprefix(_PREFIX).split(".")[0] for path in folder.glob(f"{_PREFIX}*"))
     return max([int(time.time()), *(int(stamp) + 1 for stamp in stamps if stamp.isdecimal())])
-
-
-def image_grid(images: Tensor) -> Tensor:
-    """Arrange up to 64 images (uint8, B C H W) in rows of 8 on white, 2 pixels apart; return uint8, C height width."""
-    images, gap = images[:64].detach().cpu(), 2
-    columns = min(8, len(images))
-    empty = -len(images) % columns
-    x_BCHW = pad(torch.cat([images, images.new_full((empty, *images.shape[1:]), 255)]), (0, gap, 0, gap), value=255)
-    _, channels, height, width = x_BCHW.shape
-    x_RKCHW = x_BCHW.reshape(-1, columns, channels, height, width)
-    grid = x_RKCHW.permute(2, 0, 3, 1, 4).reshape(channels, -1, columns * width)
-    return pad(grid, (gap, 0, gap, 0), value=255)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float | int | str | bool]:

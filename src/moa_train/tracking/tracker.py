@@ -3,13 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from torch import Tensor
 
 from moa_train.tracking.console import Console
 from moa_train.tracking.jsonl import JsonLines
 from moa_train.tracking.logger import Logger, Metrics
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Tracker(Logger):
@@ -33,10 +37,17 @@ class Tracker(Logger):
         for logger in self._loggers:
             logger.log_eval(step, metrics, split)
 
-    def log_images(self, step: int, images: Tensor) -> None:
-        """Record a sample of the model's input."""
+    def log_images(self, step: int, images: Tensor, captions: Sequence[str] = (), name: str = "train/input") -> None:
+        """Record images with their captions."""
         for logger in self._loggers:
-            logger.log_images(step, images)
+            logger.log_images(step, images, captions, name)
+
+    def log_confusion(
+        self, step: int, counts_KK: "NDArray[np.int64]", classes: Sequence[str], split: str = "val"
+    ) -> None:
+        """Record the confusion matrix of an evaluation."""
+        for logger in self._loggers:
+            logger.log_confusion(step, counts_KK, classes, split)
 
     def say(self, text: str) -> None:
         """Show a message to the user."""

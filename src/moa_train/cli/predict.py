@@ -1,0 +1,157 @@
+"""moa-predict: predict the classes of image files, and explain the predictions."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from moa_train.cli import app
+from moa_train.runtime.errors import UserError, choose
+from moa_train.runtime.signals import Exit
+from moa_train.schema import PredictConfig
+
+if TYPE_CHECKING:
+    from moa_train.assembly.predictor import PredictedBatch, Predictor
+    from moa_train.report.class_map import Faithfulness
+
+EXAMPLES = """moa-predict: predict the classes of image files with trained weights.
+
+Images are prepared as in evaluation. Files that cannot be read are reported and skipped; the exit code is then 2.
+
+Examples:
+  moa-predict ckpt=outputs/RUN input=photo.jpg
+  moa-predict ckpt=outputs/RUN input=photos top=1 format=csv output=predictions.csv
+  moa-predict ckpt=outputs/RUN 'input=photos/*.png' format=jsonl
+  find photos -name '*.jpg' | moa-predict ckpt=weights.safetensors input=-
+  moa-predict ckpt=outputs/RUN input=photos explain=pictures   class maps and attention, one PNG per image"""
+
+
+def predict(config: PredictConfig, overrides: list[str]) -> int:
+    """Predict, write the predictions, and return the exit code."""
+    if not config.ckpt:
+        raise UserError("ckpt is missing. Give ckpt=PATH: a run folder, a checkpoint folder or a .safetensors file.")
+    if not config.input:
+        raise UserError("input is missing. Give input=PATH: an image file, a folder, a pattern in quotes, or -.")
+    for key, folder in (("output", config.output), ("explain", config.explain)):
+        if folder and not Path(folder).absolute().parent.is_dir():
+            raise UserError(f"{key}={folder}: there is no folder {Path(folder).parent}.")
+    if config.explain_window is not None and len(config.explain_window) != 2:
+        raise UserError(f"explain_window={config.explain_window} must be [row,column].")
+    from moa_train.data.paths import find_images
+
+    paths = find_images(config.input, sys.stdin)
+    from moa_train.assembly.predictor import Predictor
+    from moa_train.assembly.process import set_up_process
+    from moa_train.assembly.trained import Trained
+    from moa_train.report.rows import open_rows, printable
+    from moa_train.runtime.distributed import Distributed
+    from moa_train.tracking.console import EvaluationProgress
+
+    trained = Trained.open(Path(config.ckpt), weights=config.weights, code=config.code)
+    if config.explain_class is not None and config.explain_class not in trained.classes:
+        raise UserError(choose("explain_class", config.explain_class, trained.classes))
+    unreadable = 0
+    with Distributed.start(config.device, trained.config.runtime.timeout) as distributed, _opened(config) as stream:
+        set_up_process(trained.config.runtime, distributed)
+        predictor = Predictor(trained, distributed.device, config.precision)
+        write = open_rows(config.format, stream, paths, predictor.classes)
+        explain = _Explainer(config, predictor) if config.explain else None
+        progress = EvaluationProgress("predicting", style=trained.config.tracking.progress, stream=sys.stderr)
+        for batch in predictor.batches(paths, batch_size=config.batch_size, processes=config.workers, advance=progress):
+            for path, logits_K in zip(batch.paths, batch.logits, strict=True):
+                write(path, *predictor.name(logits_K, config.top))
+            stream.flush()
+            for message in batch.unreadable:
+                print(printable(message), file=sys.stderr)
+            unreadable += len(batch.unreadable)
+            if explain:
+                explain(batch)
+    print(f"{len(paths) - unreadable} images; {predictor.description}", file=sys.stderr)
+    if explain:
+        explain.report()
+    if unreadable:
+        print(f"error: {unreadable} of {len(paths)} files are unreadable and were skipped.", file=sys.stderr)
+    return Exit.USER_ERROR if unreadable else Exit.FINISHED
+
+
+@contextlib.contextmanager
+def _opened(config: PredictConfig) -> Iterator[TextIO]:
+    """Open ``output``, or return standard output. An error while writing is the user's to fix."""
+    if not config.output:
+        yield sys.stdout
+        return
+    try:
+        # newline="" so that names with carriage returns are written as they are
+        with Path(config.output).open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
+            yield stream
+    except OSError as error:
+        raise UserError(f"Cannot write {config.output}: {error.strerror or error}. Choose another output=.") from error
+
+
+class _Explainer:
+    """Draw the explanation of every image, and measure the class maps of the first ones."""
+
+    def __init__(self, config: PredictConfig, predictor: "Predictor") -> None:
+        assert config.explain
+        self._config, self._predictor, self._count = config, predictor, 0
+        self._folder, self._measured = Path(config.explain), list["Faithfulness"]()
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"explain={config.explain} cannot be created: {error.strerror}.") from error
+
+    def __call__(self, batch: "PredictedBatch") -> None:
+        """Draw the images of a batch."""
+        from moa_train.report.attention import attention_maps
+        from moa_train.report.class_map import class_map, faithfulness
+        from moa_train.report.explain import draw_explanation
+
+        if not batch.paths:
+            return
+        predictor, config = self._predictor, self._config
+        model, chosen_B = predictor.model, batch.logits.argmax(1)
+        if config.explain_class is not None:
+            chosen_B.fill_(predictor.classes.index(config.explain_class))
+        x_BCHW = predictor.normalize(batch.images.to(predictor.precision.device))
+        maps_BHW = class_map(model, x_BCHW, chosen_B.to(x_BCHW.device))
+        left = min(len(batch.paths), max(0, config.explain_checks - self._count))
+        if left:
+            part = slice(0, left)
+            chosen = chosen_B.to(x_BCHW.device)
+            self._measured.append(faithfulness(model, x_BCHW[part], chosen[part], maps_BHW[part], seed=self._count))
+        window = None if config.explain_window is None else (config.explain_window[0], config.explain_window[1])
+        for row, path in enumerate(batch.paths):
+            draw_explanation(
+                self._folder / f"{self._count + row:05}-{_file_name(path)}.png",
+                batch.images[row],
+                maps_BHW[row].cpu(),
+                *attention_maps(model, x_BCHW[row : row + 1]),  # those of a whole batch might not fit into memory
+                title=path,
+                explained=predictor.classes[int(chosen_B[row])],
+                predictions=predictor.name(batch.logits[row], 3),
+                window=window,
+            )
+        self._count += len(batch.paths)
+
+    def report(self) -> None:
+        """Print how faithful the class maps are."""
+        from moa_train.report.class_map import Faithfulness
+
+        print(f"{self._count} pictures in {self._folder}", file=sys.stderr)
+        if self._measured:
+            print(f"class maps: {Faithfulness.concatenate(self._measured)}", file=sys.stderr)
+
+
+def _file_name(path: str) -> str:
+    """Return the stem of a path, with only the characters that are safe in names of files."""
+    return "".join(char if char.isalnum() or char in "-_" else "_" for char in Path(path).stem)[:60]
+
+
+def main() -> None:
+    """Entry point."""
+    app.run(predict, PredictConfig, "predict", EXAMPLES)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""moa-predict and moa_train.load compute exactly what an evaluation computes, and survive all kinds of input."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import moa_train
+from moa_train.assembly.evaluation import build_evaluation
+from moa_train.assembly.trained import Trained
+from moa_train.cli.predict import predict
+from moa_train.data.paths import find_images
+from moa_train.engine.predictions import Recorder
+from moa_train.report.rows import open_rows
+from moa_train.runtime.distributed import Distributed
+from moa_train.runtime.errors import UserError
+from moa_train.schema import PredictConfig
+
+HOSTILE = ['<b onload="x">', 'say "hi", it\'s', "a\x1b[31mred\nline\u202etext", "=1+2", "$x^2$"]
+
+
+def evaluated(run_dir: Path) -> np.ndarray:
+    """The logits of all test images, from the evaluation itself."""
+    trained, recorder = Trained.open(run_dir), Recorder()
+    with Distributed.start("cpu", 60.0) as distributed:
+        source = trained.open_split("test")
+        build_evaluation(trained.config, source, distributed, stream=io.StringIO(), record=recorder)(trained.build())
+        return recorder.gather(distributed).logits
+
+
+@pytest.fixture(scope="module")
+def tree(make_classes) -> Path:
+    root = make_classes(3)
+    for number, path in enumerate(sorted((root / "test").rglob("*.png"))):  # photographs of various sizes
+        image = Image.open(path)
+        size = (image.width * (3 + number % 4), image.height * (3 + number % 3))
+        image.resize(size, Image.Resampling.BICUBIC).convert("RGB").save(path.with_suffix(".jpg"))
+        path.unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def folders(train, tree, tmp_path_factory) -> Path:
+    """A run that was trained on image files of various sizes."""
+    run_dir = tmp_path_factory.mktemp("folders") / "run"
+    changes = {"data.name": "folder", "data.root": tree, "data.val_fraction": 0, "data.workers": 0}
+    assert train(run_dir, **changes, **{"engine.batch_size": 8, "schedule.duration": "2 steps"}) == 0
+    return run_dir
+
+
+def run(capsys, **options) -> tuple[int, str, str]:
+    threads = torch.get_num_threads()
+    try:
+        code = predict(PredictConfig(**{"device": "cpu", "workers": 0, **options}), [])
+    finally:
+        torch.set_deterministic_debug_mode("default")
+        torch.set_num_threads(threads)
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_logits_of_files_are_those_of_an_evaluation_bit_for_bit(folders, tree, processes):
+    paths = [str(path) for path in sorted((tree / "test").rglob("*.jpg"))]
+    expected = evaluated(folders)
+    batches = list(moa_train.load(folders, device="cpu").batches(paths, processes=processes))
+    assert [path for batch in batches for path in batch.paths] == paths
+    assert np.array_equal(torch.cat([batch.logits for batch in batches]).numpy(), expected)
+    assert np.array_equal(moa_train.load(folders, device="cpu").logits(paths).numpy(), expected)
+
+
+def test_logits_of_images_in_memory_are_those_of_their_files(straight, tmp_path):
+    """An evaluation does not crop images in memory, such as CIFAR's, so predictions for their files do not either."""
+    source, expected = Trained.open(straight).open_split("test"), evaluated(straight)
+    native = source.images[source.rows]  # 8 x 8, gray
+    paths = []
+    for number, image in enumerate(native):
+        paths.append(tmp_path / f"{number:04}.png")
+        Image.fromarray(image[0]).save(paths[-1])
+    predictor = moa_train.load(straight, device="cpu")
+    assert np.array_equal(predictor.logits(paths).numpy(), expected)
+    pillow = predictor.logits([Image.open(path) for path in paths])
+    arrays = predictor.logits([image[0] for image in native])
+    tensors = predictor.logits([torch.from_numpy(image) for image in native])
+    for found in (pillow, arrays, tensors):
+        assert np.array_equal(found.numpy(), expected)
+    alone = torch.cat([predictor.logits(path) for path in paths[:20]])
+    torch.testing.assert_close(alone, torch.from_numpy(expected[:20]), rtol=1e-5, atol=1e-6)
+
+
+def test_unreadable_files_do_not_change_other_predictions(folders, tree, tmp_path, capsys):
+    paths = [str(path) for path in sorted((tree / "test").rglob("*.jpg"))]
+    bad, bomb = tmp_path / "no image.jpg", tmp_path / "bomb.png"
+    bad.write_text("text")
+    Image.new("1", (20000, 20000)).save(bomb)  # 400 million pixels in 50 kilobytes
+    names = [paths[0], str(bad), *paths[1:], str(bomb), str(tmp_path / "missing\x1b.png")]
+    (batch,) = moa_train.load(folders, device="cpu").batches(names, processes=0)
+    assert batch.paths == paths
+    torch.testing.assert_close(batch.logits, torch.from_numpy(evaluated(folders)), rtol=1e-5, atol=1e-6)
+    listing = "\n".join(names)
+    sys_stdin, sys.stdin = sys.stdin, io.StringIO(listing)
+    try:
+        code, out, err = run(capsys, ckpt=str(folders), input="-", top=1)
+    finally:
+        sys.stdin = sys_stdin
+    assert code == 2
+    assert len(out.splitlines()) == len(paths)
+    assert "no image.jpg: unreadable image (not a valid file of a supported format" in err
+    assert "20000 x 20000 pixels are more than data.max_pixels" in err
+    assert "missing\\x1b.png: unreadable image" in err
+    assert "\x1b" not in err
+    assert f"error: 3 of {len(names)} files are unreadable and were skipped." in err
+
+
+def test_formats_agree(folders, tree, capsys, tmp_path):
+    options = {"ckpt": str(folders), "input": str(tree / "test"), "top": 2}
+    _, table, _ = run(capsys, **options)
+    _, lines, _ = run(capsys, **options, format="jsonl")
+    assert run(capsys, **options, format="csv", output=str(tmp_path / "out.csv"))[1] == ""
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert [row["image"] for row in rows] == [str(path) for path in sorted((tree / "test").rglob("*.jpg"))]
+    predicted = moa_train.load(folders, device="cpu").predict([row["image"] for row in rows], top=2)
+    for row, line, own in zip(rows, table.splitlines(), predicted, strict=True):
+        assert [entry["class"] for entry in row["top"]] == own.classes
+        assert [entry["probability"] for entry in row["top"]] == own.probabilities
+        assert own.probabilities == sorted(own.probabilities, reverse=True)
+        assert line.split() == [
+            row["image"],
+            *(word for entry in row["top"] for word in (f"{100 * entry['probability']:.1f}", "%", entry["class"])),
+        ]
+    cells = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    assert [(cell["image"], cell["rank"], cell["class"]) for cell in cells] == [
+        (row["image"], str(rank), entry["class"]) for row in rows for rank, entry in enumerate(row["top"], 1)
+    ]
+
+
+def test_hostile_names_are_text():
+    def written(form: str) -> str:
+        stream = io.StringIO()
+        open_rows(form, stream, HOSTILE, HOSTILE)(HOSTILE[2], HOSTILE, [0.2] * 5)
+        return stream.getvalue()
+
+    assert [entry["class"] for entry in json.loads(written("jsonl"))["top"]] == HOSTILE
+    (line,) = written("table").splitlines()
+    assert "a\\x1b[31mred\\nline\\u202etext" in line
+    assert line.isprintable()
+    rows = list(csv.reader(io.StringIO(written("csv"))))
+    assert [row[2] for row in rows[1:]] == [*HOSTILE[:2], "a\\x1b[31mred\\nline\\u202etext", "'=1+2", "$x^2$"]
+
+
+def test_explanations_are_pictures(straight, tmp_path, capsys):
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "a $x_$ \u4e2d.png")
+    options = {"ckpt": str(straight), "input": str(tmp_path / "a $x_$ \u4e2d.png"), "explain": str(tmp_path / "out")}
+    code, _, err = run(capsys, **options, explain_class="3", explain_window=[1, 0])
+    assert code == 0
+    (path,) = (tmp_path / "out").iterdir()
+    assert path.name == "00000-a__x___\u4e2d.png"
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 500
+    assert "class maps: deletion area 0." in err
+    assert "; 1 image" in err
+    with pytest.raises(UserError, match=r"explain_window=\[9,0\]: the first stage has 2 x 2 windows"):
+        run(capsys, **options, explain_window=[9, 0])
+    with pytest.raises(UserError, match=r"explain_class=33 is not known\. Did you mean '3'"):
+        run(capsys, **options, explain_class="33")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input": "x.png"}, "ckpt is missing. Give ckpt=PATH"),
+        ({"ckpt": "RUN"}, "input is missing. Give input=PATH"),
+        ({"ckpt": "nowhere", "input": "IMAGE"}, "nowhere does not exist"),
+        ({"ckpt": "RUN", "input": "nowhere.png"}, "input=nowhere.png does not exist"),
+        ({"ckpt": "RUN", "input": "EMPTY"}, "contains no image file. Images are recognized by suffix"),
+        ({"ckpt": "RUN", "input": "EMPTY/*.png"}, "No file matches input="),
+        ({"ckpt": "RUN", "input": "IMAGE", "output": "EMPTY/none/out.csv"}, "there is no folder"),
+        ({"ckpt": "RUN", "input": "IMAGE", "output": "EMPTY"}, "Cannot write"),
+    ],
+)
+def test_errors(straight, tmp_path, capsys, options, message):
+    Image.new("RGB", (9, 9)).save(tmp_path / "image.png")
+    (tmp_path / "empty").mkdir()
+    places = {"RUN": straight, "IMAGE": tmp_path / "image.png", "EMPTY": tmp_path / "empty"}
+    for name, place in places.items():
+        options = {key: value.replace(name, str(place)) for key, value in options.items()}
+    with pytest.raises(UserError, match=message.replace("*", r"\*")):
+        run(capsys, **options)
+
+
+def test_images_of_the_library_that_are_none(straight):
+    predictor = moa_train.load(straight, device="cpu")
+    for image, message in (
+        (3, "int is not an image"),
+        (np.zeros((8, 8, 3)), r"type float64 and the shape \(8, 8, 3\). Give uint8 .* \(H, W, 3\)"),
+        (torch.zeros(8, 8, 3, dtype=torch.uint8), r"\(8, 8, 3\). Give uint8 values from 0 to 255 of shape \(3, H, W\)"),
+        ("missing.png", "missing.png: unreadable image"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predictor.predict(image)
+    assert predictor.predict([]) == []
+
+
+def test_find_images(tmp_path):
+    for name in ("b.JPG", "a.png", "sub/c.tiff", ".hidden.png", ".git/d.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert find_images(str(tmp_path)) == [str(tmp_path / name) for name in ("a.png", "b.JPG", "sub/c.tiff")]
+    assert find_images(f"{tmp_path}/**/*.t*") == [str(tmp_path / name) for name in ("notes.txt", "sub/c.tiff")]
+    (tmp_path / "x[1].png").write_bytes(b"")
+    assert find_images(str(tmp_path / "x[1].png")) == [str(tmp_path / "x[1].png")]
+    assert find_images("-", ["a b.png\n", "\n", "c.png\r\n"]) == ["a b.png", "c.png"]
+    with pytest.raises(UserError, match="Standard input contains no path"):
+        find_images("-", [])
+
+
+def test_importing_moa_train_is_cheap():
+    code = "import sys, moa_train; assert callable(moa_train.load); print({'torch', 'numpy', 'PIL'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_command_line(straight, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "image.png")
+    command = [sys.executable, "-m", "moa_train.cli.predict", f"ckpt={straight}", f"input={tmp_path}", "format=jsonl"]
+    done = subprocess.run([*command, "device=cpu"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["top"]) == 5
+    help_text = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    for setting in ("ckpt=null", "explain_window=null", "format=table"):
+        assert setting in help_text
