@@ -97,7 +97,10 @@ def test_imported_packages_are_declared_as_dependencies(source):
     extras = PROJECT["optional-dependencies"]
     required, optional = (
         {requirement.split(">")[0] for requirement in group}
-        for group in (PROJECT["dependencies"], extras["plot"] + extras["jpeg"] + extras["bench"] + extras["wandb"])
+        for group in (
+            PROJECT["dependencies"],
+            extras["plot"] + extras["jpeg"] + extras["bench"] + extras["wandb"] + extras["sweep"],
+        )
     )
     assert foreign - optional == required
 

@@ -338,6 +338,28 @@ class RuntimeConfig:
 
 
 @dataclass
+class SweepConfig:
+    """Several runs from one command (-m)."""
+
+    dir: str | None = knob(
+        None,
+        "folder of the sweep (default: outputs/sweep-TIME); -m sweep.dir=FOLDER alone continues the sweep in it",
+    )
+    trials: int = knob(
+        0, "number of trials of a search with Optuna, each with all seeds of runtime.seed; 0: run the grid", least=0
+    )
+    sampler: str = knob("tpe", "how a search chooses the settings of a trial", options=("tpe", "random"))
+    pruner: str = knob(
+        "median",
+        "which trials of a search end early. median: those below the median of the trials before, at the same step; "
+        "halving: all but the best quarter, at each of several steps; none: no trial",
+        options=("median", "halving", "none"),
+    )
+    startup: int = knob(10, "number of trials that a search draws at random and does not prune", least=1)
+    ranks: int = knob(1, "processes of each run, started by torchrun on this machine", least=1)
+
+
+@dataclass
 class RunConfig:
     """Settings of ``moa-train``."""
 
@@ -349,6 +371,11 @@ class RunConfig:
         None,
         "with resume: repeat the update that follows this step, report NaN and infinity, and save nothing",
         least=0,
+    )
+    preflight: bool = knob(
+        False,
+        "check everything and estimate time, memory and disk with a few real steps, an evaluation and a checkpoint, "
+        "instead of training",
     )
     init: str | None = knob(
         None,
@@ -371,6 +398,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 @dataclass

@@ -29,13 +29,14 @@ Examples:
 
 def train(config: RunConfig, overrides: list[str]) -> int:
     """Run a training session and return the exit code."""
+    sweep.refuse_sweep_settings(config)
     with StopSignals() as stop:
         # Importing torch takes seconds, so it happens only once the configuration is known to be valid.
         from moa_train.assembly.resume import resolve_resume
         from moa_train.assembly.session import run_session
 
         config, changed = resolve_resume(config, lambda before: with_overrides(before, overrides))
-        return run_session(config, changed, sweep.arguments_of_one_run(overrides), stop)
+        return run_session(config, changed, stop)
 
 
 def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
@@ -64,7 +65,7 @@ def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
 
 def main() -> None:
     """Entry point."""
-    app.run(train, RunConfig, "train", EXAMPLES)
+    app.run(train, RunConfig, "train", EXAMPLES, sweep.run)
 
 
 if __name__ == "__main__":

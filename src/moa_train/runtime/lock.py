@@ -92,3 +92,17 @@ def _describe(content: bytes) -> str:
         return f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command'][:120]})"
     except (ValueError, KeyError, TypeError):
         return "another process"
+
+
+def holder(run_dir: Path) -> int | None:
+    """Return the process of this machine that uses a run folder, or None. This takes no lock, so it disturbs no run."""
+    try:
+        found = json.loads((run_dir / ".lock").read_bytes())
+        if found["host"] != socket.gethostname():
+            return None
+        os.kill(found["pid"], 0)
+    except PermissionError:  # of another user
+        pass
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return int(found["pid"])
