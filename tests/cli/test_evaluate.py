@@ -13,9 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moa_train.cli.evaluate import evaluate, overlay
+from moa_train.assembly.trained import Trained
+from moa_train.cli.evaluate import evaluate
+from moa_train.engine.find_weights import FoundWeights
+from moa_train.engine.predictions import Outcomes
 from moa_train.runtime.errors import UserError
-from moa_train.schema import EvalConfig, RunConfig
+from moa_train.schema import DataConfig, EvalConfig, RunConfig
 
 COUNTS = ("top1_count", "top5_count", "total", "loss")
 
@@ -25,7 +28,15 @@ def run(**options) -> dict:
     threads = torch.get_num_threads()
     try:
         with contextlib.redirect_stdout(out):
-            evaluate(EvalConfig(**{"device": "cpu", **{key: str(value) for key, value in options.items()}}), [])
+            evaluate(
+                EvalConfig(
+                    **{
+                        "device": "cpu",
+                        **{key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
+                    }
+                ),
+                [],
+            )
     finally:
         torch.set_deterministic_debug_mode("default")
         torch.set_num_threads(threads)
@@ -174,7 +185,25 @@ def test_the_command_prints_only_json(copy):
     assert "weights of the best checkpoint" in done.stderr
 
 
-def test_evaluation_never_downloads_data():
+def test_evaluation_never_downloads_data(tmp_path):
     config = RunConfig()
-    config.data.download = True
-    assert not overlay(config, EvalConfig()).data.download
+    config.data = DataConfig(name="cifar10", root=str(tmp_path), download=True)
+    trained = Trained(FoundWeights(tmp_path, None, ""), {}, {}, config, ["cat"])
+    with pytest.raises(UserError, match=r"data\.download=true|does not exist"):
+        trained.open_split("test")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_outcome_of_every_image_is_written_next_to_the_result(copy, logged, tmp_path):
+    """The file agrees with the counts and with training's own, however the images are split into batches."""
+    run(ckpt=copy, batch_size=7, output=tmp_path / "x.json")
+    before, now = Outcomes.read(copy / "predictions-test.npz"), Outcomes.read(tmp_path / "predictions-test.npz")
+    assert (before.rank == now.rank).all()
+    assert (before.rank < 1).sum() == logged["test"]["top1_count"]
+    assert (before.rank < 5).sum() == logged["test"]["top5_count"]
+    assert -before.log_probability.mean(dtype=float) == pytest.approx(logged["test"]["loss"], rel=1e-6)
+    assert ((before.top[:, 0] == before.labels) == (before.rank == 0)).all()
+    assert before.fingerprint == now.fingerprint
+    (tmp_path / "predictions-test.npz").write_bytes(b"no archive")
+    with pytest.raises(UserError, match="cannot be read"):
+        Outcomes.read(tmp_path / "predictions-test.npz")

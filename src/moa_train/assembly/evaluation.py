@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, TextIO
 
-from torch import nn
+from torch import Tensor, nn
 
 from moa_train.assembly.inputs import build_eval_loader, build_eval_transform
 from moa_train.data.augment import Normalize
@@ -13,6 +13,7 @@ from moa_train.data.source import Source
 from moa_train.engine.evaluator import Evaluation, evaluate
 from moa_train.engine.metrics import create_metrics
 from moa_train.engine.state import TrainState
+from moa_train.interfaces import Batch
 from moa_train.plugins import short_name
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
@@ -26,10 +27,11 @@ def build_evaluation(
     distributed: Distributed,
     stop: Callable[[], bool] = lambda: False,
     stream: TextIO | None = None,
+    record: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
 ) -> Callable[[nn.Module], Evaluation | None]:
     """Return a function that evaluates a model on ``source``; its result is None if ``stop`` requested a stop.
 
-    Rank 0 shows the progress on ``stream`` (default: standard output).
+    Rank 0 shows the progress on ``stream`` (default: standard output). ``record`` receives the logits of every batch.
     """
     title, style = f"evaluating {source.describe()['name']}", config.tracking.progress
     progress = EvaluationProgress(title, style=style, stream=stream) if distributed.is_main else lambda done, of: None
@@ -43,6 +45,7 @@ def build_evaluation(
         distributed=distributed,
         stop=stop,
         advance=progress,
+        record=record,
     )
 
 

@@ -10,6 +10,7 @@ from moa_train.assembly.evaluation import build_evaluation
 from moa_train.assembly.run import Run
 from moa_train.engine.evaluator import Evaluation
 from moa_train.engine.manifest import Checkpoint
+from moa_train.engine.predictions import Recorder, predictions_file
 from moa_train.engine.tensorfile import CheckpointError
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
@@ -42,9 +43,13 @@ def report(run: Run, distributed: Distributed) -> str | None:
     if run.final_split != "none":
         run.model.load_state_dict(checkpoint.tensors("ema" if state.ema is not None else "model"))
         stop, source = trainer.stop, run.sources[run.final_split]
-        result = build_evaluation(run.config, source, distributed, lambda: stop.requested)(run.model)
+        recorder = Recorder()
+        result = build_evaluation(run.config, source, distributed, lambda: stop.requested, record=recorder)(run.model)
         if result is None:
             return None
+        predictions = recorder.gather(distributed)
+        if distributed.is_main:
+            predictions.outcomes(source).write(predictions_file(run_dir, run.final_split))
         outcome[run.final_split] = result.as_dict()
         if distributed.is_main and not is_logged(run_dir, state.step, run.final_split):
             epoch = float(state.step / trainer.plan.steps_per_epoch)

@@ -45,6 +45,7 @@ def evaluate(
     distributed: Distributed,
     stop: Callable[[], bool] = lambda: False,
     advance: Callable[[int, int], None] = lambda done, rounds: None,
+    record: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
 ) -> Evaluation | None:
     """Compute metrics of ``model`` over the batches of all ranks.
 
@@ -57,6 +58,8 @@ def evaluate(
         distributed: the ranks, and the device.
         stop: whether this rank was asked to stop; all ranks then stop together and the result is None.
         advance: called after each batch with the number of batches done and their total number.
+        record: called with each batch on the device and its logits, float32, (B, K).
+        record: called with each batch on the device and its logits, float32, (B, K).
     """
     sums: dict[str, Tensor] = {}
     samples = 0
@@ -72,7 +75,7 @@ def evaluate(
             if batch is not None:
                 faults.point("evaluate.batch")
                 batch = batch.to(distributed.device, non_blocking=True)
-                for name, counted in _count(model, batch, transform, metrics, autocast).items():
+                for name, counted in _count(model, batch, transform, metrics, autocast, record).items():
                     sums[name] = sums.get(name, 0) + counted
                 samples += len(batch)
             advance(done, rounds)
@@ -97,10 +100,12 @@ def _count(
     transform: Callable[[Batch], Tensor],
     metrics: Mapping[str, Metric],
     autocast: Callable[[], AbstractContextManager[object]],
+    record: Callable[[Batch, Tensor], None],
 ) -> dict[str, Tensor]:
     with autocast():
         logits_BK = model(transform(batch))
     logits_BK = logits_BK.float()
+    record(batch, logits_BK)
     return {name: metric.count(logits_BK, batch.labels) for name, metric in metrics.items()}
 
 

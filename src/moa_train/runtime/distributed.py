@@ -190,9 +190,13 @@ class Distributed:
 
     def gather_objects(self, value: object) -> list[Any]:
         """Return the JSON-serializable ``value`` of every rank, in rank order, on every rank."""
+        return [_decode(data) for data in self.gather_bytes(_encode(value))]
+
+    def gather_bytes(self, value: bytes) -> list[bytes]:
+        """Return ``value`` of every rank, in rank order, on every rank."""
         if self.world_size == 1:
-            return [_decode(_encode(value))]
-        data = torch.frombuffer(bytearray(_encode(value)), dtype=torch.uint8)
+            return [value]
+        data = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.empty(0, dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([data.numel()]), group=self._control)
         longest = max(int(size) for size in sizes)
@@ -200,7 +204,7 @@ class Distributed:
         padded[: data.numel()] = data
         parts = [torch.empty_like(padded) for _ in range(self.world_size)]
         dist.all_gather(parts, padded, group=self._control)
-        return [_decode(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+        return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
 
     def broadcast_object(self, value: object, source: int = 0) -> Any:
         """Return the JSON-serializable ``value`` of rank ``source`` on every rank; JSON turns tuples into lists."""

@@ -41,8 +41,8 @@ def file_type(path: Path, *, follow_links: bool = True) -> int | None:
         return None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically: readers see either the complete new text or the previous one, even after a kill.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file atomically: readers see either the complete new content or the previous one, even after a kill.
 
     Raises:
         UserError: the file cannot be written.
@@ -50,7 +50,7 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         try:
-            write_flushed(temporary, text.encode())
+            write_flushed(temporary, content.encode() if isinstance(content, str) else content)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
