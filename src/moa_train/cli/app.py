@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from moa_train.cli.compose import (
 from moa_train.knobs import in_words, knobs
 from moa_train.plugins import args_type
 from moa_train.runtime.cpu import wait_briefly
-from moa_train.runtime.errors import LostRankError, UserError, choose
+from moa_train.runtime.errors import LostRankError, UserError, check_all, choose
 from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
 from moa_train.schema import parts
@@ -132,27 +133,31 @@ def check_overrides(arguments: list[str], schema: type) -> None:
     """Check ``key=value`` arguments before Hydra composes anything.
 
     Raises:
-        UserError: a key, option or group is unknown (the message suggests the nearest name), or a value has the wrong
-            type.
+        UserError: keys, options or groups are unknown (the message suggests the nearest names), or values have the
+            wrong type.
     """
     stray = [text for text in arguments if "=" not in text and not text.startswith(("-", "~"))]
     if stray and not any(text.startswith("-") for text in arguments):
         raise UserError(f"Unexpected argument {stray[0]!r}: arguments have the form key=value. See --help.")
     items = {key: item for key, item, _ in knobs(schema())}
     roots = config_roots(arguments)
-    parser = OverridesParser.create()
-    for text in arguments:
-        if text.startswith("-") or ("=" not in text and not text.startswith("~")):
-            continue
-        try:
-            override = parser.parse_override(text)
-        except HydraException:
-            raise UserError(
-                f"Cannot parse {text}. Write key=value without spaces around the equals sign, and close all brackets "
-                "and quotes. A value with special characters, such as =, needs two pairs of quotes, one of them for "
-                "the shell: \"run_dir='a=b'\"."
-            ) from None
-        _check_override(override, schema, items, sweep.requested(arguments), roots)
+    check_all(
+        partial(_check_argument, text, schema, items, sweep.requested(arguments), roots)
+        for text in arguments
+        if not text.startswith("-") and ("=" in text or text.startswith("~"))
+    )
+
+
+def _check_argument(text: str, schema: type, items: Mapping[str, Any], in_sweep: bool, roots: Sequence[Path]) -> None:
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        raise UserError(
+            f"Cannot parse {text}. Write key=value without spaces around the equals sign, and close all brackets "
+            "and quotes. A value with special characters, such as =, needs two pairs of quotes, one of them for "
+            "the shell: \"run_dir='a=b'\"."
+        ) from None
+    _check_override(override, schema, items, in_sweep, roots)
 
 
 def _check_override(

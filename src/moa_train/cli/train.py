@@ -36,6 +36,10 @@ def train(config: RunConfig, overrides: list[str]) -> int:
         from moa_train.assembly.session import run_session
 
         config, changed = resolve_resume(config, lambda before: with_overrides(before, overrides))
+        if config.preflight:
+            from moa_train.assembly.preflight import preflight
+
+            return preflight(config, stop)
         return run_session(config, changed, stop)
 
 
