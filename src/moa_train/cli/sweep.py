@@ -48,9 +48,10 @@ def run(arguments: Sequence[str], config_name: str) -> int:
             "without torchrun, with sweep.ranks=N for N processes per run."
         )
     arguments = [text for text in arguments if text not in FLAGS]
-    settings: SweepConfig = typed(
-        compose(config_name, [text for text in arguments if text.startswith(SECTION)], config_roots(arguments))
-    ).sweep
+    own = [text for text in arguments if text.startswith(SECTION)]
+    if several := [text for text in own if _is_swept(text)]:
+        raise UserError(f"{several[0]}: settings of the sweep itself have one value.")
+    settings: SweepConfig = typed(compose(config_name, own, config_roots(arguments))).sweep
     stem = time.strftime("outputs/sweep-%Y%m%d-%H%M%S")
     unused = (
         path for number in itertools.count() if not (path := Path(f"{stem}-{number}" if number else stem)).exists()
@@ -138,8 +139,6 @@ def _read(arguments: Sequence[str], config_name: str) -> tuple[RunConfig, list[s
                 f"{override.input_line}: a sweep sets {key} itself. The runs are in the folder of the sweep, "
                 "sweep.dir=FOLDER, and repeating the command continues them."
             )
-        if key.startswith(SECTION) and override in swept:
-            raise UserError(f"{override.input_line}: settings of the sweep itself have one value.")
     config: RunConfig = typed(compose(config_name, fixed, config_roots(arguments)))
     return config, [*(text for text in arguments if text not in texts), *shared], swept
 

@@ -177,11 +177,11 @@ def compare(runs: Sequence[Run], *, split: str | None = None, metric: str | None
     groups = _groups(runs, split, metric, metrics)
     if ranked:
         groups.sort(key=lambda group: _rank(group, metric))
-    level = 1 - (1 - CONFIDENCE) / max(len(groups) - 1, 1)
-    comparisons = [_compare(group, groups[0], split, metric, metrics, level) for group in groups[1:] if split != "none"]
-    return Report(
-        split, selection, metric, metrics, groups, comparisons, _common(runs), level, _notes(runs, groups, level)
-    )
+    tested = [group for group in groups[1:] if group.final.get(metric) and groups[0].final.get(metric)]
+    level = 1 - (1 - CONFIDENCE) / max(len(tested), 1)
+    comparisons = [_compare(group, groups[0], split, metric, metrics, level) for group in tested]
+    notes = _notes(runs, groups, comparisons, level)
+    return Report(split, selection, metric, metrics, groups, comparisons, _common(runs), level, notes)
 
 
 def _check_same_images(runs: Sequence[Run], split: str) -> None:
@@ -213,7 +213,7 @@ def _groups(runs: Sequence[Run], split: str, metric: str, metrics: Sequence[str]
     groups = []
     for members in grouped:
         settings = {key: members[0].settings.get(key) for key in different}
-        label = " ".join(f"{short[key]}={_shown(value)}" for key, value in settings.items())
+        label = " ".join(f"{short[key]}={shown(value)}" for key, value in settings.items())
         if not 0 < len(different) <= LABELED:
             label = members[0].name + (f" (and {len(members) - 1} more)" if len(members) > 1 else "")
         selected = [value for run in members if (value := run.best(metric)) is not None]
@@ -222,7 +222,8 @@ def _groups(runs: Sequence[Run], split: str, metric: str, metrics: Sequence[str]
     return groups
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a setting as it is written on a command line, shortened."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace(" ", "")
@@ -352,7 +353,7 @@ def _common(runs: Sequence[Run]) -> dict[str, Any]:
     return {key: runs[0].config.get(key) for key in keys if len(values[key]) == 1}
 
 
-def _notes(runs: Sequence[Run], groups: Sequence[Group], level: float) -> list[str]:
+def _notes(runs: Sequence[Run], groups: Sequence[Group], comparisons: Sequence[Comparison], level: float) -> list[str]:
     notes = []
     states = [run.status for run in runs]
     if rest := [f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != "finished"]:
@@ -366,9 +367,9 @@ def _notes(runs: Sequence[Run], groups: Sequence[Group], level: float) -> list[s
         notes.append("The runs used different machines, so that their speeds and times cannot be compared.")
     if len({str(run.origin.get("code", {}).get("sha256")) for run in runs}) > 1:
         notes.append("The runs were started with different versions of the code.")
-    if len(groups) > 2:
+    if len(comparisons) > 1:
         notes.append(
-            f"Each interval has a confidence of {100 * level:.4g} %, so that all {len(groups) - 1} comparisons hold "
+            f"Each interval has a confidence of {100 * level:.4g} %, so that all {len(comparisons)} comparisons hold "
             f"together with {100 * CONFIDENCE:.0f} % (Bonferroni)."
         )
     return notes

@@ -98,11 +98,16 @@ def holder(run_dir: Path) -> int | None:
     """Return the process of this machine that uses a run folder, or None. This takes no lock, so it disturbs no run."""
     try:
         found = json.loads((run_dir / ".lock").read_bytes())
+        pid = int(found["pid"])
         if found["host"] != socket.gethostname():
             return None
-        os.kill(found["pid"], 0)
+        os.kill(pid, 0)
     except PermissionError:  # of another user
-        pass
+        return pid
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return int(found["pid"])
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):  # not Linux
+        return pid
+    return None if state == "Z" else pid

@@ -1,0 +1,119 @@
+"""A comparison as text for a terminal."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from moa_train.runs.compare import Comparison, Group, Report, lower_is_better, seeds_of, spread
+from moa_train.runs.statistics import Interval
+from moa_train.tracking.chart import MARKS, chart
+from moa_train.tracking.console import clock_time
+
+CURVES = len(MARKS)
+"""Most groups whose curves are drawn."""
+
+
+def as_text(report: Report) -> str:
+    """Return the whole comparison."""
+    parts = [table(*leaderboard_rows(report))]
+    for comparison in report.comparisons:
+        header, rows = difference_rows(comparison)
+        title = f"{comparison.label}, compared with {comparison.reference}: {comparison.verdict}"
+        parts.append("\n".join([title, *([table(header, rows, indent=2)] if rows else [])]))
+    parts.append(table(*cost_rows(report)))
+    if report.selection != "none":
+        curves = {group.label: mean_curve(group, report, report.metric) for group in report.groups[:CURVES]}
+        parts.append(f"{report.metric} on {report.selection}\n{chart(curves, x_label='steps')}")
+    if missing := list(dict.fromkeys(line for comparison in report.comparisons for line in comparison.missing)):
+        title = "Tests on the same images need the predictions of each run. These commands write them:"
+        parts.append("\n".join([title, *(f"  {line}" for line in missing)]))
+    parts += [f"note: {note}" for note in report.notes]
+    return "\n\n".join(parts)
+
+
+def leaderboard_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of the groups, the best one first."""
+    best = [f"best {report.metric} on {report.selection}"] if report.selection != "none" else []
+    header = ["", "settings", "runs", *best, *(f"{name} on {report.split}" for name in report.metrics)]
+    rows = []
+    for place, group in enumerate(report.groups, 1):
+        selected = [spread(group.selected, form(report.metric))] if best else []
+        final = [spread(group.final[name], form(name)) for name in report.metrics]
+        rows.append([str(place), group.label, states(group), *selected, *final])
+    return header, rows
+
+
+def difference_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of a comparison: what was tested, the difference, and p if the test has one."""
+    rows = []
+    if comparison.top1 is not None and comparison.loss is not None:
+        images = f"{comparison.images:,} images, bootstrap"
+        rows.append(["top-1, points", images, *interval(comparison.top1, "+.2f"), ""])
+        rows.append(["loss", images, *interval(comparison.loss, "+.4f"), ""])
+    for pair in comparison.pairs:
+        counts = f"{pair.gained:,} gained, {pair.lost:,} lost"
+        rows.append(["images that are right", f"McNemar's test, seed {pair.seed}", counts, "", f"{pair.p:.2g}"])
+    for name, (found, p) in comparison.seeds.items():
+        rows.append([name, "seeds, paired t-test", *interval(found, "+" + form(name)), f"{p:.2g}"])
+    return ["measure", "test", "difference", "interval", "p"], rows
+
+
+def cost_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of time, speed and memory."""
+    header = ["", "settings", "training time", "images/s", "memory", "steps"]
+    rows = []
+    for place, group in enumerate(report.groups, 1):
+        seconds, speed, memory = (
+            [value for run in group.runs if (value := getattr(run, name)) is not None]
+            for name in ("training_seconds", "images_per_second", "memory")
+        )
+        rows.append(
+            [
+                str(place),
+                group.label,
+                clock_time(fmean(seconds)) if seconds else "-",
+                spread(speed, ",.0f"),
+                f"{max(memory) / 2**30:.2f} GiB" if memory else "-",
+                " ".join(f"{step:,}" for step in sorted({run.step for run in group.runs})),
+            ]
+        )
+    return header, rows
+
+
+def states(group: Group) -> str:
+    """Describe how many runs a group has, and which of them are not finished."""
+    if list(group.states) == ["finished"]:
+        return f"{len(group.runs)} (seed{'s' if len(group.runs) > 1 else ''} {', '.join(map(str, seeds_of(group)))})"
+    return ", ".join(f"{count} {state}" for state, count in group.states.items())
+
+
+def mean_curve(group: Group, report: Report, metric: str) -> list[tuple[float, float]]:
+    """Return the mean over the runs of a group at each step that was evaluated."""
+    by_step: dict[float, list[float]] = {}
+    for run in group.runs:
+        for step, value in run.curve("eval", metric, report.selection):
+            by_step.setdefault(step, []).append(value)
+    return [(step, fmean(values)) for step, values in sorted(by_step.items())]
+
+
+def interval(found: Interval, form: str) -> list[str]:
+    """Return a difference and its interval as text."""
+    return [f"{found.mean:{form}}", f"[{found.low:{form}}, {found.high:{form}}]"]
+
+
+def form(metric: str) -> str:
+    """Return the format of the values of a metric."""
+    return ".4f" if lower_is_better(metric) else ".2f"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: int = 0) -> str:
+    """Return aligned columns: names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    left = ("settings", "runs", "measure", "test")
+    return "\n".join(
+        " " * indent
+        + "  ".join(
+            f"{cell:<{width}}" if title in left else f"{cell:>{width}}"
+            for cell, width, title in zip(line, widths, header, strict=True)
+        ).rstrip()
+        for line in [header, *rows]
+    )
