@@ -16,6 +16,8 @@ from moa_train.runtime.errors import UserError, choose
 CONFIDENCE = 0.95
 LABELED = 3
 """Most settings that a label lists."""
+TESTED = 10
+"""Most groups that are compared with the reference."""
 CLASSES = 10
 """Classes with the largest differences that a comparison lists."""
 
@@ -177,7 +179,7 @@ def compare(runs: Sequence[Run], *, split: str | None = None, metric: str | None
     groups = _groups(runs, split, metric, metrics)
     if ranked:
         groups.sort(key=lambda group: _rank(group, metric))
-    tested = [group for group in groups[1:] if group.final.get(metric) and groups[0].final.get(metric)]
+    tested = [group for group in groups[1:] if group.final.get(metric) and groups[0].final.get(metric)][:TESTED]
     level = 1 - (1 - CONFIDENCE) / max(len(tested), 1)
     comparisons = [_compare(group, groups[0], split, metric, metrics, level) for group in tested]
     notes = _notes(runs, groups, comparisons, level)
@@ -367,6 +369,8 @@ def _notes(runs: Sequence[Run], groups: Sequence[Group], comparisons: Sequence[C
         notes.append("The runs used different machines, so that their speeds and times cannot be compared.")
     if len({str(run.origin.get("code", {}).get("sha256")) for run in runs}) > 1:
         notes.append("The runs were started with different versions of the code.")
+    if len(comparisons) == TESTED < len(groups) - 1:
+        notes.append(f"Only the first {TESTED} settings are tested against the reference.")
     if len(comparisons) > 1:
         notes.append(
             f"Each interval has a confidence of {100 * level:.4g} %, so that all {len(comparisons)} comparisons hold "

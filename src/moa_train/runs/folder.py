@@ -8,7 +8,6 @@ outputs/sweep-20260131-120000/
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -112,7 +111,7 @@ def mark(run_dir: Path, status: str | None, **details: Any) -> None:
     if status is None:
         (run_dir / STATUS).unlink(missing_ok=True)
     else:
-        write_whole(run_dir / STATUS, json.dumps({"status": status, "pid": os.getpid(), **details}) + "\n")
+        write_whole(run_dir / STATUS, json.dumps({"status": status, **details}) + "\n")
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -124,16 +123,12 @@ def status(run_dir: Path) -> str:
     """Return finished, running, failed, pruned, stopped (it can be resumed) or waiting."""
     if is_finished(run_dir):
         return "finished"
-    process = holder(run_dir)
-    try:
-        marked = json.loads((run_dir / STATUS).read_text())
-        if process in (None, marked["pid"]):  # the sweep itself, not somebody who resumes this run
-            return str(marked["status"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    if process is not None:
+    if holder(run_dir) is not None:
         return "running"
-    return "stopped" if (run_dir / "metrics.jsonl").is_file() else "waiting"
+    try:
+        return str(json.loads((run_dir / STATUS).read_text())["status"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "stopped" if (run_dir / "metrics.jsonl").is_file() else "waiting"
 
 
 def scores(run_dir: Path, metric: str) -> list[tuple[int, float]]:
