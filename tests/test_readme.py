@@ -1,6 +1,5 @@
 """The documentation is correct: commands are accepted, links exist, and tables are complete."""
 
-import itertools
 import os
 import re
 import shlex
@@ -13,10 +12,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch.distributed.run import get_args_parser
 
-from moa_train.cli import app, bench, model
+from moa_train.cli import app, bench, model, sweep
 from moa_train.cli.compose import addable, typed
 from moa_train.runtime.signals import Exit
 from moa_train.schema import EvalConfig, RunConfig
@@ -26,12 +24,19 @@ README = (ROOT / "README.md").read_text()
 CONF = ROOT / "conf"
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 SCHEMAS = {"train": RunConfig, "eval": EvalConfig}
-MODULES = {"train": "train", "evaluate": "eval", "data": "data", "model": "model", "bench": "bench"}
+MODULES = {
+    "train": "train",
+    "evaluate": "eval",
+    "data": "data",
+    "model": "model",
+    "bench": "bench",
+    "compare": "compare",
+}
 
 
 def commands(text: str) -> Iterator[str]:
     """Yield the lines of a text that start with a command of this project, without their comments."""
-    names = r"moa-(?:train|eval|data|model|bench)|torchrun|sbatch|scripts/\S+|make|python -m"
+    names = r"moa-(?:train|eval|data|model|bench|compare)|torchrun|sbatch|scripts/\S+|make|python -m"
     for line in re.sub(r" *\\\n\s*", " ", text).splitlines():
         if found := re.match(rf"(?:#   |#? {{0,6}})((?:{names})(?: +\S.*)?$)", line):
             command = re.split(r"  +[^- ]|\s#\s", found[1])[0]  # two spaces separate a command from its explanation
@@ -116,15 +121,10 @@ def accept(program: str, arguments: list[str]) -> None:
         return None
     app.check_overrides(arguments, SCHEMAS[program])
     assert set(arguments) - {"--help", "-m", "--cfg", "job"} == {text for text in arguments if "=" in text}
-    overrides = OverridesParser.create().parse_overrides([text for text in arguments if "=" in text])
-    values = [
-        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-        if override.is_sweep_override()
-        else [override.input_line]
-        for override in overrides
-    ]
-    for job in itertools.product(*values):
-        typed(compose(program, [addable(text) for text in job]))
+    if sweep.requested(arguments):
+        sweep.check([text for text in arguments if text not in sweep.FLAGS], program)
+    else:
+        typed(compose(program, [addable(text) for text in arguments if "=" in text]))
     return None
 
 

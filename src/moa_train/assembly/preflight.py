@@ -67,7 +67,10 @@ def preflight(config: RunConfig, stop: StopSignals) -> int:
             except UserError as error:
                 everywhere(distributed, partial(list_problems, config, distributed, error))
                 raise
-            text = report(config, run, folder, distributed)
+            try:
+                text = report(config, run, folder, distributed)
+            finally:
+                run.trainer.tracker.close()
     if distributed.is_main:
         print(text)
     return Exit.FINISHED
@@ -77,7 +80,7 @@ def preflight(config: RunConfig, stop: StopSignals) -> int:
 def scratch_folder(config: RunConfig, distributed: Distributed) -> Iterator[Path]:
     """Yield a new folder on the storage of the run folder, and remove it in the end."""
     wanted = Path(config.run_dir or "outputs").absolute()
-    place = next(path for path in wanted.parents if path.is_dir())
+    place = next(path for path in wanted.parents if path.exists())
 
     def create() -> str:
         try:

@@ -19,6 +19,7 @@ from moa_train.schema import RunConfig, SweepConfig
 
 FLAGS = ("-m", "--multirun")
 SECTION = "sweep."
+SEED = "runtime.seed"
 
 
 def requested(arguments: Sequence[str]) -> bool:
@@ -58,36 +59,48 @@ def run(arguments: Sequence[str], config_name: str) -> int:
     )
     folder = SweepFolder(Path(settings.dir) if settings.dir else next(unused))
     arguments = _continued(arguments, folder.arguments(), folder.path)
-    config, shared, swept = _read(arguments, config_name)
+    config, shared, swept = check(arguments, config_name)
+    folder.record(arguments)
     runner = Runner(folder, shared, config.sweep.ranks)
     again = f"moa-train -m {argument('sweep.dir', folder.path)}"
     if config.sweep.trials:
-        from moa_train.runs.search import SEED, Search
+        from moa_train.runs.search import Search
 
-        space = {override.get_key_element(): _options(override) for override in swept}
-        seeds = space.pop(SEED, {"choices": []})
-        if not space:
-            raise UserError("sweep.trials needs a search space, such as optim.lr=tag(log,interval(1e-4,1e-2)).")
-        if "choices" not in seeds:
-            raise UserError("A search runs every trial with all seeds. List them: runtime.seed=0,1,2.")
-        _check([shared + list(corner) for corner in _corners(space, seeds["choices"])], arguments, config_name)
-        folder.record(arguments)
-        search = Search(folder, config, space, seeds["choices"])
+        space, seeds = _space(swept)
+        search = Search(folder, config, space, seeds)
         print(f"sweep: {config.sweep.trials} trials in {folder.path}. To continue it: {again}", flush=True)
         with runner.signals():
             search.run(runner)
         best = search.best()
         print(f"\n{f'best trial: {best}' if best else 'No trial is complete.'}")
     else:
-        grid = [list(values) for values in itertools.product(*map(_values, swept))]
-        _check([shared + job for job in grid], arguments, config_name)
-        folder.record(arguments)
-        jobs = named(grid, [override.get_key_element() for override in swept])
+        jobs = named(_grid(swept), [override.get_key_element() for override in swept])
         print(f"sweep: {len(jobs)} runs in {folder.path}. To continue it: {again}", flush=True)
         with runner.signals():
             run_grid(runner, jobs)
     print(f"leaderboard: moa-compare {shlex.quote(str(folder.path))}")
     return _report(runner.outcomes, runner.codes, runner.stop, again)
+
+
+def check(arguments: Sequence[str], config_name: str) -> tuple[RunConfig, list[str], list[Override]]:
+    """Compose and validate all jobs of a grid, or trials at the edges of the search space.
+
+    Returns:
+        The configuration of the sweep, the arguments that all jobs share, and the swept overrides.
+
+    Raises:
+        UserError: a setting cannot be swept, or a job is invalid.
+    """
+    config, shared, swept = _read(arguments, config_name)
+    jobs = list(_corners(*_space(swept))) if config.sweep.trials else _grid(swept)
+    for job in jobs:
+        overrides = [text for text in [*shared, *job] if is_override(text)]
+        try:
+            typed(compose(config_name, overrides, config_roots(arguments)))
+        except UserError as error:
+            line = shlex.join(overrides)
+            raise UserError(f"{error}\nThis error is in the run {line}. No run of the sweep was started.") from error
+    return config, shared, swept
 
 
 def _continued(arguments: list[str], before: list[str] | None, folder: Path) -> list[str]:
@@ -143,20 +156,33 @@ def _read(arguments: Sequence[str], config_name: str) -> tuple[RunConfig, list[s
     return config, [*(text for text in arguments if text not in texts), *shared], swept
 
 
-def _values(override: Override) -> Iterator[str]:
-    """Yield the arguments of a swept setting of a grid."""
-    value = override.value()
-    if isinstance(value, IntervalSweep):
-        raise UserError(
-            f"{override.input_line}: an interval has infinitely many values. Set sweep.trials=N to search it, or list "
-            "values: optim.lr=1e-4,1e-3."
-        )
-    for text in override.sweep_string_iterator():
-        yield f"{override.get_key_element()}={text}"
+def _grid(swept: Sequence[Override]) -> list[list[str]]:
+    """Return the arguments of all combinations of the swept settings."""
+    for override in swept:
+        if isinstance(override.value(), IntervalSweep):
+            raise UserError(
+                f"{override.input_line}: an interval has infinitely many values. Set sweep.trials=N to search it, or "
+                "list values: optim.lr=1e-4,1e-3."
+            )
+    values = [
+        [f"{override.get_key_element()}={text}" for text in override.sweep_string_iterator()] for override in swept
+    ]
+    return [list(job) for job in itertools.product(*values)]
+
+
+def _space(swept: Sequence[Override]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return the search space, in the form that `Search` takes, and the seeds of every trial."""
+    space = {override.get_key_element(): _options(override) for override in swept}
+    seeds = space.pop(SEED, {"choices": []})
+    if not space:
+        raise UserError("sweep.trials needs a search space, such as optim.lr=tag(log,interval(1e-4,1e-2)).")
+    if "choices" not in seeds:
+        raise UserError(f"A search runs every trial with all seeds. List them: {SEED}=0,1,2.")
+    return space, seeds["choices"]
 
 
 def _options(override: Override) -> dict[str, Any]:
-    """Return the values of a swept setting in a search, in the form that `Search` takes."""
+    """Return the values of a swept setting in a search."""
     value = override.value()
     log = "log" in getattr(value, "tags", ())
     if isinstance(value, IntervalSweep):
@@ -173,26 +199,10 @@ def _corners(space: Mapping[str, Mapping[str, Any]], seeds: Sequence[str]) -> It
     edges = {key: options.get("choices") or [options["low"], options["high"]] for key, options in space.items()}
     base = {key: values[0] for key, values in edges.items()}
     if seeds:
-        edges["runtime.seed"] = list(seeds)
+        edges[SEED] = list(seeds)
     for key, values in edges.items():
         for value in values:
             yield [f"{name}={text}" for name, text in {**base, key: value}.items()]
-
-
-def _check(jobs: Sequence[list[str]], arguments: Sequence[str], config_name: str) -> None:
-    """Compose and validate jobs before the first one starts.
-
-    Raises:
-        UserError: jobs are invalid.
-    """
-    roots = config_roots(arguments)
-    for job in jobs:
-        overrides = [text for text in job if is_override(text)]
-        try:
-            typed(compose(config_name, overrides, roots))
-        except UserError as error:
-            line = shlex.join(overrides)
-            raise UserError(f"{error}\nThis error is in the run {line}. No run of the sweep was started.") from error
 
 
 def _report(outcomes: Mapping[str, str], codes: Sequence[int], stop: int | None, again: str) -> int:
