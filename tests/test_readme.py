@@ -121,7 +121,7 @@ def accept(program: str, arguments: list[str]) -> None:
         return None
     app.check_overrides(arguments, SCHEMAS[program])
     assert set(arguments) - {"--help", "-m", "--cfg", "job"} == {text for text in arguments if "=" in text}
-    if sweep.requested(arguments):
+    if sweep.requested(arguments) and not all(text.startswith(("-m", "sweep.")) for text in arguments):
         sweep.check([text for text in arguments if text not in sweep.FLAGS], program)
     else:
         typed(compose(program, [addable(text) for text in arguments if "=" in text]))

@@ -12,6 +12,7 @@ import pytest
 from moa_train.cli import compare as command
 from moa_train.engine.predictions import Outcomes
 from moa_train.runs.compare import compare
+from moa_train.runs.folder import SweepFolder, mark, named
 from moa_train.runs.html import as_html
 from moa_train.runs.read import read_run, read_runs
 from moa_train.runs.text import as_text
@@ -130,6 +131,14 @@ def test_unfinished_runs_count_with_their_evaluations(copied):
         (run / "result.json").unlink(missing_ok=True)
     assert compare(read_runs([copied])[0]).split == "none"
     assert "top1 on val" in as_html(compare(read_runs([copied])[0]))
+
+
+def test_runs_that_have_not_started_are_counted(copied):
+    SweepFolder(copied).record([], named([["optim.lr=1"], ["optim.lr=2"]], ["optim.lr"]))
+    (copied / "lr-1").mkdir()
+    mark(copied / "lr-1", "failed")
+    notes = read_runs([copied])[1]
+    assert notes == [f"2 more runs of {copied} have not started to train (1 failed, 1 waiting)."]
 
 
 def test_runs_of_different_data_are_refused(train, sweep, tmp_path):

@@ -50,11 +50,9 @@ def run(options: argparse.Namespace) -> int:
     from moa_train.runs.text import as_text
     from moa_train.runtime.files import write_whole
 
-    runs, warnings = read_runs(options.runs)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    runs, notes = read_runs(options.runs)
     ranked = any(not (path / "config.json").is_file() for path in options.runs)
-    report = compare(runs, split=options.split, metric=options.metric, ranked=ranked)
+    report = compare(runs, split=options.split, metric=options.metric, ranked=ranked, notes=notes)
     if options.html:
         from moa_train.runs.html import as_html
 

@@ -60,12 +60,12 @@ def run(arguments: Sequence[str], config_name: str) -> int:
     folder = SweepFolder(Path(settings.dir) if settings.dir else next(unused))
     arguments = _continued(arguments, folder.arguments(), folder.path)
     config, shared, swept = check(arguments, config_name)
-    folder.record(arguments)
     runner = Runner(folder, shared, config.sweep.ranks)
     again = f"moa-train -m {argument('sweep.dir', folder.path)}"
     if config.sweep.trials:
         from moa_train.runs.search import Search
 
+        folder.record(arguments)
         space, seeds = _space(swept)
         search = Search(folder, config, space, seeds)
         print(f"sweep: {config.sweep.trials} trials in {folder.path}. To continue it: {again}", flush=True)
@@ -75,6 +75,7 @@ def run(arguments: Sequence[str], config_name: str) -> int:
         print(f"\n{f'best trial: {best}' if best else 'No trial is complete.'}")
     else:
         jobs = named(_grid(swept), [override.get_key_element() for override in swept])
+        folder.record(arguments, jobs)
         print(f"sweep: {len(jobs)} runs in {folder.path}. To continue it: {again}", flush=True)
         with runner.signals():
             run_grid(runner, jobs)

@@ -20,7 +20,9 @@ Examples:
   moa-train model=moa_t data=imagenet data.root=/data/imagenet
   torchrun --nproc-per-node 8 -m moa_train.cli.train model=moa_t data=imagenet data.root=/data/imagenet
   moa-train resume=outputs/RUN                           resume a stopped run
-  moa-train -m optim.lr=5e-4,1e-3,2e-3                   train several runs, one after the other
+  moa-train preflight=true model=moa_b data=cifar100     check the run, and estimate time, memory and disk
+  moa-train -m optim.lr=5e-4,1e-3,2e-3 runtime.seed=0,1  train several runs, one after the other
+  moa-train -m sweep.dir=outputs/SWEEP                   continue a sweep
   moa-train model=swin_t data=cifar100 --cfg job         print the composed configuration and exit
   moa-train --config-dir my_conf experiment=mine         use your own recipe, my_conf/experiment/mine.yaml
   moa-train model.name=my_package.blocks:Tiny            train your own model, see docs/DEVELOPMENT.md

@@ -148,7 +148,14 @@ def lower_is_better(metric: str) -> bool:
     return any(word in metric.lower() for word in ("loss", "error", "nll", "perplexity"))
 
 
-def compare(runs: Sequence[Run], *, split: str | None = None, metric: str | None = None, ranked: bool = True) -> Report:
+def compare(
+    runs: Sequence[Run],
+    *,
+    split: str | None = None,
+    metric: str | None = None,
+    ranked: bool = True,
+    notes: Sequence[str] = (),
+) -> Report:
     """Compare runs.
 
     Args:
@@ -156,6 +163,7 @@ def compare(runs: Sequence[Run], *, split: str | None = None, metric: str | None
         split: the final split; by default test if a run has a result on it, else the split that chooses checkpoints.
         metric: what to rank by; by default the one that chooses the best checkpoint.
         ranked: whether the best group is the reference and comes first. Otherwise, the first group is the reference.
+        notes: of `read_runs`.
 
     Raises:
         UserError: the runs used different images, or there is no such split or metric.
@@ -182,7 +190,7 @@ def compare(runs: Sequence[Run], *, split: str | None = None, metric: str | None
     tested = [group for group in groups[1:] if group.final.get(metric) and groups[0].final.get(metric)][:TESTED]
     level = 1 - (1 - CONFIDENCE) / max(len(tested), 1)
     comparisons = [_compare(group, groups[0], split, metric, metrics, level) for group in tested]
-    notes = _notes(runs, groups, comparisons, level)
+    notes = [*notes, *_notes(runs, groups, comparisons, level)]
     return Report(split, selection, metric, metrics, groups, comparisons, _common(runs), level, notes)
 
 

@@ -1,7 +1,8 @@
 """The folder of a sweep: its command in sweep.json, and one run folder per job.
 
 outputs/sweep-20260131-120000/
-    sweep.json           the arguments of the command, with which ``moa-train -m sweep.dir=FOLDER`` continues it
+    sweep.json           the arguments of the command, with which ``moa-train -m sweep.dir=FOLDER`` continues it, and
+                         the names of the jobs of a grid
     trials.jsonl         the journal of Optuna, if sweep.trials is set
     lr-0.001_seed-0/     a run folder, in which status.json records a failure or an early stop of the run
 """
@@ -77,7 +78,14 @@ class SweepFolder:
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}). Restore it, or choose another sweep.dir.") from error
 
-    def record(self, arguments: Sequence[str]) -> None:
+    def jobs(self) -> list[str]:
+        """Return the names of the jobs of a grid, or an empty list if they are not known."""
+        try:
+            return [str(name) for name in json.loads((self.path / FILE).read_text())["jobs"]]
+        except (ValueError, KeyError, TypeError, OSError):
+            return []
+
+    def record(self, arguments: Sequence[str], jobs: Sequence[Job] = ()) -> None:
         """Write sweep.json."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -85,7 +93,8 @@ class SweepFolder:
             raise UserError(
                 f"Cannot create the folder {self.path} of the sweep: {error.strerror}. Choose another sweep.dir."
             ) from error
-        write_whole(self.path / FILE, json.dumps({"arguments": list(arguments)}, indent=1) + "\n")
+        content = {"arguments": list(arguments), "jobs": [job.name for job in jobs]}
+        write_whole(self.path / FILE, json.dumps(content, indent=1) + "\n")
 
     def run_dir(self, name: str) -> Path:
         """Return the run folder of a job."""

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from moa_train.engine.predictions import Outcomes, predictions_file
-from moa_train.runs.folder import status
+from moa_train.runs.folder import SweepFolder, status
 from moa_train.runtime.errors import UserError
 from moa_train.tracking.jsonl import Row, read_rows
 
@@ -158,7 +158,7 @@ def read_run(path: Path) -> Run:
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """Read runs and the runs of sweeps, in their order, and return them with warnings about folders that were skipped.
+    """Read runs and the runs of sweeps, in their order, and return them with notes about those that are left out.
 
     Args:
         paths: run folders, or folders of run folders.
@@ -167,22 +167,26 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
         UserError: a folder holds no run, or a run that was named is damaged.
     """
     runs: dict[Path, Run] = {}
-    warnings = []
+    notes: list[str] = []
     for path in paths:
         if not path.is_dir() or (path / "config.json").is_file():
             runs[path.resolve()] = read_run(path)
             continue
         inside = sorted(child.parent for child in path.glob("*/config.json"))
         if not inside:
-            raise UserError(f"{path} holds no run: neither it nor a folder in it has a config.json.")
+            raise UserError(f"{path} holds no run yet: neither it nor a folder in it has a config.json.")
         for folder in inside:
             try:
                 runs[folder.resolve()] = read_run(folder)
             except UserError as error:
-                warnings.append(f"{error} This run is left out.")
+                notes.append(f"{error} This run is left out.")
+        states = [status(path / name) for name in SweepFolder(path).jobs() if path / name not in inside]
+        if states:
+            counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+            notes.append(f"{len(states)} more runs of {path} have not started to train ({counts}).")
     if not runs:
-        raise UserError("None of the runs can be read:\n" + "\n".join(warnings))
-    return list(runs.values()), warnings
+        raise UserError("None of the runs can be read:\n" + "\n".join(notes))
+    return list(runs.values()), notes
 
 
 def _json(path: Path, kind: type) -> Any:
