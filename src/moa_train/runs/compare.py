@@ -397,3 +397,10 @@ def spread(values: Sequence[float], form: str = ".2f") -> str:
 def seeds_of(group: Group) -> list[Any]:
     """Return the seeds of a group, in order."""
     return sorted({run.config.get(SEED) for run in group.runs}, key=str)
+
+
+def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Return the mean of curves (x, y) at every x that all of them have; empty curves do not count."""
+    known = [dict(curve) for curve in curves if curve]
+    common = set.intersection(*map(set, known)) if known else set()
+    return [(x, fmean(curve[x] for curve in known)) for x in sorted(common)]

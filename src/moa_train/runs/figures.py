@@ -3,10 +3,9 @@
 import io
 import re
 from collections.abc import Callable, Sequence
-from statistics import fmean
 from typing import Any
 
-from moa_train.runs.compare import Group
+from moa_train.runs.compare import Group, mean_curve
 from moa_train.runs.read import Run
 from moa_train.runtime.errors import UserError
 from moa_train.tracking.curves import COLORS
@@ -55,7 +54,7 @@ def figure(
                 if dashed is not None:
                     _line(axes, dashed(run), color(place), 0.7, 0.4)
             if several:
-                _line(axes, mean(group, points), color(place), 2.0, 1.0)
+                _line(axes, mean_curve([points(run) for run in group.runs]), color(place), 2.0, 1.0)
         axes.set_xlabel("steps")
         axes.grid(color=INK, alpha=0.15, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -65,15 +64,6 @@ def figure(
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace(INK, "currentColor")
     svg = re.sub(r"font: ([^;']*?)'[^']*'[^;\"]*", r"font: \1system-ui, sans-serif", svg)
     return svg.replace("<svg ", '<svg role="img" ', 1)
-
-
-def mean(group: Group, points: Callable[[Run], Points]) -> Points:
-    """Return the mean of the runs of a group where at least one has a value."""
-    by_step: dict[float, list[float]] = {}
-    for run in group.runs:
-        for step, value in points(run):
-            by_step.setdefault(step, []).append(value)
-    return [(step, fmean(values)) for step, values in sorted(by_step.items())]
 
 
 def _line(axes: Any, points: Points, shade: str, width: float, alpha: float) -> None:

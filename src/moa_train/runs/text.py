@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from moa_train.runs.compare import Comparison, Group, Report, lower_is_better, seeds_of, spread
+from moa_train.runs.compare import Comparison, Group, Report, lower_is_better, mean_curve, seeds_of, spread
 from moa_train.runs.statistics import Interval
 from moa_train.tracking.chart import MARKS, chart
 from moa_train.tracking.console import clock_time
@@ -21,7 +21,10 @@ def as_text(report: Report) -> str:
         parts.append("\n".join([title, *([table(header, rows, indent=2)] if rows else [])]))
     parts.append(table(*cost_rows(report)))
     if report.selection != "none":
-        curves = {group.label: mean_curve(group, report, report.metric) for group in report.groups[:CURVES]}
+        curves = {
+            group.label: mean_curve([run.curve("eval", report.metric, report.selection) for run in group.runs])
+            for group in report.groups[:CURVES]
+        }
         parts.append(f"{report.metric} on {report.selection}\n{chart(curves, x_label='steps')}")
     if missing := list(dict.fromkeys(line for comparison in report.comparisons for line in comparison.missing)):
         title = "Tests on the same images need the predictions of each run. These commands write them:"
@@ -84,15 +87,6 @@ def states(group: Group) -> str:
     if list(group.states) == ["finished"]:
         return f"{len(group.runs)} (seed{'s' if len(group.runs) > 1 else ''} {', '.join(map(str, seeds_of(group)))})"
     return ", ".join(f"{count} {state}" for state, count in group.states.items())
-
-
-def mean_curve(group: Group, report: Report, metric: str) -> list[tuple[float, float]]:
-    """Return the mean over the runs of a group at each step that was evaluated."""
-    by_step: dict[float, list[float]] = {}
-    for run in group.runs:
-        for step, value in run.curve("eval", metric, report.selection):
-            by_step.setdefault(step, []).append(value)
-    return [(step, fmean(values)) for step, values in sorted(by_step.items())]
 
 
 def interval(found: Interval, form: str) -> list[str]:
