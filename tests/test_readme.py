@@ -10,12 +10,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from torch.distributed.run import get_args_parser
 
 from moa_train.cli import app, bench, model, sweep
-from moa_train.cli.compose import addable, typed
+from moa_train.cli.compose import compose, typed
 from moa_train.runtime.signals import Exit
 from moa_train.schema import EvalConfig, RunConfig
 
@@ -64,8 +63,7 @@ def _conf() -> Iterator[None]:
     for command, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{command}_schema", node=schema)
         ConfigStore.instance().store(group="hydra/help", name=f"{command}_help", node={})
-    with initialize_config_module("moa_train.conf", version_base="1.3"):
-        yield
+    yield
     sys.path.pop()
 
 
@@ -124,7 +122,7 @@ def accept(program: str, arguments: list[str]) -> None:
     if sweep.requested(arguments) and not all(text.startswith(("-m", "sweep.")) for text in arguments):
         sweep.check([text for text in arguments if text not in sweep.FLAGS], program)
     else:
-        typed(compose(program, [addable(text) for text in arguments if "=" in text]))
+        typed(compose(program, [text for text in arguments if "=" in text], [CONF]))
     return None
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moa_train.runs.statistics import image_interval, mcnemar, seed_interval
+from moa_train.runs.statistics import image_interval, mcnemar, paired_p, seed_interval
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(0, 0), (5, 5), (9, 2), (2, 9), (30, 14)])
@@ -42,15 +42,31 @@ def test_equal_models_have_no_difference():
     found = image_interval(np.zeros(100), 0.95)
     assert (found.mean, found.low, found.high, found.excludes_zero) == (0, 0, 0, False)
     assert mcnemar(np.ones(9, bool), np.ones(9, bool)) == (0, 0, 1.0)
-    assert seed_interval([0.0, 0.0], 0.95)[1] == 1
+    assert paired_p([0.0, 0.0]) == 1
+    assert seed_interval([2.0, 2.0], [2.0, 2.0], [[2.0, 2.0]], 0.95)[1] == 1
 
 
-def test_the_interval_over_seeds_equals_the_textbook():
-    """Mean 2 and standard deviation 1 of three values: t(0.975, 2) = 4.3027, so 2 +- 4.3027 / sqrt(3)."""
-    found, p = seed_interval([1.0, 2.0, 3.0], 0.95)
-    assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - 2.48414, 2 + 2.48414), abs=1e-4)
-    assert p == pytest.approx(2 * (1 - stats.t.cdf(2 * math.sqrt(3), 2)))
-    assert not found.excludes_zero
+def test_the_difference_of_two_groups_is_students_t_test():
+    first, second = [1.0, 2.0, 3.0], [2.5, 4.0, 5.5, 4.5]
+    found, p = seed_interval(first, second, [first, second], 0.95)
+    other = stats.ttest_ind(first, second)
+    assert p == pytest.approx(other.pvalue)
+    low, high = other.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((low, high))
+
+
+def test_other_groups_tell_the_noise_between_seeds():
+    """Three groups with a variance of 1 each, 2 degrees of freedom each: the one with a single seed adds nothing."""
+    noisy = [[1.0, 2.0, 3.0], [11.0, 12.0, 13.0], [5.0, 6.0, 7.0]]
+    found, p = seed_interval([9.0], [2.0], [*noisy, [9.0], [2.0]], 0.95)
+    assert found.mean == 7
+    assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, 6) * math.sqrt(2))
+    assert p == pytest.approx(2 * stats.t.sf(7 / math.sqrt(2), 6))
+    assert seed_interval([9.0], [2.0], [[9.0], [2.0], []], 0.95) is None
+
+
+def test_the_paired_test_equals_scipys():
+    assert paired_p([1.0, 2.0, 3.0]) == pytest.approx(stats.ttest_rel([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]).pvalue)
 
 
 def test_intervals_over_images_hold_as_often_as_they_should():

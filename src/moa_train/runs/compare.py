@@ -9,7 +9,7 @@ import numpy as np
 
 from moa_train.engine.predictions import Outcomes
 from moa_train.runs.read import SEED, Run
-from moa_train.runs.statistics import Interval, image_interval, mcnemar, seed_interval
+from moa_train.runs.statistics import Interval, image_interval, mcnemar, paired_p, seed_interval
 from moa_train.runtime.command_line import argument
 from moa_train.runtime.errors import UserError, choose
 
@@ -72,8 +72,10 @@ class Comparison:
     Attributes:
         top1, loss: over the images, with bootstrap intervals; None without predictions.
         pairs: one per seed that both groups have.
-        seeds: by metric, the difference over seeds that both groups have, with t intervals and p; at least two seeds.
-        verdict: better, worse, within noise, or why this is not known.
+        seeds: by metric, the difference of the means over seeds with t interval and p; empty if no group has two seeds.
+        paired: by metric, the differences of the seeds that both groups have, and the p of their t-test, for at least
+            two such seeds.
+        verdict: a result, such as "better" or "within noise", a colon, and the reason.
         missing: commands that write the predictions that are missing.
     """
 
@@ -84,6 +86,7 @@ class Comparison:
     loss: Interval | None
     pairs: Sequence[Pair]
     seeds: Mapping[str, tuple[Interval, float]]
+    paired: Mapping[str, tuple[Sequence[float], float]]
     verdict: str
     classes: Sequence[ClassChange]
     missing: Sequence[str]
@@ -189,7 +192,7 @@ def compare(
         groups.sort(key=lambda group: _rank(group, metric))
     tested = [group for group in groups[1:] if group.final.get(metric) and groups[0].final.get(metric)][:TESTED]
     level = 1 - (1 - CONFIDENCE) / max(len(tested), 1)
-    comparisons = [_compare(group, groups[0], split, metric, metrics, level) for group in tested]
+    comparisons = [_compare(group, groups[0], groups, split, metric, metrics, level) for group in tested]
     notes = [*notes, *_notes(runs, groups, comparisons, level)]
     return Report(split, selection, metric, metrics, groups, comparisons, _common(runs), level, notes)
 
@@ -247,7 +250,13 @@ def _rank(group: Group, metric: str) -> tuple[bool, bool, float]:
 
 
 def _compare(
-    group: Group, reference: Group, split: str, metric: str, metrics: Sequence[str], level: float
+    group: Group,
+    reference: Group,
+    groups: Sequence[Group],
+    split: str,
+    metric: str,
+    metrics: Sequence[str],
+    level: float,
 ) -> Comparison:
     ours, theirs = (
         {id(run): found for run in some.runs if (found := run.outcomes(split)) is not None}
@@ -273,20 +282,27 @@ def _compare(
         top1 = image_interval(100 * (hits[0] - hits[1]), level)
         loss = image_interval(losses[0] - losses[1], level)
         changes = _classes(everyone[0], hits[1], hits[0])
-    pairs, seeds = [], {}
     matched = _matched(group, reference)
+    pairs = []
     for first, second in matched:
         if id(first) in ours and id(second) in theirs:
             gained, lost, p = mcnemar(_hits(ours[id(first)]), _hits(theirs[id(second)]))
             pairs.append(Pair(first.seed, gained, lost, p))
+    seeds: dict[str, tuple[Interval, float]] = {}
+    paired: dict[str, tuple[Sequence[float], float]] = {}
     for name in metrics:
+        everything = [some.final[name] for some in groups]
+        if group.final[name] and reference.final[name]:
+            interval = seed_interval(group.final[name], reference.final[name], everything, level)
+            seeds |= {name: interval} if interval is not None else {}
         values = [(first.final(split, name), second.final(split, name)) for first, second in matched]
         differences = [a - b for a, b in values if a is not None and b is not None]
         if len(differences) > 1:
-            seeds[name] = seed_interval(differences, level)
+            paired[name] = (differences, paired_p(differences))
     over_images = {"top1": top1, "loss": loss}.get(metric)
-    verdict = _verdict(over_images, seeds.get(metric, (None,))[0], len(matched), lower_is_better(metric))
-    return Comparison(group.label, reference.label, images, top1, loss, pairs, seeds, verdict, changes, missing)
+    over_seeds = seeds[metric][0] if metric in seeds else None
+    verdict = _verdict(over_images, over_seeds, lower_is_better(metric))
+    return Comparison(group.label, reference.label, images, top1, loss, pairs, seeds, paired, verdict, changes, missing)
 
 
 def _matched(group: Group, reference: Group) -> list[tuple[Run, Run]]:
@@ -298,20 +314,20 @@ def _matched(group: Group, reference: Group) -> list[tuple[Run, Run]]:
     return common
 
 
-def _verdict(images: Interval | None, seeds: Interval | None, count: int, lower: bool) -> str:
+def _verdict(images: Interval | None, seeds: Interval | None, lower: bool) -> str:
     known = [found for found in (images, seeds) if found is not None]
     if not known:
-        return "not tested: no predictions, and fewer than two common seeds"
+        return "not tested: there are no predictions, and no settings were run with two seeds"
     word = "better" if (known[0].mean < 0) == lower else "worse"
     if images is not None and not images.excludes_zero:
-        return "within noise: the images do not distinguish them"
+        return "within noise: other images might reverse the difference"
     if seeds is not None and not seeds.excludes_zero:
-        return f"within noise: the {count} seeds do not distinguish them"
+        return "within noise: other seeds might reverse the difference"
     if images is None:
-        return f"{word} over {count} seeds"
+        return f"{word}: the difference exceeds the noise between seeds; the noise of the images was not tested"
     if seeds is None:
-        return f"{word} on these images; the noise between seeds is unknown, because they share fewer than two"
-    return f"{word}, on these images and over {count} seeds"
+        return f"{word} on these images: the noise between seeds is unknown, because no settings were run with two"
+    return f"{word}: the difference exceeds the noise of the images and between seeds"
 
 
 def _hits(outcomes: Outcomes) -> Any:
@@ -372,7 +388,7 @@ def _notes(runs: Sequence[Run], groups: Sequence[Group], comparisons: Sequence[C
             "with their evaluations so far."
         )
     if any(len(group.runs) == 1 for group in groups) and len(groups) > 1:
-        notes.append("Some settings were run with one seed only, which says nothing about the noise between seeds.")
+        notes.append("Some settings were run with one seed only; their own noise between seeds is unknown.")
     if len({run.machine for run in runs}) > 1:
         notes.append("The runs used different machines, so that their speeds and times cannot be compared.")
     if len({str(run.origin.get("code", {}).get("sha256")) for run in runs}) > 1:

@@ -50,9 +50,9 @@ def figure(
             several = len(group.runs) > 1
             for run in group.runs:
                 curve = points(run)
-                _line(axes, curve, color(place), 0.9 if several else 1.8, 0.4 if several else 1.0)
+                _line(axes, curve, color(place), 0.9 if several else 1.8, 0.5 if several else 1.0)
                 if dashed is not None:
-                    _line(axes, dashed(run), color(place), 0.7, 0.4)
+                    _line(axes, dashed(run), color(place), 0.8, 0.5)
             if several:
                 _line(axes, mean_curve([points(run) for run in group.runs]), color(place), 2.0, 1.0)
         axes.set_xlabel("steps")

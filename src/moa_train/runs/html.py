@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from moa_train.runs import text
-from moa_train.runs.compare import Comparison, Report, shown
+from moa_train.runs.compare import Report, shown
 from moa_train.runs.figures import Points, color, figure
 from moa_train.runs.page import page
 from moa_train.runs.read import Run
@@ -90,14 +90,15 @@ def _thin(points: Points) -> Points:
 
 def _difference(report: Report, place: int) -> str:
     comparison = report.comparisons[place]
-    mood = {"better": "good", "worse": "bad"}.get(comparison.verdict.split()[0].rstrip(","), "quiet")
+    mood = {"better": "good", "worse": "bad"}.get(comparison.verdict.split()[0].rstrip(":"), "quiet")
     number = next(number for number, group in enumerate(report.groups) if group.label == comparison.label)
     parts = [f'<h3>{_name(report, number)}</h3><p class="{mood}">{escape(comparison.verdict.capitalize())}.</p>']
     header, rows = text.difference_rows(comparison)
     if rows:
-        parts.append(_table(header, [list(map(escape, row)) for row in rows]))
+        parts.append(_table(header, [list(map(escape, row)) for row in rows], names=2))
     if comparison.pairs:
-        parts.append(_details("McNemar's test for each seed", *_pairs(comparison)))
+        header, rows = text.pair_rows(comparison)
+        parts.append(_details("McNemar's exact test for each seed", header, [list(map(escape, row)) for row in rows]))
     if comparison.classes:
         cells = [
             [escape(change.name), f"{change.images:,}", f"{change.reference:.1f}", f"{change.group:.1f}",
@@ -110,13 +111,6 @@ def _difference(report: Report, place: int) -> str:
         lines = escape("\n".join(comparison.missing))
         parts.append(f"<p>Tests on the same images need the predictions of each run:</p><pre>{lines}</pre>")
     return "".join(parts)
-
-
-def _pairs(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    header = ["seed", "right here, wrong there", "wrong here, right there", "p"]
-    return header, [
-        [escape(str(pair.seed)), f"{pair.gained:,}", f"{pair.lost:,}", f"{pair.p:.2g}"] for pair in comparison.pairs
-    ]
 
 
 def _name(report: Report, place: int) -> str:
@@ -136,14 +130,18 @@ def _list(lines: Sequence[str], style: str) -> str:
     return f'<ul class="{style}">' + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
 
 
-def _table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Return a table whose first column has names. The cells are HTML, the header is plain text."""
+def _table(header: Sequence[str], cells: Sequence[Sequence[str]], names: int = 1) -> str:
+    """Return a table.
+
+    Args:
+        header: plain text.
+        cells: HTML.
+        names: number of columns, from the first one, that hold names rather than numbers.
+    """
 
     def row(tag: str, values: Sequence[str]) -> str:
-        first, *rest = values
-        return (
-            f'<tr><{tag} class="name">{first}</{tag}>' + "".join(f"<{tag}>{value}</{tag}>" for value in rest) + "</tr>"
-        )
+        styled = [f'<{tag} class="name">{value}</{tag}>' for value in values[:names]]
+        return "<tr>" + "".join([*styled, *(f"<{tag}>{value}</{tag}>" for value in values[names:])]) + "</tr>"
 
     lines = [row("th", list(map(escape, header))), *(row("td", values) for values in cells)]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'

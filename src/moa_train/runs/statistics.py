@@ -60,16 +60,33 @@ def image_interval(differences: NDArray[np.float64], level: float, seed: int = 0
     return Interval(mean, float(low), float(high))
 
 
-def seed_interval(differences: Sequence[float], level: float) -> tuple[Interval, float]:
-    """Return the mean of the differences of at least two seeds with Student's t interval, and the p of the paired test.
+def paired_p(differences: Sequence[float]) -> float:
+    """Return the p of the paired t-test over the differences of at least two seeds."""
+    if len(set(differences)) == 1:
+        return 1.0 if differences[0] == 0 else 0.0
+    return float(stats.ttest_1samp(np.asarray(differences, dtype=np.float64), 0.0).pvalue)
+
+
+def seed_interval(
+    first: Sequence[float], second: Sequence[float], groups: Sequence[Sequence[float]], level: float
+) -> tuple[Interval, float] | None:
+    """Return the difference of two means with its t interval and p, or None if no group has two seeds.
+
+    The noise between seeds is estimated from all groups together (pooled variance), because two or three seeds of one
+    group say little about it. It is assumed to be the same in all groups.
 
     Args:
-        differences: one per seed.
+        first, second: the results of two groups, one per seed; at least one each.
+        groups: the results of all groups.
         level: of confidence.
     """
-    values = np.asarray(differences, dtype=np.float64)
-    mean, error = float(values.mean()), float(stats.sem(values))
+    freedom = sum(len(values) - 1 for values in groups if values)
+    if freedom == 0:
+        return None
+    squares = sum(float(np.var(values)) * len(values) for values in groups if values)
+    error = float(np.sqrt(squares / freedom * (1 / len(first) + 1 / len(second))))
+    mean = float(np.mean(first) - np.mean(second))
     if error == 0:
         return Interval(mean, mean, mean), 1.0 if mean == 0 else 0.0
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error
-    return Interval(mean, mean - half, mean + half), float(stats.ttest_1samp(values, 0.0).pvalue)
+    half = float(stats.t.ppf((1 + level) / 2, freedom)) * error
+    return Interval(mean, mean - half, mean + half), float(2 * stats.t.sf(abs(mean) / error, freedom))

@@ -16,9 +16,9 @@ def as_text(report: Report) -> str:
     """Return the whole comparison."""
     parts = [table(*leaderboard_rows(report))]
     for comparison in report.comparisons:
-        header, rows = difference_rows(comparison)
+        tables = [found for found in (difference_rows(comparison), pair_rows(comparison)) if found[1]]
         title = f"{comparison.label}, compared with {comparison.reference}: {comparison.verdict}"
-        parts.append("\n".join([title, *([table(header, rows, indent=2)] if rows else [])]))
+        parts.append("\n".join([title, *(table(*found, indent=2) for found in tables)]))
     parts.append(table(*cost_rows(report)))
     if report.selection != "none":
         curves = {
@@ -36,12 +36,15 @@ def as_text(report: Report) -> str:
 def leaderboard_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of the groups, the best one first."""
     best = [f"best {report.metric} on {report.selection}"] if report.selection != "none" else []
-    header = ["", "settings", "runs", *best, *(f"{name} on {report.split}" for name in report.metrics)]
+    header = ["", "settings", "runs", *best, *(f"{name} on {report.split}" for name in report.metrics), "difference"]
+    results = {comparison.label: comparison.verdict.partition(":")[0] for comparison in report.comparisons}
+    if report.comparisons:
+        results[report.groups[0].label] = "reference"
     rows = []
     for place, group in enumerate(report.groups, 1):
         selected = [spread(group.selected, form(report.metric))] if best else []
         final = [spread(group.final[name], form(name)) for name in report.metrics]
-        rows.append([str(place), group.label, states(group), *selected, *final])
+        rows.append([str(place), group.label, states(group), *selected, *final, results.get(group.label, "")])
     return header, rows
 
 
@@ -49,15 +52,22 @@ def difference_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
     """Return the header and the rows of a comparison: what was tested, the difference, and p if the test has one."""
     rows = []
     if comparison.top1 is not None and comparison.loss is not None:
-        images = f"{comparison.images:,} images, bootstrap"
-        rows.append(["top-1, points", images, *interval(comparison.top1, "+.2f"), ""])
+        images = f"other images (bootstrap, {comparison.images:,} images)"
+        rows.append(["top1", images, *interval(comparison.top1, "+.2f"), ""])
         rows.append(["loss", images, *interval(comparison.loss, "+.4f"), ""])
-    for pair in comparison.pairs:
-        counts = f"{pair.gained:,} gained, {pair.lost:,} lost"
-        rows.append(["images that are right", f"McNemar's test, seed {pair.seed}", counts, "", f"{pair.p:.2g}"])
     for name, (found, p) in comparison.seeds.items():
-        rows.append([name, "seeds, paired t-test", *interval(found, "+" + form(name)), f"{p:.2g}"])
-    return ["measure", "test", "difference", "interval", "p"], rows
+        rows.append([name, "other seeds (t-test, pooled variance)", *interval(found, "+" + form(name)), f"{p:.2g}"])
+    for name, (differences, p) in comparison.paired.items():
+        values = " ".join(f"{difference:+{form(name)}}" for difference in differences)
+        rows.append([name, "other seeds (paired t-test)", values, "", f"{p:.2g}"])
+    return ["metric", "against", "difference", "interval", "p"], rows
+
+
+def pair_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of McNemar's tests."""
+    header = ["McNemar's test", "right here, wrong there", "wrong here, right there", "p"]
+    rows = [[f"seed {pair.seed}", f"{pair.gained:,}", f"{pair.lost:,}", f"{pair.p:.2g}"] for pair in comparison.pairs]
+    return header, rows
 
 
 def cost_rows(report: Report) -> tuple[list[str], list[list[str]]]:
@@ -102,7 +112,7 @@ def form(metric: str) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: int = 0) -> str:
     """Return aligned columns: names to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    left = ("settings", "runs", "measure", "test")
+    left = ("settings", "runs", "metric", "against", "McNemar's test")
     return "\n".join(
         " " * indent
         + "  ".join(
