@@ -95,10 +95,13 @@ def _difference(report: Report, place: int) -> str:
     parts = [f'<h3>{_name(report, number)}</h3><p class="{mood}">{escape(comparison.verdict.capitalize())}.</p>']
     header, rows = text.difference_rows(comparison)
     if rows:
-        parts.append(_table(header, [list(map(escape, row)) for row in rows], names=2))
-    if comparison.pairs:
-        header, rows = text.pair_rows(comparison)
-        parts.append(_details("McNemar's exact test for each seed", header, [list(map(escape, row)) for row in rows]))
+        parts.append(_table(header, [list(map(escape, row)) for row in rows], left=("text",)))
+    for title, (header, rows) in (
+        ("Seed by seed", text.paired_rows(comparison)),
+        ("McNemar's exact test", text.mcnemar_rows(comparison)),
+    ):
+        if rows:
+            parts.append(_details(title, header, [list(map(escape, row)) for row in rows]))
     if comparison.classes:
         cells = [
             [escape(change.name), f"{change.images:,}", f"{change.reference:.1f}", f"{change.group:.1f}",
@@ -130,18 +133,18 @@ def _list(lines: Sequence[str], style: str) -> str:
     return f'<ul class="{style}">' + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
 
 
-def _table(header: Sequence[str], cells: Sequence[Sequence[str]], names: int = 1) -> str:
+def _table(header: Sequence[str], cells: Sequence[Sequence[str]], left: Sequence[str] = ("name",)) -> str:
     """Return a table.
 
     Args:
         header: plain text.
         cells: HTML.
-        names: number of columns, from the first one, that hold names rather than numbers.
+        left: classes of the first columns, which are aligned to the left: ``name`` may wrap, ``text`` does not.
     """
 
     def row(tag: str, values: Sequence[str]) -> str:
-        styled = [f'<{tag} class="name">{value}</{tag}>' for value in values[:names]]
-        return "<tr>" + "".join([*styled, *(f"<{tag}>{value}</{tag}>" for value in values[names:])]) + "</tr>"
+        styled = [f'<{tag} class="{style}">{value}</{tag}>' for style, value in zip(left, values, strict=False)]
+        return "<tr>" + "".join([*styled, *(f"<{tag}>{value}</{tag}>" for value in values[len(left) :])]) + "</tr>"
 
     lines = [row("th", list(map(escape, header))), *(row("td", values) for values in cells)]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'

@@ -18,8 +18,8 @@ p { margin: 0.3rem 0; } .quiet { color: var(--quiet); } .good { color: var(--goo
 th, td { padding: 0.3rem 0.8rem 0.3rem 0; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
 th { color: var(--quiet); font-weight: 500; vertical-align: bottom; }
-th.name, td.name { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-td.name:first-child { min-width: min(12rem, 38vw); }
+th.name, td.name, th.text, td.text { text-align: left; }
+td.name { white-space: normal; overflow-wrap: anywhere; min-width: min(12rem, 38vw); }
 .mark { display: inline-block; position: relative; padding-left: 1.2em; }
 .mark::before { content: ""; position: absolute; left: 0; top: 0.38em; width: 0.8em; height: 0.8em; border-radius: 2px;
   background: var(--mark); }

@@ -16,7 +16,11 @@ def as_text(report: Report) -> str:
     """Return the whole comparison."""
     parts = [table(*leaderboard_rows(report))]
     for comparison in report.comparisons:
-        tables = [found for found in (difference_rows(comparison), pair_rows(comparison)) if found[1]]
+        tables = [
+            found
+            for found in (measure(comparison) for measure in (difference_rows, paired_rows, mcnemar_rows))
+            if found[1]
+        ]
         title = f"{comparison.label}, compared with {comparison.reference}: {comparison.verdict}"
         parts.append("\n".join([title, *(table(*found, indent=2) for found in tables)]))
     parts.append(table(*cost_rows(report)))
@@ -36,7 +40,7 @@ def as_text(report: Report) -> str:
 def leaderboard_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of the groups, the best one first."""
     best = [f"best {report.metric} on {report.selection}"] if report.selection != "none" else []
-    header = ["", "settings", "runs", *best, *(f"{name} on {report.split}" for name in report.metrics), "difference"]
+    header = ["", "settings", *best, *(f"{name} on {report.split}" for name in report.metrics), "difference", "runs"]
     results = {comparison.label: comparison.verdict.partition(":")[0] for comparison in report.comparisons}
     if report.comparisons:
         results[report.groups[0].label] = "reference"
@@ -44,7 +48,7 @@ def leaderboard_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     for place, group in enumerate(report.groups, 1):
         selected = [spread(group.selected, form(report.metric))] if best else []
         final = [spread(group.final[name], form(name)) for name in report.metrics]
-        rows.append([str(place), group.label, states(group), *selected, *final, results.get(group.label, "")])
+        rows.append([str(place), group.label, *selected, *final, results.get(group.label, ""), states(group)])
     return header, rows
 
 
@@ -52,18 +56,24 @@ def difference_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
     """Return the header and the rows of a comparison: what was tested, the difference, and p if the test has one."""
     rows = []
     if comparison.top1 is not None and comparison.loss is not None:
-        images = f"other images (bootstrap, {comparison.images:,} images)"
-        rows.append(["top1", images, *interval(comparison.top1, "+.2f"), ""])
-        rows.append(["loss", images, *interval(comparison.loss, "+.4f"), ""])
+        test = f"bootstrap over {comparison.images:,} images"
+        rows.append(["top1", *interval(comparison.top1, "+.2f"), "", test])
+        rows.append(["loss", *interval(comparison.loss, "+.4f"), "", test])
     for name, (found, p) in comparison.seeds.items():
-        rows.append([name, "other seeds (t-test, pooled variance)", *interval(found, "+" + form(name)), f"{p:.2g}"])
-    for name, (differences, p) in comparison.paired.items():
-        values = " ".join(f"{difference:+{form(name)}}" for difference in differences)
-        rows.append([name, "other seeds (paired t-test)", values, "", f"{p:.2g}"])
-    return ["metric", "against", "difference", "interval", "p"], rows
+        rows.append([name, *interval(found, "+" + form(name)), f"{p:.2g}", "t-test over seeds, pooled variance"])
+    return ["metric", "difference", "interval", "p", "test"], rows
 
 
-def pair_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+def paired_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of the differences of each seed."""
+    rows = [
+        [name, " ".join(f"{difference:+{form(name)}}" for difference in differences), f"{p:.2g}"]
+        for name, (differences, p) in comparison.paired.items()
+    ]
+    return ["seed by seed", "differences", "p (paired t-test)"], rows
+
+
+def mcnemar_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of McNemar's tests."""
     header = ["McNemar's test", "right here, wrong there", "wrong here, right there", "p"]
     rows = [[f"seed {pair.seed}", f"{pair.gained:,}", f"{pair.lost:,}", f"{pair.p:.2g}"] for pair in comparison.pairs]
@@ -112,7 +122,7 @@ def form(metric: str) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: int = 0) -> str:
     """Return aligned columns: names to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    left = ("settings", "runs", "metric", "against", "McNemar's test")
+    left = ("settings", "runs", "metric", "test", "seed by seed", "McNemar's test")
     return "\n".join(
         " " * indent
         + "  ".join(
