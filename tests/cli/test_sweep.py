@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from moa_train.cli import sweep as parsing
 from moa_train.runs.folder import status
@@ -78,6 +79,7 @@ def test_an_invalid_value_in_any_run_prevents_the_sweep(tmp_path):
         (["optim.lr=1e-3,1e-2", "runtime.seed=interval(0,1)", "sweep.trials=2"], "List them: runtime.seed=0,1,2"),
         (["optim.lr=interval(-1,1)", "sweep.trials=2"], "optim.lr=-1.0 is out of range"),
         (["optim.lr=1e-3", "sweep.sampler=grid"], "Options: tpe, random"),
+        (["engine.batch_size=16,17", "engine.micro_batch_size=16"], r"is in the run engine\.batch_size=17\."),
     ],
 )
 def test_mistakes(tmp_path, monkeypatch, arguments, message):
@@ -85,6 +87,38 @@ def test_mistakes(tmp_path, monkeypatch, arguments, message):
     with pytest.raises(UserError, match=message):
         parsing.run([*TINY, *arguments], "train")
     assert not list(tmp_path.iterdir())
+
+
+def test_only_a_sweep_that_exists_can_be_continued(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="There is no sweep in nowhere to continue"):
+        parsing.run(["-m", "sweep.dir=nowhere"], "train")
+
+
+def test_what_may_change_when_a_sweep_is_continued():
+    grid, search = ["data=digits", "optim.lr=1,2"], ["data=digits", "optim.lr=interval(1,2)", "sweep.trials=3"]
+    place = Path("all")
+    assert parsing._continued(["sweep.dir=all"], grid, place) == grid
+    assert parsing._continued(["sweep.dir=all", "sweep.trials=9"], search, place) == [*search[:2], "sweep.trials=9"]
+    assert parsing._continued(["data=digits", "optim.lr=1,2,3"], grid, place) == ["data=digits", "optim.lr=1,2,3"]
+    with pytest.raises(UserError, match=r"  - optim\.lr=interval\(1,2\)\n  \+ optim\.lr=interval\(1,3\)"):
+        parsing._continued(["data=digits", "optim.lr=interval(1,3)", "sweep.trials=3"], search, place)
+
+
+def test_the_search_space():
+    texts = [
+        "optim.lr=tag(log,interval(1e-4,1))", "model.window=int(interval(4,16))", "model.moa.overlap=range(0,4)",
+        "model.dropout=range(0.1,0.5,0.2)", "data=choice(digits,cifar10)", "runtime.seed=3,4",
+    ]  # fmt: skip
+    space, seeds = parsing._space(OverridesParser.create().parse_overrides(texts))
+    assert seeds == ["3", "4"]
+    assert space == {
+        "optim.lr": {"low": 1e-4, "high": 1.0, "log": True, "step": None},
+        "model.window": {"low": 4, "high": 16, "log": False, "step": None},
+        "model.moa.overlap": {"low": 0, "high": 3, "log": False, "step": 1},
+        "model.dropout": {"low": 0.1, "high": pytest.approx(0.3), "log": False, "step": 0.2},
+        "data": {"choices": ["digits", "cifar10"]},
+    }
 
 
 def test_a_sweep_refuses_torchrun_and_a_single_run_refuses_settings_of_sweeps(monkeypatch, tiny):

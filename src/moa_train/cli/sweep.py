@@ -74,7 +74,7 @@ def run(arguments: Sequence[str], config_name: str) -> int:
         best = search.best()
         print(f"\n{f'best trial: {best}' if best else 'No trial is complete.'}")
     else:
-        jobs = named(_grid(swept), [override.get_key_element() for override in swept])
+        jobs = named(_grid(swept), [override.key_or_group for override in swept])
         folder.record(arguments, jobs)
         print(f"sweep: {len(jobs)} runs in {folder.path}. To continue it: {again}", flush=True)
         with runner.signals():
@@ -99,7 +99,7 @@ def check(arguments: Sequence[str], config_name: str) -> tuple[RunConfig, list[s
         try:
             typed(compose(config_name, overrides, config_roots(arguments)))
         except UserError as error:
-            line = shlex.join(overrides)
+            line = shlex.join(job)
             raise UserError(f"{error}\nThis error is in the run {line}. No run of the sweep was started.") from error
     return config, shared, swept
 
@@ -111,14 +111,19 @@ def _continued(arguments: list[str], before: list[str] | None, folder: Path) -> 
         UserError: they would make it another sweep.
     """
     given = [text for text in arguments if not text.startswith(f"{SECTION}dir=")]
-    if before is None:
-        return given
     own = [text for text in given if text.startswith(SECTION)]
+    if before is None:
+        if own == given and given != arguments:
+            raise UserError(f"There is no sweep in {folder} to continue, and the command has no settings to start one.")
+        return given
     if own == given:  # for example more trials
         keys = {text.partition("=")[0] for text in own}
         return [*(text for text in before if text.partition("=")[0] not in keys), *own]
+    grid = not any(text.startswith(f"{SECTION}trials=") for text in before)
     lost, new = (
-        sorted({text for text in some if not text.startswith(SECTION) and not _is_swept(text)} - set(others))
+        sorted(
+            text for text in set(some) - set(others) if not text.startswith(SECTION) and not (grid and _is_swept(text))
+        )
         for some, others in ((before, given), (given, before))
     )
     if lost or new:
@@ -147,7 +152,7 @@ def _read(arguments: Sequence[str], config_name: str) -> tuple[RunConfig, list[s
     fixed = [text for text, override in zip(texts, overrides, strict=True) if not override.is_sweep_override()]
     shared = [text for text in fixed if not text.startswith(SECTION)]
     for override in overrides:
-        key = override.get_key_element()
+        key = override.key_or_group
         if key in ("run_dir", "resume", "replay", "preflight"):
             raise UserError(
                 f"{override.input_line}: a sweep sets {key} itself. The runs are in the folder of the sweep, "
@@ -165,15 +170,13 @@ def _grid(swept: Sequence[Override]) -> list[list[str]]:
                 f"{override.input_line}: an interval has infinitely many values. Set sweep.trials=N to search it, or "
                 "list values: optim.lr=1e-4,1e-3."
             )
-    values = [
-        [f"{override.get_key_element()}={text}" for text in override.sweep_string_iterator()] for override in swept
-    ]
+    values = [[f"{override.key_or_group}={text}" for text in override.sweep_string_iterator()] for override in swept]
     return [list(job) for job in itertools.product(*values)]
 
 
 def _space(swept: Sequence[Override]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Return the search space, in the form that `Search` takes, and the seeds of every trial."""
-    space = {override.get_key_element(): _options(override) for override in swept}
+    space = {override.key_or_group: _options(override) for override in swept}
     seeds = space.pop(SEED, {"choices": []})
     if not space:
         raise UserError("sweep.trials needs a search space, such as optim.lr=tag(log,interval(1e-4,1e-2)).")
