@@ -23,7 +23,7 @@ td.name { white-space: normal; overflow-wrap: anywhere; min-width: min(12rem, 38
 .mark { display: inline-block; position: relative; padding-left: 1.2em; }
 .mark::before { content: ""; position: absolute; left: 0; top: 0.38em; width: 0.8em; height: 0.8em; border-radius: 2px;
   background: var(--mark); }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 1rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); gap: 1rem; }
 figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; color: var(--text); }
 figcaption { color: var(--quiet); margin-bottom: 0.2rem; }
 .legend { display: flex; flex-wrap: wrap; gap: 0.2rem 1.2rem; margin-bottom: 0.8rem; }
