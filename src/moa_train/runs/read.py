@@ -16,7 +16,11 @@ from moa_train.tracking.jsonl import Row, read_rows
 
 log = logging.getLogger(__name__)
 
-NOT_COMPARED = ("run_dir", "resume", "replay", "preflight", "code", "sweep.", "tracking.", "data.root", "data.download")
+NOT_COMPARED = (
+    *("run_dir", "resume", "replay", "preflight", "code", "sweep.", "tracking.", "runtime.timeout"),
+    *("data.root", "data.download", "data.workers"),
+    *("engine.save_every", "engine.keep_", "engine.stop_after", "engine.eval_batch_size"),
+)
 """Settings, or prefixes of settings, that do not distinguish two runs."""
 SEED = "runtime.seed"
 

@@ -3,13 +3,25 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from moa_train.runs.compare import Comparison, Group, Report, lower_is_better, mean_curve, seeds_of, spread
+from moa_train.runs.compare import (
+    LABELED,
+    Comparison,
+    Group,
+    Report,
+    lower_is_better,
+    mean_curve,
+    seeds_of,
+    shown,
+    spread,
+)
 from moa_train.runs.statistics import Interval
 from moa_train.tracking.chart import MARKS, chart
 from moa_train.tracking.console import clock_time
 
 CURVES = len(MARKS)
 """Most groups whose curves are drawn."""
+SHOWN = 4
+"""Most groups whose settings are shown in columns."""
 
 
 def as_text(report: Report) -> str:
@@ -23,6 +35,8 @@ def as_text(report: Report) -> str:
         ]
         title = f"{comparison.label}, compared with {comparison.reference}: {comparison.verdict}"
         parts.append("\n".join([title, *(table(*found, indent=2) for found in tables)]))
+    if len(report.groups[0].settings) > LABELED:
+        parts.append(table(*setting_rows(report)))
     parts.append(table(*cost_rows(report)))
     if report.selection != "none":
         curves = {
@@ -60,14 +74,14 @@ def difference_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
         rows.append(["top1", *interval(comparison.top1, "+.2f"), "", test])
         rows.append(["loss", *interval(comparison.loss, "+.4f"), "", test])
     for name, (found, p) in comparison.seeds.items():
-        rows.append([name, *interval(found, "+" + form(name)), f"{p:.2g}", "t-test over seeds, pooled variance"])
+        rows.append([name, *interval(found, "+" + form(name)), probability(p), "t-test over seeds, pooled variance"])
     return ["metric", "difference", "interval", "p", "test"], rows
 
 
 def paired_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of the differences of each seed."""
     rows = [
-        [name, " ".join(f"{difference:+{form(name)}}" for difference in differences), f"{p:.2g}"]
+        [name, " ".join(f"{difference:+{form(name)}}" for difference in differences), probability(p)]
         for name, (differences, p) in comparison.paired.items()
     ]
     return ["seed by seed", "differences", "p (paired t-test)"], rows
@@ -76,8 +90,19 @@ def paired_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 def mcnemar_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of McNemar's tests."""
     header = ["McNemar's test", "right here, wrong there", "wrong here, right there", "p"]
-    rows = [[f"seed {pair.seed}", f"{pair.gained:,}", f"{pair.lost:,}", f"{pair.p:.2g}"] for pair in comparison.pairs]
+    rows = [
+        [f"seed {pair.seed}", f"{pair.gained:,}", f"{pair.lost:,}", probability(pair.p)] for pair in comparison.pairs
+    ]
     return header, rows
+
+
+def setting_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of the settings that differ, with a column for each of the first groups."""
+    groups = report.groups[:SHOWN]
+    keys = report.groups[0].settings
+    return ["setting", *(group.label for group in groups)], [
+        [key, *(shown(group.settings[key]) for group in groups)] for key in keys
+    ]
 
 
 def cost_rows(report: Report) -> tuple[list[str], list[list[str]]]:
@@ -114,6 +139,11 @@ def interval(found: Interval, form: str) -> list[str]:
     return [f"{found.mean:{form}}", f"[{found.low:{form}}, {found.high:{form}}]"]
 
 
+def probability(p: float) -> str:
+    """Format a p value."""
+    return f"{p:.2g}" if p >= 1e-16 else "<1e-16"
+
+
 def form(metric: str) -> str:
     """Return the format of the values of a metric."""
     return ".4f" if lower_is_better(metric) else ".2f"
@@ -122,7 +152,7 @@ def form(metric: str) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: int = 0) -> str:
     """Return aligned columns: names to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    left = ("settings", "runs", "metric", "test", "seed by seed", "McNemar's test")
+    left = ("settings", "setting", "runs", "metric", "test", "seed by seed", "McNemar's test")
     return "\n".join(
         " " * indent
         + "  ".join(
