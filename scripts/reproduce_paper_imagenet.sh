@@ -10,5 +10,5 @@ set -euo pipefail
 root=${1:?"usage: $0 DATA_FOLDER [key=value ...]"}
 run_dir=outputs/paper_imagenet
 torchrun --nproc-per-node gpu -m moa_train.cli.train \
-    experiment=paper_imagenet data.root="$root" run_dir="$run_dir" resume=auto "${@:2}"
+    experiment=paper_imagenet_moa_t data.root="$root" run_dir="$run_dir" resume=auto "${@:2}"
 torchrun --nproc-per-node gpu -m moa_train.cli.evaluate ckpt="$run_dir"

@@ -159,7 +159,8 @@ class BottleneckResNet(Classifier, ResNet):
     """ResNet (arXiv 1512.03385) of bottleneck blocks.
 
     ``patch_size`` 4 selects the stem for photographs (7x7 convolution and pooling, each of stride 2), 2 omits the
-    pooling, and 1 is the stem for images of 32 pixels: a 3x3 convolution without stride.
+    pooling, and 1 is the stem for images of 32 pixels: a 3x3 convolution without stride. ``embed_dim`` is the number of
+    channels after the stem, 64 in the paper.
     """
 
     head_name = "fc"
@@ -167,12 +168,21 @@ class BottleneckResNet(Classifier, ResNet):
     def __init__(self, config: ModelConfig, *, image_size: tuple[int, int], num_classes: int) -> None:
         super().__init__(Bottleneck, list(config.depths), num_classes=num_classes)
         self.checkpointing = config.checkpointing
-        stem = config.patch_size
+        stem, width = config.patch_size, config.embed_dim
         kernel = 7 if stem == 4 else 3
-        self.conv1 = nn.Conv2d(3, 64, kernel, stride=min(stem, 2), padding=kernel // 2, bias=False)
+        self.conv1 = nn.Conv2d(3, width, kernel, stride=min(stem, 2), padding=kernel // 2, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         if stem != 4:
             self.maxpool = nn.Identity()
+        if width != 64:  # torchvision builds only this width
+            self.bn1, self.inplanes = nn.BatchNorm2d(width), width
+            for stage, depth in enumerate(config.depths):
+                planes, stride = width * 2**stage, min(stage + 1, 2)
+                setattr(self, f"layer{stage + 1}", self._make_layer(Bottleneck, planes, depth, stride))
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            self.fc = nn.Linear(self.inplanes, num_classes)
 
     @staticmethod
     def check(config: ModelConfig, image_size: tuple[int, int]) -> None:
@@ -181,8 +191,6 @@ class BottleneckResNet(Classifier, ResNet):
             raise UserError(f"patch_size={config.patch_size}: resnet has stems for 1, 2 (small images) and 4.")
         if len(config.depths) != 4:
             raise UserError(f"model.name=resnet has four stages: depths={config.depths}, not like [3, 4, 6, 3].")
-        if config.embed_dim != 64:
-            raise UserError(f"embed_dim={config.embed_dim}: the first stage of resnet has 64 channels; set it to 64.")
         for key in ("drop_path", "dropout"):
             if getattr(config, key):
                 raise UserError(f"{key}={getattr(config, key)}: torchvision's ResNet has none; set it to 0.")
