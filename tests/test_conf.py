@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from moa_train.cli.compose import typed
 from moa_train.knobs import knobs
 from moa_train.model.registry import check_model
-from moa_train.schema import EvalConfig, RunConfig, image_shape
+from moa_train.schema import EvalConfig, ExportConfig, RunConfig, image_shape
 
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = {
@@ -36,7 +36,7 @@ PUBLISHED = {
 @pytest.fixture(scope="module")
 def composed() -> Iterator[Callable[..., DictConfig]]:
     """A function that takes overrides and returns the configuration that Hydra composes."""
-    for command, schema in (("train", RunConfig), ("eval", EvalConfig)):
+    for command, schema in (("train", RunConfig), ("eval", EvalConfig), ("export", ExportConfig)):
         ConfigStore.instance().store(name=f"{command}_schema", node=schema)
         ConfigStore.instance().store(group="hydra/help", name=f"{command}_help", node={})
     with initialize_config_module("moa_train.conf", version_base="1.3"):
@@ -89,13 +89,14 @@ def test_every_file_starts_with_a_description(path):
 
 
 def test_every_knob_is_documented():
-    for key, item, _ in [*knobs(RunConfig()), *knobs(EvalConfig())]:
+    for key, item, _ in [*knobs(RunConfig()), *knobs(EvalConfig()), *knobs(ExportConfig())]:
         assert len(item.metadata["help"]) > 5, key
 
 
 def test_each_command_composes_without_arguments(resolved):
     assert resolved().data.name == "digits"
     assert resolved(command="eval").split == "test"
+    assert resolved(command="export").format == "onnx"
 
 
 @pytest.mark.parametrize(("group", "option"), PAIRS)

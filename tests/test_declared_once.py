@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from moa_train.knobs import knobs
-from moa_train.schema import EvalConfig, RunConfig
+from moa_train.schema import EvalConfig, ExportConfig, RunConfig
 
 ROOT = Path(__file__).parents[1]
 KNOBS = {key: (item, value) for key, item, value in knobs(RunConfig())}
@@ -36,7 +36,7 @@ def test_an_option_holds_only_what_differs_from_the_schema(path: Path) -> None:
 
 def option_sets() -> dict[frozenset[str], str]:
     sets = {}
-    for key, item, _ in [*knobs(RunConfig()), *knobs(EvalConfig())]:
+    for key, item, _ in [*knobs(RunConfig()), *knobs(EvalConfig()), *knobs(ExportConfig())]:
         names = item.metadata["options"] or (item.metadata["plugins"].table if item.metadata["plugins"] else ())
         if len(names) > 1:
             sets[frozenset(names)] = key

@@ -16,26 +16,27 @@ from torch.distributed.run import get_args_parser
 from moa_train.cli import app, bench, model, sweep
 from moa_train.cli.compose import compose, typed
 from moa_train.runtime.signals import Exit
-from moa_train.schema import EvalConfig, RunConfig
+from moa_train.schema import EvalConfig, ExportConfig, RunConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CONF = ROOT / "conf"
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
-SCHEMAS = {"train": RunConfig, "eval": EvalConfig}
+SCHEMAS = {"train": RunConfig, "eval": EvalConfig, "export": ExportConfig}
 MODULES = {
     "train": "train",
     "evaluate": "eval",
     "data": "data",
     "model": "model",
     "bench": "bench",
+    "export": "export",
     "compare": "compare",
 }
 
 
 def commands(text: str) -> Iterator[str]:
     """Yield the lines of a text that start with a command of this project, without their comments."""
-    names = r"moa-(?:train|eval|data|model|bench|compare)|torchrun|sbatch|scripts/\S+|make|python -m"
+    names = r"moa-(?:train|eval|data|model|bench|export|compare)|torchrun|sbatch|scripts/\S+|make|python -m"
     for line in re.sub(r" *\\\n\s*", " ", text).splitlines():
         if found := re.match(rf"(?:#   |#? {{0,6}})((?:{names})(?: +\S.*)?$)", line):
             command = re.split(r"  +[^- ]|\s#\s", found[1])[0]  # two spaces separate a command from its explanation

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moa_train.knobs import knobs
 from moa_train.runtime.errors import UserError
-from moa_train.schema import EvalConfig, RunConfig, from_dict, image_shape, to_dict, validate
+from moa_train.schema import EvalConfig, ExportConfig, RunConfig, from_dict, image_shape, to_dict, validate
 
 
 def changed(**changes: Any) -> RunConfig:
@@ -28,9 +28,10 @@ def changed(**changes: Any) -> RunConfig:
 def test_the_defaults_are_valid():
     validate(RunConfig())
     validate(EvalConfig())
+    validate(ExportConfig())
 
 
-@pytest.mark.parametrize("config", [RunConfig(), EvalConfig()], ids=["train", "eval"])
+@pytest.mark.parametrize("config", [RunConfig(), EvalConfig(), ExportConfig()], ids=["train", "eval", "export"])
 def test_every_knob_is_documented_and_has_a_sensible_default(config):
     for key, item, value in knobs(config):
         text, options = item.metadata["help"], item.metadata["options"]

@@ -406,7 +406,7 @@ class RunConfig:
 class EvalConfig:
     """Settings of ``moa-eval``; the checkpoint records its model and data set."""
 
-    ckpt: str | None = knob(None, "run folder, checkpoint folder or .safetensors file")
+    ckpt: str | None = knob(None, "run folder, checkpoint folder, folder of a model hub, or .safetensors file")
     weights: str = knob(
         "auto",
         "weights to evaluate; auto: ema if the checkpoint contains them, else model",
@@ -423,6 +423,54 @@ class EvalConfig:
         [], "your own modules or packages that the checkpoint's configuration may import, for example [my_package]"
     )
     output: str | None = knob(None, "JSON file for the result (default: eval-SPLIT.json next to the weights)")
+
+
+@dataclass
+class ExportConfig:
+    """Settings of ``moa-export``; the checkpoint records its model and data set."""
+
+    ckpt: str | None = knob(None, "run folder, checkpoint folder, folder of a model hub, or .safetensors file")
+    format: str = knob(
+        "onnx",
+        "onnx: for ONNX Runtime; int8: quantized for CPUs, for ONNX Runtime; torch_export: for torch.export.load; "
+        "safetensors: one weights file for moa-eval and init=; hub: a folder for a model hub, with a model card",
+        options=("onnx", "int8", "torch_export", "safetensors", "hub"),
+    )
+    output: str | None = knob(
+        None, "file or folder to write, which must not exist yet (default: in the folder export/ next to the weights)"
+    )
+    weights: str = knob(
+        "auto",
+        "weights to export; auto: ema if the checkpoint contains them, else model",
+        options=("auto", "model", "ema"),
+    )
+    split: str = knob("test", "split of the real images that the exported file is checked on", options=SPLITS)
+    images: int = knob(10_000, "number of these images, drawn by seed; all if there are fewer", least=1)
+    root: str | None = knob(None, "folder of the data set, if it is not where it was during training")
+    batch_size: int | None = knob(None, "images per forward pass in checks (default: as in training)", least=1)
+    workers: int | None = knob(None, "processes that decode image files (default: as in training)", least=0)
+    threads: int = knob(0, "CPU threads; 0: as many as there are cores", least=0)
+    seed: int = knob(0, "random seed for drawing images", least=0)
+    code: list[str] = knob(
+        [], "your own modules or packages that the checkpoint's configuration may import, for example [my_package]"
+    )
+    calibration: int = knob(
+        256, "format=int8: number of training images, drawn by seed, that determine the ranges of activations", least=16
+    )
+    max_drop: float = knob(
+        0.5,
+        "format=int8: largest loss of top-1 accuracy in percentage points; the layers that quantization affects most "
+        "stay in float until it is met",
+        least=0,
+    )
+    reduce_range: bool = knob(
+        False, "format=int8: 7-bit weights, for x86 CPUs without VNNI, where products of 8-bit numbers can saturate"
+    )
+    batch_sizes: list[int] = knob([1, 16], "format=int8: batch sizes of the speed measurement", least=1)
+    rounds: int = knob(20, "format=int8: number of alternating speed measurements per batch size", least=3)
+    license: str | None = knob(
+        None, "format=hub, required: license of the weights, such as mit, apache-2.0, cc-by-nc-4.0 or unknown"
+    )
 
 
 def compile_mode(choice: Any) -> str:

@@ -59,7 +59,6 @@ def evaluate(
         stop: whether this rank was asked to stop; all ranks then stop together and the result is None.
         advance: called after each batch with the number of batches done and their total number.
         record: called with each batch on the device and its logits, float32, (B, K).
-        record: called with each batch on the device and its logits, float32, (B, K).
     """
     sums: dict[str, Tensor] = {}
     samples = 0

@@ -1,4 +1,4 @@
-"""Find weights in a run folder, a checkpoint folder or a single file."""
+"""Find weights in a run folder, a checkpoint folder, a folder from a model hub, or a single file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from moa_train.engine.manifest import MANIFEST, Checkpoint
 from moa_train.engine.tensorfile import CheckpointError, read_tensors
 
 WEIGHTS = ("model.safetensors", "ema.safetensors")
+HUB = ("model.safetensors", "config.json")
+"""Files in a folder from a model hub. A checkpoint whose manifest is missing has no config.json."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,14 @@ class FoundWeights:
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return ({name: CPU tensor}, metadata in the file's header), verified if a manifest exists."""
-        return self.checkpoint.weights(self.path.stem) if self.checkpoint else read_tensors(self.path)
+        tensors, metadata = self.checkpoint.weights(self.path.stem) if self.checkpoint else read_tensors(self.path)
+        # A file for another library may omit the name of the submodule that is that library's model.
+        prefix = metadata.pop("prefix", "")
+        return {prefix + name: tensor for name, tensor in tensors.items()}, metadata
 
 
 def find_weights(path: Path, parts: Sequence[str] = ("ema", "model")) -> FoundWeights:
-    """Find the weights to which a run folder, a checkpoint folder or a weights file refers.
+    """Find the weights to which a run folder, a checkpoint folder, a folder from a hub, or a weights file refers.
 
     In a run folder, the best checkpoint is used, or the newest if none was evaluated. In a checkpoint, the first of
     ``parts`` that exists is used; by default, EMA weights are preferred.
@@ -49,6 +54,8 @@ def find_weights(path: Path, parts: Sequence[str] = ("ema", "model")) -> FoundWe
         raise CheckpointError(f"{path} does not exist. Give a run folder, a checkpoint folder or a .safetensors file.")
     if (path / MANIFEST).is_file():
         found, which = Checkpoint.open(path.resolve()), "checkpoint"
+    elif all((path / name).is_file() for name in HUB):
+        return FoundWeights(path / "model.safetensors", None, f"the folder {path.name}")
     else:
         found, which = _of_run(path)
     part = next((part for part in parts if part in found), None)
