@@ -1,6 +1,5 @@
 """The documentation is correct: commands are accepted, links exist, and tables are complete."""
 
-import itertools
 import os
 import re
 import shlex
@@ -11,13 +10,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch.distributed.run import get_args_parser
 
-from moa_train.cli import app, bench, model
-from moa_train.cli.compose import addable, typed
+from moa_train.cli import app, bench, model, sweep
+from moa_train.cli.compose import compose, typed
 from moa_train.runtime.signals import Exit
 from moa_train.schema import EvalConfig, ExportConfig, PredictConfig, RunConfig
 
@@ -60,8 +57,7 @@ def _conf() -> Iterator[None]:
     for command, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{command}_schema", node=schema)
         ConfigStore.instance().store(group="hydra/help", name=f"{command}_help", node={})
-    with initialize_config_module("moa_train.conf", version_base="1.3"):
-        yield
+    yield
     sys.path.pop()
 
 
@@ -117,15 +113,10 @@ def accept(program: str, arguments: list[str]) -> None:
         return None
     app.check_overrides(arguments, SCHEMAS[program])
     assert set(arguments) - {"--help", "-m", "--cfg", "job"} == {text for text in arguments if "=" in text}
-    overrides = OverridesParser.create().parse_overrides([text for text in arguments if "=" in text])
-    values = [
-        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-        if override.is_sweep_override()
-        else [override.input_line]
-        for override in overrides
-    ]
-    for job in itertools.product(*values):
-        typed(compose(program, [addable(text) for text in job]))
+    if sweep.requested(arguments) and not all(text.startswith(("-m", "sweep.")) for text in arguments):
+        sweep.check([text for text in arguments if text not in sweep.FLAGS], program)
+    else:
+        typed(compose(program, [text for text in arguments if "=" in text], [CONF]))
     return None
 
 

@@ -4,8 +4,9 @@
 types; `validate` checks ranges, options and rules that span several settings. Every checkpoint contains the result.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any, get_type_hints
 
 from moa_train.knobs import check_entries, knob, knobs
@@ -22,7 +23,7 @@ from moa_train.plugins import (
     is_own_code,
     short_name,
 )
-from moa_train.runtime.errors import UserError, choose, nearest
+from moa_train.runtime.errors import UserError, check_all, choose, nearest
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 COMPILE_MODES = ("auto", "blocks", "model", "false")
@@ -349,6 +350,28 @@ class RuntimeConfig:
 
 
 @dataclass
+class SweepConfig:
+    """Several runs from one command (-m)."""
+
+    dir: str | None = knob(
+        None,
+        "folder of the sweep (default: outputs/sweep-TIME); -m sweep.dir=FOLDER alone continues the sweep in it",
+    )
+    trials: int = knob(
+        0, "number of trials of a search with Optuna, each with all seeds of runtime.seed; 0: run the grid", least=0
+    )
+    sampler: str = knob("tpe", "how a search chooses the settings of a trial", options=("tpe", "random"))
+    pruner: str = knob(
+        "median",
+        "which trials of a search end early. median: those below the median of the trials before, at the same step; "
+        "halving: all but the best quarter, at each of several steps; none: no trial",
+        options=("median", "halving", "none"),
+    )
+    startup: int = knob(10, "number of trials that a search draws at random and does not prune", least=1)
+    ranks: int = knob(1, "processes of each run, started by torchrun on this machine", least=1)
+
+
+@dataclass
 class RunConfig:
     """Settings of ``moa-train``."""
 
@@ -360,6 +383,11 @@ class RunConfig:
         None,
         "with resume: repeat the update that follows this step, report NaN and infinity, and save nothing",
         least=0,
+    )
+    preflight: bool = knob(
+        False,
+        "check everything and estimate time, memory and disk with a few real steps, an evaluation and a checkpoint, "
+        "instead of training",
     )
     init: str | None = knob(
         None,
@@ -382,6 +410,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 @dataclass
@@ -538,25 +567,34 @@ def validate(config: Any) -> None:
     """Check ranges, options and the rules that span several settings of a command's configuration.
 
     Raises:
-        UserError: the message gives the key, the value and the allowed values.
+        UserError: there are mistakes. The message lists all of them, each with the key, the value and what is allowed.
     """
-    for key, item, value in knobs(config):
-        if value == "":
-            raise UserError(f"{key} is empty, perhaps because a shell variable is not set. Leave it out, or set it.")
-        if not isinstance(value, dict):
-            check_entries(key, value, item.metadata)
+    checks: list[Callable[[], object]] = [partial(_check_value, *setting) for setting in knobs(config)]
     if isinstance(config, RunConfig):
-        _check_rules(config)
-        for kind, name, values, key in parts(config):
-            kind.args(name, values, key)
+        checks += [partial(compile_mode, config.runtime.compile), partial(_check_rules, config)]
+    check_all(checks)
+    if isinstance(config, RunConfig):
+        check_all(partial(kind.args, name, values, key) for kind, name, values, key in parts(config))
         check = getattr(DATASETS.load(config.data.name), "check", None)
         if check is not None:
             check(config.data)
 
 
+def _check_value(key: str, item: Any, value: Any) -> None:
+    if value == "":
+        raise UserError(f"{key} is empty, perhaps because a shell variable is not set. Leave it out, or set it.")
+    if not isinstance(value, dict):
+        check_entries(key, value, item.metadata)
+
+
 def _check_rules(config: RunConfig) -> None:
+    if broken := list(_broken_rules(config)):
+        raise UserError("\n".join(broken))
+
+
+def _broken_rules(config: RunConfig) -> Iterator[str]:
+    """Yield a message for each violated rule that spans several settings."""
     data, augment, optim, engine = config.data, config.augment, config.optim, config.engine
-    compile_mode(config.runtime.compile)
     try:
         height, width = image_shape(data.image_size)
         if [height, width] != [float(side) for side in _sides(data.image_size)]:
@@ -564,9 +602,7 @@ def _check_rules(config: RunConfig) -> None:
     except (TypeError, ValueError):
         height = width = 0
     if height < 1 or width < 1:
-        raise UserError(
-            f"data.image_size={data.image_size} must be a number of pixels, such as 224, or [height, width]."
-        )
+        yield (f"data.image_size={data.image_size} must be a number of pixels, such as 224, or [height, width].")
     for key, entries, length in (
         ("augment.scale", augment.scale, 2),
         ("augment.ratio", augment.ratio, 2),
@@ -576,12 +612,12 @@ def _check_rules(config: RunConfig) -> None:
         ("data.std", data.std, 3),
     ):
         if entries is not None and len(entries) != length:
-            raise UserError(f"{key}={entries} must have {length} entries.")
-        if entries and key.startswith(("augment", "data.range")) and entries[0] > entries[1]:
-            raise UserError(f"{key}={entries}: the lower bound exceeds the upper bound.")
+            yield f"{key}={entries} must have {length} entries."
+        elif entries and key.startswith(("augment", "data.range")) and entries[0] > entries[1]:
+            yield f"{key}={entries}: the lower bound exceeds the upper bound."
     micro = engine.micro_batch_size
     if micro and engine.batch_size % micro:
-        raise UserError(
+        yield (
             f"engine.batch_size={engine.batch_size} is not a multiple of engine.micro_batch_size={micro}. "
             f"The nearest multiples are: {_multiples_near(engine.batch_size, micro)}."
         )
@@ -591,20 +627,20 @@ def _check_rules(config: RunConfig) -> None:
         ("tracking.loggers", config.tracking.loggers),
     ):
         if len({short_name(name) for name in names}) < len(names):
-            raise UserError(f"{key}={names}: two entries have the same name.")
+            yield f"{key}={names}: two entries have the same name."
     metrics = [short_name(name) for name in engine.metrics]
     if short_name(engine.best_by) not in metrics:
-        raise UserError(f"engine.best_by={engine.best_by} must be one of engine.metrics: {', '.join(metrics)}.")
+        yield f"engine.best_by={engine.best_by} must be one of engine.metrics: {', '.join(metrics)}."
     if config.schedule.name == "step" and not config.schedule.milestones:
-        raise UserError("schedule=step requires schedule.milestones, for example ['50%','75%'].")
+        yield "schedule=step requires schedule.milestones, for example ['50%','75%']."
     if config.resume not in (None, "auto") and config.init:
-        raise UserError("resume continues a run, and init starts a new run from weights. Give only one of the two.")
+        yield "resume continues a run, and init starts a new run from weights. Give only one of the two."
     if config.init_head != "strict" and not config.init:
-        raise UserError(f"init_head={config.init_head} requires init=WEIGHTS, the weights to start from.")
+        yield f"init_head={config.init_head} requires init=WEIGHTS, the weights to start from."
     if config.replay is not None and config.resume in (None, "auto"):
-        raise UserError(f"replay={config.replay} requires resume=FOLDER, the run whose update to repeat.")
+        yield f"replay={config.replay} requires resume=FOLDER, the run whose update to repeat."
     if config.resume == "auto" and not config.run_dir:
-        raise UserError("resume=auto requires run_dir=FOLDER; without it, every start would use a new folder.")
+        yield "resume=auto requires run_dir=FOLDER; without it, every start would use a new folder."
 
 
 def _multiples_near(value: int, unit: int) -> str:

@@ -74,7 +74,8 @@ def test_runs_of_a_sweep_have_their_own_folders_and_learn(tmp_path):
         env=ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr
-    runs = sorted(path for path in (tmp_path / "outputs").iterdir() if path.is_dir())
+    (folder,) = (tmp_path / "outputs").iterdir()
+    runs = sorted(folder.glob("lr-*"))
     assert len(runs) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
     lrs = [json.loads((run / "config.json").read_text())["optim"]["lr"] for run in runs]
@@ -90,8 +91,8 @@ def test_runs_of_a_sweep_have_their_own_folders_and_learn(tmp_path):
         lr = json.loads((run / "config.json").read_text())["optim"]["lr"]
         (typed,) = [word for word in words if word.startswith("optim.lr=")]
         assert float(typed.partition("=")[2]) == lr
-        assert {"debug=overfit_batch", "data.limit=32", r"schedule.duration=60\ steps"} < set(words)
-        assert f"moa-eval ckpt=outputs/{run.name}" in done.stdout
+        assert {"debug=overfit_batch", "data.limit=32", "schedule.duration=60 steps", "resume=auto"} < set(words)
+        assert f"moa-eval ckpt=outputs/{folder.name}/{run.name}" in done.stdout
 
 
 def test_data_errors_print_no_traceback(tmp_path):

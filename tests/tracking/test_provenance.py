@@ -100,16 +100,6 @@ def test_the_command_line_can_be_typed_again(tmp_path):
     assert shlex.split(done.stdout) == words
 
 
-def test_each_of_several_runs_has_its_own_arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["moa-train", "-m", "optim.lr=1,2"])
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "moa_train.cli.train", "-m", "optim.lr=1,2"])
-    assert provenance.command(["optim.lr=1"]) == "python -m moa_train.cli.train optim.lr=1"
-    assert provenance.command() == "python -m moa_train.cli.train -m optim.lr=1,2"
-    monkeypatch.setattr(sys, "argv", ["moa-train"])
-    monkeypatch.setattr(sys, "orig_argv", ["python", "/bin/moa-train"])
-    assert provenance.command([]) == "python /bin/moa-train"
-
-
 @pytest.mark.parametrize(
     ("worker", "typed"),
     [

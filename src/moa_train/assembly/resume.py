@@ -12,7 +12,7 @@ from moa_train.runtime.command_line import argument
 from moa_train.runtime.errors import UserError
 from moa_train.schema import RunConfig, from_dict, own_code
 
-PLACES = ("run_dir", "resume", "replay", "init", "init_head", "code")
+PLACES = ("run_dir", "resume", "replay", "preflight", "init", "init_head", "code")
 """Settings that locate a run and control how this session treats it; a resume takes them from the command line."""
 
 

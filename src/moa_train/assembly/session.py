@@ -23,13 +23,12 @@ from moa_train.tracking import provenance
 from moa_train.tracking.console import block
 
 
-def run_session(config: RunConfig, changed: list[str], arguments: list[str] | None, stop: StopSignals) -> int:
+def run_session(config: RunConfig, changed: list[str], stop: StopSignals) -> int:
     """Train, starting or resuming the run in ``config.run_dir``, and return the exit code.
 
     Args:
         config: the configuration that `resolve_resume` returned.
         changed: settings that differ from the run's earlier sessions, as ``key: old -> new``.
-        arguments: the command line that reproduces only this run, if it differs from that of the process.
         stop: the stop signals.
     """
     with (
@@ -38,7 +37,7 @@ def run_session(config: RunConfig, changed: list[str], arguments: list[str] | No
     ):
         set_up_process(config.runtime, distributed)
         distributed.check_same("configuration and code", {**to_dict(config), "code": provenance.source_digest()})
-        origin = provenance.collect(arguments) if distributed.is_main else {}  # only rank 0 saves
+        origin = provenance.collect() if distributed.is_main else {}  # only rank 0 saves
         build = partial(
             build_run, config, run_dir=run_dir, distributed=distributed, stop=stop, origin=provenance.brief(origin)
         )

@@ -1,5 +1,6 @@
 """Check the configuration, and the data against a checkpoint, before anything expensive."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from moa_train.data.source import Source
 from moa_train.model.registry import check_model
 from moa_train.optim.duration import Duration
 from moa_train.runtime.distributed import Distributed
-from moa_train.runtime.errors import UserError
+from moa_train.runtime.errors import UserError, check_all
 from moa_train.schema import RunConfig, image_shape
 
 
@@ -29,23 +30,26 @@ def check_config(config: RunConfig) -> None:
     """Check the durations and the model, before the data is opened, which may take minutes.
 
     Raises:
-        UserError: a setting is invalid. The message names its key.
+        UserError: settings are invalid. The message names their keys.
     """
     schedule, engine = config.schedule, config.engine
     # Only the syntax can be checked here. Errors that depend on the length of an epoch are raised later.
-    Duration.parse(schedule.duration, what="schedule.duration", allow_zero=False)
-    for what, texts in (
+    durations: list[tuple[str, list[str | None]]] = [
         ("schedule.warmup", [schedule.warmup]),
-        ("schedule.milestones", schedule.milestones),
+        ("schedule.milestones", [*schedule.milestones]),
         ("augment.weak_for", [config.augment.weak_for]),
         ("engine.eval_every", [engine.eval_every]),
         ("engine.save_every", [engine.save_every]),
         ("engine.keep_every", [engine.keep_every]),
         ("engine.stop_after", [engine.stop_after]),
-    ):
-        for text in texts:
-            Duration.parse(text or "0", what=what)
-    check_model(config.model, image_shape(config.data.image_size))
+    ]
+    check_all(
+        [
+            lambda: Duration.parse(schedule.duration, what="schedule.duration", allow_zero=False),
+            *(partial(Duration.parse, text or "0", what=what) for what, texts in durations for text in texts),
+            lambda: check_model(config.model, image_shape(config.data.image_size)),
+        ]
+    )
 
 
 def check_batch_size(config: RunConfig, images: int) -> None:

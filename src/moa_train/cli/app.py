@@ -6,16 +6,14 @@ import json
 import logging
 import os
 import re
-import shlex
 import signal
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from functools import cache
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import hydra
@@ -24,7 +22,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -45,13 +42,19 @@ from moa_train.cli.compose import (
 from moa_train.knobs import in_words, knobs
 from moa_train.plugins import args_type
 from moa_train.runtime.cpu import wait_briefly
-from moa_train.runtime.errors import LostRankError, UserError, choose
+from moa_train.runtime.errors import LostRankError, UserError, check_all, choose
 from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
 from moa_train.schema import parts
 
 
-def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name: str, examples: str) -> None:
+def run(
+    task: Callable[[Any, list[str]], int | None],
+    schema: type,
+    config_name: str,
+    examples: str,
+    multirun: Callable[[Sequence[str], str], int] | None = None,
+) -> None:
     """Compose a configuration from the command line, validate it and run ``task`` with it. This never returns.
 
     Args:
@@ -59,27 +62,19 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
         schema: dataclass of the configuration.
         config_name: primary YAML file below ``conf/``, whose defaults list names the schema.
         examples: title and example commands, shown at the top of ``--help``.
+        multirun: runs a sweep (-m), given the arguments and ``config_name``, and returns the exit code.
     """
     store = ConfigStore.instance()
     store.store(name=f"{config_name}_schema", node=schema)
     store.store(group="hydra/help", name=f"{config_name}_help", node={})
 
     def checked(config: DictConfig) -> None:
-        # This runs inside Hydra's task, so that Hydra still handles --help, --cfg and multirun.
-        job = HydraConfig.get().job
+        # This runs inside Hydra's task, so that Hydra still handles --help and --cfg.
         # Do not resolve the overrides, which would replace ${oc.env:NAME} with the value of the variable.
         overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-        if HydraConfig.get().mode is RunMode.MULTIRUN and os.environ.get("RANK", "0") == "0":
-            print(
-                f"{'' if job.num == 0 else chr(10)}run {job.num + 1} of the sweep: {shlex.join(overrides)}", flush=True
-            )
-        code = _guarded(lambda: task(typed(config), overrides), arguments, schema)
-        if HydraConfig.get().mode is RunMode.MULTIRUN and code not in (Exit.STOPPED, Exit.INTERRUPTED):
-            outcomes.append((code, overrides))  # a failed job does not stop the others
-        elif code:
+        if code := _guarded(lambda: task(typed(config), overrides), arguments, schema):
             sys.exit(code)
 
-    outcomes: list[tuple[int, list[str]]] = []
     protect_output()
     wait_briefly()
     arguments = sys.argv[1:] = [readable(text) for text in sys.argv[1:]]
@@ -94,7 +89,7 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
     logging.getLogger("moa_train").setLevel(logging.INFO)  # not the root logger, because libraries log a lot
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions through, and _guarded handles them
 
-    def execute() -> None:
+    def execute() -> int | None:
         for root in config_roots(arguments):
             if not root.is_dir():
                 raise UserError(f"--config-dir {root}: there is no such folder.")
@@ -103,18 +98,19 @@ def run(task: Callable[[Any, list[str]], int | None], schema: type, config_name:
             store.store(group="hydra/help", name=f"{config_name}_help", node=text)
         elif not {"--hydra-help", "--shell-completion", "-sc"} & set(arguments):
             check_overrides(arguments, schema)
+            if sweep.requested(arguments):
+                if multirun is None:
+                    raise UserError(
+                        "-m is an option of moa-train, which starts several trainings. Call this command once for each."
+                    )
+                if not {"--cfg", "-c"} & set(arguments):
+                    return multirun(arguments, config_name)
         # Options come first, because argparse accepts positional arguments only on one side of them.
         sys.argv[1:] = sorted(map(addable, arguments), key=lambda text: "=" in text and not text.startswith("-"))
-        if sweep.requested(arguments):
-            sweep.check_jobs(arguments, config_name)
         hydra.main(version_base="1.3", config_path="pkg://moa_train.conf", config_name=config_name)(checked)()
-        sweep.report(outcomes)
+        return None
 
-    with contextlib.ExitStack() as held:
-        # Hydra writes a file to the folder of a sweep, and the current folder may be read-only.
-        folder = cache(lambda: held.enter_context(TemporaryDirectory()))
-        OmegaConf.register_new_resolver("temporary_folder", folder, replace=True)
-        sys.exit(_guarded(execute, arguments, schema))
+    sys.exit(_guarded(execute, arguments, schema))
 
 
 def _own_settings(arguments: Sequence[str], config_name: str) -> list[tuple[str, Any, str]]:
@@ -137,27 +133,31 @@ def check_overrides(arguments: list[str], schema: type) -> None:
     """Check ``key=value`` arguments before Hydra composes anything.
 
     Raises:
-        UserError: a key, option or group is unknown (the message suggests the nearest name), or a value has the wrong
-            type.
+        UserError: keys, options or groups are unknown (the message suggests the nearest names), or values have the
+            wrong type.
     """
     stray = [text for text in arguments if "=" not in text and not text.startswith(("-", "~"))]
     if stray and not any(text.startswith("-") for text in arguments):
         raise UserError(f"Unexpected argument {stray[0]!r}: arguments have the form key=value. See --help.")
     items = {key: item for key, item, _ in knobs(schema())}
     roots = config_roots(arguments)
-    parser = OverridesParser.create()
-    for text in arguments:
-        if text.startswith("-") or ("=" not in text and not text.startswith("~")):
-            continue
-        try:
-            override = parser.parse_override(text)
-        except HydraException:
-            raise UserError(
-                f"Cannot parse {text}. Write key=value without spaces around the equals sign, and close all brackets "
-                "and quotes. A value with special characters, such as =, needs two pairs of quotes, one of them for "
-                "the shell: \"run_dir='a=b'\"."
-            ) from None
-        _check_override(override, schema, items, sweep.requested(arguments), roots)
+    check_all(
+        partial(_check_argument, text, schema, items, sweep.requested(arguments), roots)
+        for text in arguments
+        if not text.startswith("-") and ("=" in text or text.startswith("~"))
+    )
+
+
+def _check_argument(text: str, schema: type, items: Mapping[str, Any], in_sweep: bool, roots: Sequence[Path]) -> None:
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        raise UserError(
+            f"Cannot parse {text}. Write key=value without spaces around the equals sign, and close all brackets "
+            "and quotes. A value with special characters, such as =, needs two pairs of quotes, one of them for "
+            "the shell: \"run_dir='a=b'\"."
+        ) from None
+    _check_override(override, schema, items, in_sweep, roots)
 
 
 def _check_override(

@@ -1,16 +1,25 @@
-"""Run sweeps: several runs from one command line, ``-m key=a,b``."""
+"""Sweeps: several runs from one command line, ``-m key=a,b``. Hydra's grammar describes them; `runs` runs them."""
 
 import itertools
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 
 from moa_train.cli.compose import addable, compose, config_roots, is_override, typed
+from moa_train.runtime.command_line import argument
 from moa_train.runtime.errors import UserError
+from moa_train.schema import RunConfig, SweepConfig
 
 FLAGS = ("-m", "--multirun")
+SECTION = "sweep."
+SEED = "runtime.seed"
 
 
 def requested(arguments: Sequence[str]) -> bool:
@@ -18,52 +27,194 @@ def requested(arguments: Sequence[str]) -> bool:
     return bool(set(FLAGS) & set(arguments))
 
 
-def check_jobs(arguments: Sequence[str], config_name: str) -> None:
-    """Compose and validate every job of a sweep before the first one starts.
+def refuse_sweep_settings(config: RunConfig) -> None:
+    """Raise `UserError` if a single run has settings that only a sweep uses."""
+    if config.sweep != SweepConfig():
+        raise UserError("Settings of the section sweep require -m, which starts several runs.")
+
+
+def run(arguments: Sequence[str], config_name: str) -> int:
+    """Run or continue a sweep, and return the exit code.
 
     Raises:
-        UserError: a job is invalid, or two jobs would share a run folder.
+        UserError: a job is invalid, the arguments differ from those with which the sweep was started, or this process
+            was started by torchrun.
     """
-    overrides = OverridesParser.create().parse_overrides([addable(text) for text in arguments if is_override(text)])
-    values = [
-        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-        if override.is_sweep_override()
-        else [override.input_line or ""]
-        for override in overrides
-    ]
-    folders: dict[str, str] = {}
-    for job in itertools.product(*values):
-        line = " ".join(job)
+    from moa_train.runs.folder import SweepFolder, named
+    from moa_train.runs.jobs import Runner, run_grid
+
+    if "RANK" in os.environ:
+        raise UserError(
+            "-m cannot be used under torchrun, because each run of a sweep has its own processes. Start the sweep "
+            "without torchrun, with sweep.ranks=N for N processes per run."
+        )
+    arguments = [text for text in arguments if text not in FLAGS]
+    own = [text for text in arguments if text.startswith(SECTION)]
+    if several := [text for text in own if _is_swept(text)]:
+        raise UserError(f"{several[0]}: settings of the sweep itself have one value.")
+    settings: SweepConfig = typed(compose(config_name, own, config_roots(arguments))).sweep
+    stem = time.strftime("outputs/sweep-%Y%m%d-%H%M%S")
+    unused = (
+        path for number in itertools.count() if not (path := Path(f"{stem}-{number}" if number else stem)).exists()
+    )
+    folder = SweepFolder(Path(settings.dir) if settings.dir else next(unused))
+    arguments = _continued(arguments, folder.arguments(), folder.path)
+    config, shared, swept = check(arguments, config_name)
+    runner = Runner(folder, shared, config.sweep.ranks)
+    again = f"moa-train -m {argument('sweep.dir', folder.path)}"
+    if config.sweep.trials:
+        from moa_train.runs.search import Search
+
+        folder.record(arguments)
+        space, seeds = _space(swept)
+        search = Search(folder, config, space, seeds)
+        print(f"sweep: {config.sweep.trials} trials in {folder.path}. To continue it: {again}", flush=True)
+        with runner.signals():
+            search.run(runner)
+        best = search.best()
+        print(f"\n{f'best trial: {best}' if best else 'No trial is complete.'}")
+    else:
+        jobs = named(_grid(swept), [override.key_or_group for override in swept])
+        folder.record(arguments, jobs)
+        print(f"sweep: {len(jobs)} runs in {folder.path}. To continue it: {again}", flush=True)
+        with runner.signals():
+            run_grid(runner, jobs)
+    print(f"leaderboard: moa-compare {shlex.quote(str(folder.path))}")
+    return _report(runner.outcomes, runner.codes, runner.stop, again)
+
+
+def check(arguments: Sequence[str], config_name: str) -> tuple[RunConfig, list[str], list[Override]]:
+    """Compose and validate all jobs of a grid, or trials at the edges of the search space.
+
+    Returns:
+        The configuration of the sweep, the arguments that all jobs share, and the swept overrides.
+
+    Raises:
+        UserError: a setting cannot be swept, or a job is invalid.
+    """
+    config, shared, swept = _read(arguments, config_name)
+    jobs = list(_corners(*_space(swept))) if config.sweep.trials else _grid(swept)
+    for job in jobs:
+        overrides = [text for text in [*shared, *job] if is_override(text)]
         try:
-            folder = getattr(typed(compose(config_name, job, config_roots(arguments))), "run_dir", None)
+            typed(compose(config_name, overrides, config_roots(arguments)))
         except UserError as error:
+            line = shlex.join(job)
             raise UserError(f"{error}\nThis error is in the run {line}. No run of the sweep was started.") from error
-        if folder in folders:
-            raise UserError(
-                f"Two runs of the sweep would share run_dir={folder}: {folders[folder]} and {line}. Remove run_dir, so "
-                "that each run gets its own folder below outputs/, or make it depend on the swept settings: "
-                "'run_dir=outputs/lr-${optim.lr}'."
-            )
-        if folder:
-            folders[folder] = line
+    return config, shared, swept
 
 
-def report(outcomes: Sequence[tuple[int, Sequence[str]]]) -> None:
-    """If runs of the sweep failed, list all runs and exit with the highest code.
+def _continued(arguments: list[str], before: list[str] | None, folder: Path) -> list[str]:
+    """Return the arguments of a sweep without its folder: the given ones or, if there are none, the recorded ones.
 
-    Args:
-        outcomes: exit code and overrides of each run.
+    Raises:
+        UserError: they would make it another sweep.
     """
-    failed = [code for code, _ in outcomes if code]
-    if failed:
-        lines = [f"  {'failed' if code else 'done':8}{shlex.join(overrides)}" for code, overrides in outcomes]
-        print(f"error: {len(failed)} of {len(outcomes)} runs of the sweep failed:", *lines, sep="\n", file=sys.stderr)
-        sys.exit(max(failed))
+    given = [text for text in arguments if not text.startswith(f"{SECTION}dir=")]
+    own = [text for text in given if text.startswith(SECTION)]
+    if before is None:
+        if own == given and given != arguments:
+            raise UserError(f"There is no sweep in {folder} to continue, and the command has no settings to start one.")
+        return given
+    if own == given:  # for example more trials
+        keys = {text.partition("=")[0] for text in own}
+        return [*(text for text in before if text.partition("=")[0] not in keys), *own]
+    grid = not any(text.startswith(f"{SECTION}trials=") for text in before)
+    lost, new = (
+        sorted(
+            text for text in set(some) - set(others) if not text.startswith(SECTION) and not (grid and _is_swept(text))
+        )
+        for some, others in ((before, given), (given, before))
+    )
+    if lost or new:
+        raise UserError(
+            f"The sweep in {folder} was started with other arguments:\n"
+            + "".join(f"  {sign} {text}\n" for sign, texts in (("-", lost), ("+", new)) for text in texts)
+            + f"Continue it with the same ones, or just with -m {argument('sweep.dir', folder)}; a grid may get more "
+            "values. For other settings, choose another sweep.dir."
+        )
+    return given
 
 
-def arguments_of_one_run(overrides: Sequence[str]) -> list[str] | None:
-    """Return the arguments that repeat one run of a sweep, given its ``overrides``, or None if this is no sweep."""
-    if not requested(sys.argv[1:]):
-        return None
-    options = [text for text in sys.argv[1:] if text not in FLAGS and not is_override(text)]
-    return [*options, *overrides]
+def _is_swept(text: str) -> bool:
+    return is_override(text) and OverridesParser.create().parse_override(addable(text)).is_sweep_override()
+
+
+def _read(arguments: Sequence[str], config_name: str) -> tuple[RunConfig, list[str], list[Override]]:
+    """Return the configuration of the sweep, the arguments that all jobs share, and the swept overrides.
+
+    Raises:
+        UserError: a setting cannot be swept.
+    """
+    texts = [text for text in arguments if is_override(text)]
+    overrides = OverridesParser.create().parse_overrides([addable(text) for text in texts])
+    swept = [override for override in overrides if override.is_sweep_override()]
+    fixed = [text for text, override in zip(texts, overrides, strict=True) if not override.is_sweep_override()]
+    shared = [text for text in fixed if not text.startswith(SECTION)]
+    for override in overrides:
+        key = override.key_or_group
+        if key in ("run_dir", "resume", "replay", "preflight"):
+            raise UserError(
+                f"{override.input_line}: a sweep sets {key} itself. The runs are in the folder of the sweep, "
+                "sweep.dir=FOLDER, and repeating the command continues them."
+            )
+    config: RunConfig = typed(compose(config_name, fixed, config_roots(arguments)))
+    return config, [*(text for text in arguments if text not in texts), *shared], swept
+
+
+def _grid(swept: Sequence[Override]) -> list[list[str]]:
+    """Return the arguments of all combinations of the swept settings."""
+    for override in swept:
+        if isinstance(override.value(), IntervalSweep):
+            raise UserError(
+                f"{override.input_line}: an interval has infinitely many values. Set sweep.trials=N to search it, or "
+                "list values: optim.lr=1e-4,1e-3."
+            )
+    values = [[f"{override.key_or_group}={text}" for text in override.sweep_string_iterator()] for override in swept]
+    return [list(job) for job in itertools.product(*values)]
+
+
+def _space(swept: Sequence[Override]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return the search space, in the form that `Search` takes, and the seeds of every trial."""
+    space = {override.key_or_group: _options(override) for override in swept}
+    seeds = space.pop(SEED, {"choices": []})
+    if not space:
+        raise UserError("sweep.trials needs a search space, such as optim.lr=tag(log,interval(1e-4,1e-2)).")
+    if "choices" not in seeds:
+        raise UserError(f"A search runs every trial with all seeds. List them: {SEED}=0,1,2.")
+    return space, seeds["choices"]
+
+
+def _options(override: Override) -> dict[str, Any]:
+    """Return the values of a swept setting in a search."""
+    value = override.value()
+    log = "log" in getattr(value, "tags", ())
+    if isinstance(value, IntervalSweep):
+        return {"low": value.start, "high": value.end, "log": log, "step": None}
+    if isinstance(value, RangeSweep) and not value.shuffle:
+        last = list(value.range())[-1]
+        return {"low": value.start, "high": last, "log": log, "step": None if log else value.step}
+    assert isinstance(value, ChoiceSweep | RangeSweep), value
+    return {"choices": [str(text) for text in override.sweep_string_iterator()]}
+
+
+def _corners(space: Mapping[str, Mapping[str, Any]], seeds: Sequence[str]) -> Iterator[list[str]]:
+    """Yield settings at the edges of a search space: each option and bound once."""
+    edges = {key: options.get("choices") or [options["low"], options["high"]] for key, options in space.items()}
+    base = {key: values[0] for key, values in edges.items()}
+    if seeds:
+        edges[SEED] = list(seeds)
+    for key, values in edges.items():
+        for value in values:
+            yield [f"{name}={text}" for name, text in {**base, key: value}.items()]
+
+
+def _report(outcomes: Mapping[str, str], codes: Sequence[int], stop: int | None, again: str) -> int:
+    """List the runs that are not finished, and return the exit code of the sweep."""
+    rest = {name: outcome for name, outcome in outcomes.items() if not outcome.startswith("finished")}
+    if rest:
+        print(f"{len(rest)} of {len(outcomes)} runs are not finished:", file=sys.stderr)
+        print(*(f"  {outcome:24} {name}" for name, outcome in rest.items()), sep="\n", file=sys.stderr)
+    if stop is not None or codes:
+        print(f"To {'continue the sweep' if stop is not None else 'run these again'}: {again}", file=sys.stderr)
+    return stop if stop is not None else max(codes, default=0)

@@ -20,7 +20,9 @@ Examples:
   moa-train model=moa_t data=imagenet data.root=/data/imagenet
   torchrun --nproc-per-node 8 -m moa_train.cli.train model=moa_t data=imagenet data.root=/data/imagenet
   moa-train resume=outputs/RUN                           resume a stopped run
-  moa-train -m optim.lr=5e-4,1e-3,2e-3                   train several runs, one after the other
+  moa-train preflight=true model=moa_b data=cifar100     check the run, and estimate time, memory and disk
+  moa-train -m optim.lr=5e-4,1e-3,2e-3 runtime.seed=0,1  train several runs, one after the other
+  moa-train -m sweep.dir=outputs/SWEEP                   continue a sweep
   moa-train model=swin_t data=cifar100 --cfg job         print the composed configuration and exit
   moa-train --config-dir my_conf experiment=mine         use your own recipe, my_conf/experiment/mine.yaml
   moa-train model.name=my_package.blocks:Tiny            train your own model, see docs/DEVELOPMENT.md
@@ -29,13 +31,18 @@ Examples:
 
 def train(config: RunConfig, overrides: list[str]) -> int:
     """Run a training session and return the exit code."""
+    sweep.refuse_sweep_settings(config)
     with StopSignals() as stop:
         # Importing torch takes seconds, so it happens only once the configuration is known to be valid.
         from moa_train.assembly.resume import resolve_resume
         from moa_train.assembly.session import run_session
 
         config, changed = resolve_resume(config, lambda before: with_overrides(before, overrides))
-        return run_session(config, changed, sweep.arguments_of_one_run(overrides), stop)
+        if config.preflight:
+            from moa_train.assembly.preflight import preflight
+
+            return preflight(config, stop)
+        return run_session(config, changed, stop)
 
 
 def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
@@ -64,7 +71,7 @@ def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
 
 def main() -> None:
     """Entry point."""
-    app.run(train, RunConfig, "train", EXAMPLES)
+    app.run(train, RunConfig, "train", EXAMPLES, sweep.run)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ class Trainer:
                 self.stopping = self._stop_requested()
                 is_best = self._evaluate_if_due()
                 if self.stopping or is_best or plan.saves(state.step):
-                    self._save(is_best)
+                    self.save(is_best)
         self.distributed.barrier()  # from here on, every rank may read the last checkpoint
         return not self.stopping
 
@@ -111,7 +111,7 @@ class Trainer:
         self.stopping = True
         self._set_lr(self.state.step - 1)
         if self.saved_step != self.state.step or self.state.step == 0:
-            self._save(is_best=False)
+            self.save(is_best=False)
 
     def _set_lr(self, step: int) -> float:
         lr = self.schedule.lr(step) * self.state.lr_factor
@@ -158,13 +158,14 @@ class Trainer:
         self._set_lr(self.state.step - 1)  # checkpoints hold the learning rate of the last update
         is_best = self._evaluate_if_due()
         if self.state.evaluated_step != before:
-            self._save(is_best)
+            self.save(is_best)
 
     def _score(self, value: float) -> float:
         """Return a value of the ``best_by`` metric in the form that checkpoints are ranked by: higher is better."""
         return value if self.higher_is_better else -value
 
-    def _save(self, is_best: bool) -> None:
+    def save(self, is_best: bool = False) -> None:
+        """Start to save a checkpoint in the background."""
         self._handle_nonfinite(wait=True)  # before their number is saved
         self.saved_step = self.state.step
         meters = self.distributed.gather_objects(self.state.meters.state_dict())

@@ -1,7 +1,7 @@
 """Errors for users. A message states what was given, what is allowed, and what to do."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
@@ -10,6 +10,22 @@ class UserError(ValueError):
 
 class LostRankError(RuntimeError):
     """Report that another process of the run has exited or hangs. Commands print the message and exit with code 1."""
+
+
+def check_all(checks: Iterable[Callable[[], object]]) -> None:
+    """Run every check, so that the user sees all problems at once.
+
+    Raises:
+        UserError: checks raised it. The message consists of their messages, each starting on a new line.
+    """
+    lines: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            lines += str(error).splitlines()
+    if lines:
+        raise UserError("\n".join(dict.fromkeys(lines)))
 
 
 def nearest(name: object, options: Iterable[object]) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 from moa_train.runtime.errors import UserError
 from moa_train.tracking.jsonl import Row, read_rows
 
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe-Ito: safe for color-blind readers
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""The colors of Okabe and Ito, which color-blind readers can distinguish."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def draw(runs: Sequence[Curves], path: Path) -> None:
         raise UserError("Drawing curves needs matplotlib: pip install 'moa-train[plot]'.") from error
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    for run, color in zip(runs, _COLORS * len(runs), strict=False):
+    for run, color in zip(runs, COLORS * len(runs), strict=False):
         dot = "o" if len(run.evaluations) == 1 else None  # a line through one point is invisible
         loss.plot(*_points(run.train, "loss"), color=color, linewidth=1, alpha=0.45)
         loss.plot(*_points(run.evaluations, "loss"), color=color, linewidth=1.8, marker=dot)

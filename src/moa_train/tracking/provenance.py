@@ -26,15 +26,11 @@ DIFF_LIMIT = 10 * 2**20
 _SOURCE = Path(__file__).resolve().parents[1]
 
 
-def collect(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return a JSON-serializable record of this start of the program. It never fails; unknown values are None.
-
-    Args:
-        arguments: see `command`.
-    """
+def collect() -> dict[str, Any]:
+    """Return a JSON-serializable record of this start of the program. It never fails; unknown values are None."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": command(arguments),
+        "command": command(),
         "directory": os.getcwd(),  # noqa: PTH109 equivalent to Path.cwd()
         "host": socket.gethostname(),
         "code": {"sha256": source_digest(), **git_state(_SOURCE)},
@@ -43,15 +39,9 @@ def collect(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     }
 
 
-def command(arguments: Sequence[str] | None = None) -> str:
-    """Return the command line that started this process, including torchrun.
-
-    Args:
-        arguments: arguments to use instead of the program's own, for a command that starts several runs.
-    """
+def command() -> str:
+    """Return the command line that started this process, including torchrun."""
     words = list(sys.orig_argv)
-    if arguments is not None:
-        words = [*words[: len(words) - len(sys.argv[1:])], *arguments]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         world, local = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         nodes = max(1, int(world) // max(1, int(local)))

@@ -1,0 +1,79 @@
+"""moa-compare: compare runs, or show the leaderboard of a sweep."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moa_train.runtime.errors import UserError
+from moa_train.runtime.output import protect_output
+from moa_train.runtime.signals import Exit
+
+EXAMPLES = """moa-compare: compare runs, or show the leaderboard of a sweep.
+
+Runs that differ only in the seed form one group. Differences are tested on the same images (McNemar's exact test,
+bootstrap intervals) and over seeds (paired t-test). The first run is the reference or, for a folder of runs, the best.
+
+Examples:
+  moa-compare outputs/RUN outputs/OTHER
+  moa-compare outputs/SWEEP                              the leaderboard of a sweep, also while it runs
+  moa-compare outputs/SWEEP --html compare.html          curves and tables on one page, without network access
+  moa-compare outputs/SWEEP --metric loss --json compare.json"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    result = argparse.ArgumentParser(
+        prog="moa-compare", description=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folder, or folder of runs such as a sweep"
+    )
+    result.add_argument("--split", help="split of the final results (default: test if there is one)")
+    result.add_argument(
+        "--metric", help="metric that ranks the runs (default: the one that chooses the best checkpoint)"
+    )
+    result.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves and tables")
+    result.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    return result
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compare runs, print and write the result, and return the exit code."""
+    for path in (options.html, options.json):
+        if path and not path.absolute().parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.absolute().parent}.")
+    from moa_train.runs.compare import compare
+    from moa_train.runs.read import read_runs
+    from moa_train.runs.text import as_text
+    from moa_train.runtime.files import write_whole
+
+    runs, notes = read_runs(options.runs)
+    ranked = any(not (path / "config.json").is_file() for path in options.runs)
+    report = compare(runs, split=options.split, metric=options.metric, ranked=ranked, notes=notes)
+    if options.html:
+        from moa_train.runs.html import as_html
+
+        write_whole(options.html, as_html(report))
+    if options.json:
+        write_whole(options.json, json.dumps(report.as_dict(), indent=1) + "\n")
+    print(as_text(report))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    protect_output()
+    logging.basicConfig(format="%(message)s")
+    options = parser().parse_args(arguments)
+    try:
+        sys.exit(run(options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(Exit.USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()
