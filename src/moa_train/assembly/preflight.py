@@ -36,6 +36,7 @@ from moa_train.runtime.signals import Exit, StopSignals
 from moa_train.schema import RunConfig
 from moa_train.tracking.chart import chart
 from moa_train.tracking.console import block, clock_time
+from moa_train.tracking.tracker import Tracker
 
 BUDGET = 5.0
 """Seconds for the steps that are timed, after the first one."""
@@ -251,7 +252,7 @@ def time_evaluation(run: Run, distributed: Distributed) -> float:
     count = min(EVALUATED * distributed.world_size, len(source))
     part = source.subset(np.linspace(0, len(source) - 1, count).astype(np.int64), split)
     began = time.perf_counter()
-    result = build_validation(config, part, trainer.state, distributed, lambda: False)()
+    result = build_validation(config, part, trainer.state, distributed, lambda: False, Tracker())()
     assert result is not None
     return max(distributed.gather_objects(time.perf_counter() - began)) / count
 
