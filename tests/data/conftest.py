@@ -16,6 +16,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 torch.set_num_threads(1)
+M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 @pytest.fixture(scope="session")
@@ -66,22 +67,25 @@ def make_tree(tmp_path: Path, photographs: list[Image.Image]) -> Callable[..., P
 
 @pytest.fixture
 def peak() -> Callable[[Callable[[], object]], float]:
-    """Return a function that runs an action in a process of its own and returns the megabytes of memory it added."""
+    """Return a function that runs an action in its own process and returns the MiB of memory that the action added.
 
-    def kilobytes(name: str) -> int:
+    The allocator maps and unmaps each large block separately. Otherwise, it might reuse memory that earlier tests have
+    freed, which hides a block, or overwrites it with zeros, which counts a block that the action never touches.
+    """
+
+    def mebibytes(name: str) -> float:
         status = Path("/proc/self/status").read_text()
-        return int(re.search(rf"{name}:\s+(\d+)", status)[1])
+        return int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1024
 
     def measure(action: Callable[[], object]) -> float:
         receiver, sender = multiprocessing.Pipe(duplex=False)
 
         def run() -> None:
-            # Memory that earlier tests have freed would be used again without being counted.
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            before = kilobytes("VmRSS")
+            assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16) == 1
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+            before = mebibytes("VmRSS")
             action()
-            sender.send((kilobytes("VmHWM") - before) / 1024)
+            sender.send(mebibytes("VmHWM") - before)
 
         process = multiprocessing.get_context("fork").Process(target=run)
         process.start()

@@ -76,6 +76,8 @@ class EncodedImage:
     def __init__(self, data: bytes, decoding: Decoding | None = None) -> None:
         self._decoding = decoding or Decoding()
         self._data, file = data, io.BytesIO(data)
+        if size := _webp_size(data):  # opening the file would already allocate all of its pixels, twice
+            self._check_pixels(*size)
         self._image = open_image(file)
         self.width, self.height = self._image.size
         self._check_limits(file.tell())
@@ -108,12 +110,16 @@ class EncodedImage:
 
     def _check_limits(self, header_end: int) -> None:
         tags, pixels = _tags(self._image), self.width * self.height
-        if max(pixels, tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0)) > self._decoding.max_pixels:
-            raise UserError(f"{self.width} x {self.height} pixels are more than {_too_many(self._decoding)}")
+        self._check_pixels(self.width, self.height)
+        self._check_pixels(tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0))
         if self._image.format in ("JPEG", "MPO") and not self._has_one_scan(header_end):
             scans = self._data.count(b"\xff\xda")
             if scans * pixels > _MAX_SCANS * self._decoding.max_pixels:
                 raise UserError(f"{scans} scans of {pixels:,} pixels would take too long to decode")
+
+    def _check_pixels(self, width: int, height: int) -> None:
+        if width * height > self._decoding.max_pixels:
+            raise UserError(f"{width} x {height} pixels are more than {_too_many(self._decoding)}")
 
     def _has_one_scan(self, header_end: int) -> bool:
         """Return whether the first scan of a JPEG, after the header, is sequential and has all components."""
@@ -139,6 +145,19 @@ def open_image(file: IO[bytes]) -> Image.Image:
 def _formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """Return the width and height in the header of a WebP file, or None if ``data`` has another format."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return None
+    kind, header = data[12:16], data[20:30]
+    if kind == b"VP8X":  # extended: animations, transparency, metadata
+        return 1 + int.from_bytes(header[4:7], "little"), 1 + int.from_bytes(header[7:10], "little")
+    if kind == b"VP8L":  # lossless
+        bits = int.from_bytes(header[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(header[6:8], "little") & 0x3FFF, int.from_bytes(header[8:10], "little") & 0x3FFF
 
 
 def _too_many(decoding: Decoding) -> str:
