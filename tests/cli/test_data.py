@@ -51,6 +51,15 @@ def test_pack_then_check_and_stats(tree: Path, tmp_path: Path, capsys: pytest.Ca
     assert json.loads(from_pack[0].partition("=")[2]) == pytest.approx(pixels.mean((0, 1, 2)).tolist(), abs=1e-4)
 
 
+def test_home_is_expanded_in_paths(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("check", "~/tree", "--json=~/report.json") == 0
+    assert (tmp_path / "report.json").exists()
+    assert run("pack", "~/tree", "~/packed") == 0
+    assert (tmp_path / "packed" / "pack-train.npy").exists()
+    assert run("stats", "~/packed", "--image-size", 8) == 0
+
+
 def test_check_reports_problems_and_exits_with_1(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,8 +69,8 @@ def make_tree(tmp_path: Path, photographs: list[Image.Image]) -> Callable[..., P
 def peak() -> Callable[[Callable[[], object]], float]:
     """Return a function that runs an action in its own process and returns the MiB of memory that the action added.
 
-    The allocator maps and unmaps each large block separately. Otherwise, it might reuse memory that earlier tests have
-    freed, which hides a block, or overwrites it with zeros, which counts a block that the action never touches.
+    This counts address space, which is exact; resident memory also depends on what the kernel swaps out. The allocator
+    maps each large block separately, because it might otherwise reuse memory that earlier tests have freed.
     """
 
     def mebibytes(name: str) -> float:
@@ -82,10 +82,9 @@ def peak() -> Callable[[Callable[[], object]], float]:
 
         def run() -> None:
             assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16) == 1
-            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-            before = mebibytes("VmRSS")
+            before = mebibytes("VmSize")  # also the peak so far, since the process is new
             action()
-            sender.send(mebibytes("VmHWM") - before)
+            sender.send(mebibytes("VmPeak") - before)
 
         process = multiprocessing.get_context("fork").Process(target=run)
         process.start()

@@ -11,7 +11,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import moa_train.conf
-from moa_train.runtime.command_line import hydra_quoted
+from moa_train.runtime.command_line import hydra_quoted, path
 from moa_train.runtime.errors import UserError
 from moa_train.schema import validate
 
@@ -42,6 +42,8 @@ def addable(argument: str) -> str:
 def readable(argument: str) -> str:
     """Return an argument in a form that Hydra's grammar reads, where ~ and characters beyond ASCII need quotes."""
     key, separator, value = argument.partition("=")
+    if argument.startswith("--"):
+        return f"{key}{separator}{path(value)}" if value.startswith("~") else argument  # --config-dir=~/recipes
     if value.startswith("~"):
         return f"{key}={hydra_quoted(value)}"
     if not separator or argument.startswith("-") or value.isascii() or re.search(r"""['"{}()]""", value):
@@ -70,7 +72,7 @@ def compose(config_name: str, overrides: Sequence[str], roots: Sequence[Path]) -
 def config_roots(arguments: Sequence[str]) -> list[Path]:
     """Return the folders that hold the options: conf/, then the user's own folder given by ``--config-dir``."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-dir", "-cd", type=Path)
+    parser.add_argument("--config-dir", "-cd", type=path)
     known, _ = parser.parse_known_args(arguments)
     return [CONF, known.config_dir] if known.config_dir else [CONF]
 

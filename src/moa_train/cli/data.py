@@ -5,9 +5,9 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moa_train.runtime.command_line import path
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
@@ -54,16 +54,16 @@ def parser() -> argparse.ArgumentParser:
     commands = result.add_subparsers(required=True, metavar="COMMAND")
 
     pack = _command(commands, "pack", run_pack, "convert small images of equal size to memory-mapped arrays")
-    pack.add_argument("source", metavar="SRC", type=Path, help=root)
+    pack.add_argument("source", metavar="SRC", type=path, help=root)
     pack.add_argument(
-        "out", metavar="OUT", type=Path, help="folder for pack-train.npy, pack-val.npy, pack-test.npy; may be SRC"
+        "out", metavar="OUT", type=path, help="folder for pack-train.npy, pack-val.npy, pack-test.npy; may be SRC"
     )
     _add_decoding(pack)
 
     check = _command(
         commands, "check", run_check, "find unreadable images, duplicates, and images that occur in several splits"
     )
-    check.add_argument("root", metavar="ROOT", type=Path, help=root + "; or a folder that holds class folders")
+    check.add_argument("root", metavar="ROOT", type=path, help=root + "; or a folder that holds class folders")
     check.add_argument(
         "--workers",
         type=_whole,
@@ -78,13 +78,13 @@ def parser() -> argparse.ArgumentParser:
         default=10,
         help="number of findings to print of each kind (default: 10)",
     )
-    check.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this JSON file")
+    check.add_argument("--json", type=path, metavar="FILE", help="write all findings to this JSON file")
     _add_decoding(check)
 
     stats = _command(
         commands, "stats", run_stats, "compute the mean and standard deviation of each channel over the training images"
     )
-    stats.add_argument("root", metavar="ROOT", type=Path, help=root)
+    stats.add_argument("root", metavar="ROOT", type=path, help=root)
     stats.add_argument(
         "--image-size",
         type=_whole,
