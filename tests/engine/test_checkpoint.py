@@ -493,3 +493,11 @@ def test_scores_that_were_measured_differently_do_not_compete(tmp_path):
         assert store.best().step == 3
         store.save(5, {"model": {"w": torch.zeros(1)}}, state(5, "val", 1))  # an older version's best still counts
         assert store.best().step == 1
+
+
+def test_the_best_of_an_earlier_measurement_is_kept(tmp_path):
+    with CheckpointStore(tmp_path, keep_last=1) as store:
+        for step, (score, split) in enumerate([(90.0, "test"), (80.0, "test"), (50.0, "val"), (40.0, "val")]):
+            store.save(step, {"model": {"w": torch.zeros(1)}}, {"train": {}, "measured": {"split": split}}, score=score)
+        assert store.best().step == 2
+        assert steps(store) == [0, 2, 3]
