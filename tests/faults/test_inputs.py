@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import EVALUATE, TINY, TRAIN, Job, files, result, rows, samples, train_rows, wait_for_step
+from launch import EVALUATE, TINY, TRAIN, Job, files, result, rows, samples, state_hash, train_rows, wait_for_step
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -432,6 +432,34 @@ def test_a_stop_is_answered_while_storage_hangs(tmp_path, data, where, inject):
     image.unlink()
     image.write_bytes(whole)
     Job(f"resume={run} engine.stop_after=1steps", tmp_path).ended(0)
+
+
+@pytest.mark.fault(6)
+@pytest.mark.parametrize("where", ["one micro-batch", "several micro-batches", "evaluation"])
+def test_two_ranks_agree_to_stop_while_storage_hangs(tmp_path, data, where, inject):
+    """They abandon the update or the evaluation, and save the state of the last step; nothing is lost."""
+    split, micro = "test" if where == "evaluation" else "train", 4 if where == "several micro-batches" else 8
+    command = f"{FOLDER} data.root={data} engine.eval_split=test schedule.duration='900 steps' data.workers=1"
+    command += f" engine.micro_batch_size={micro}"
+    image = next((data / split / "digit1").iterdir())
+    whole, run = image.read_bytes(), tmp_path / "run"
+    job = Job(f"{command} run_dir={run}", tmp_path, ranks=2)
+    wait_for_step(run, 2)
+    image.unlink()
+    os.mkfifo(image)  # opening it blocks
+    logged = -1
+    while logged < (logged := len(rows(run))):
+        time.sleep(1.5)
+    inject()
+    job.signal(signal.SIGTERM)
+    assert job.codes(patience=60) == [75, 75], job.output  # 10 s on an idle machine
+    newest = CheckpointStore(run).newest()
+    assert newest.step == rows(run)[-1]["step"]
+    image.unlink()
+    image.write_bytes(whole)
+    Job(f"resume={run} engine.stop_after='{newest.step + 2} steps'", tmp_path, ranks=2).ended(0)
+    Job(f"{command} run_dir={tmp_path / 'b'} engine.stop_after='{newest.step + 2} steps'", tmp_path, ranks=2).ended(0)
+    assert state_hash(run) == state_hash(tmp_path / "b")
 
 
 @pytest.mark.fault(6)

@@ -57,7 +57,7 @@ def run_session(config: RunConfig, changed: list[str], arguments: list[str] | No
             except RollBack as request:
                 run.trainer.tracker.say(str(request))
                 rolled_back = request
-            except StopRequestedError as error:  # the ranks cannot agree to abandon the update
+            except StopRequestedError as error:
                 raise UserError(
                     f"{error} The newest checkpoint is from step {run.trainer.saved_step}. To resume: "
                     f"{command('moa-train', config, resume=config.run_dir)}"
