@@ -199,6 +199,35 @@ def test_files_that_never_end_are_not_read_to_their_end(tmp_path: Path) -> None:
             EncodedImage.of(tmp_path / name)
 
 
+@pytest.fixture
+def slow(make_tree: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a JPEG of 300 scans, just below the limit, which takes the decoder many seconds."""
+    monkeypatch.setattr("moa_train.data.loader._POLL", 0.2)
+    monkeypatch.setattr("moa_train.data.watch._POLL", 0.2)
+    root = make_tree(splits=("train",), classes=("ant", "bee"), per_class=2)
+    data = encoded(Image.new("RGB", (3000, 3000)), "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    (root / "train" / "ant" / "000.jpg").write_bytes(data[:-2] + 300 * scan + data[-2:])
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_takes_too_long_ends_a_run(slow: Path, workers: int) -> None:
+    config = DataConfig(name="folder", root=str(slow), image_size=16, max_seconds=0.5)
+    train, view = open_split(config, "train"), RandomResizedCrop((16, 16), (0.08, 1.0), (3 / 4, 4 / 3))
+    loader = TrainLoader(train, config, order=Order(4, 4, 0), view=view, micro_batch_size=4, workers=workers)
+    with pytest.raises(UserError, match=r"ant/000.jpg: decoding takes longer than data.max_seconds=0.5"):
+        next(loader.batches())
+
+
+def test_an_image_that_takes_too_long_ends_every_command(slow: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["check", str(slow)], ["pack", str(slow), str(slow / "out")], ["stats", str(slow)]):
+        with pytest.raises(SystemExit) as exit_:
+            main([*words, "--max-seconds", "0.5"])
+        assert exit_.value.code == 2
+        assert "ant/000.jpg: decoding takes longer than data.max_seconds=0.5" in capsys.readouterr().err
+
+
 def test_jpegs_of_endless_scans_are_refused() -> None:
     """A scan of a few bytes costs a pass over all pixels, and a file can repeat it without limit."""
     for settings in ({"progressive": True}, {}):

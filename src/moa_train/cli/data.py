@@ -67,9 +67,9 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--workers",
         type=_whole,
-        default=0,
+        default=1,
         metavar="COUNT",
-        help="number of processes that decode images (default: 0, decode in the main process)",
+        help="number of processes that decode images (default: 1)",
     )
     check.add_argument(
         "--show",
@@ -102,9 +102,9 @@ def parser() -> argparse.ArgumentParser:
     stats.add_argument(
         "--workers",
         type=_whole,
-        default=0,
+        default=1,
         metavar="COUNT",
-        help="number of processes that decode images (default: 0, decode in the main process)",
+        help="number of processes that decode images (default: 1)",
     )
     _add_decoding(stats)
     return result
@@ -172,12 +172,13 @@ def run_stats(options: argparse.Namespace) -> int:
         root=str(options.root),
         image_size=options.image_size,
         max_pixels=options.max_pixels,
+        max_seconds=options.max_seconds,
         range=options.range,
     )
     source = open_split(config, "train")
     if 0 < options.samples < len(source):
         source = source.subset(np.linspace(0, len(source) - 1, options.samples).astype(np.int64), source.title)
-    mean, std = channel_statistics(EvalLoader(source, batch_size=64, workers=options.workers))
+    mean, std = channel_statistics(EvalLoader(source, batch_size=64, workers=max(1, options.workers)))
     print(f"# {len(source):,} training images of {options.root}, center crops of {options.image_size} pixels")
     print(f"data.mean=[{','.join(f'{value:.4f}' for value in mean)}]")
     print(f"data.std=[{','.join(f'{value:.4f}' for value in std)}]")
@@ -210,12 +211,19 @@ def _add_decoding(command: argparse.ArgumentParser) -> None:
         metavar="COUNT",
         help="images with more pixels count as unreadable, like data.max_pixels (default: 100000000)",
     )
+    command.add_argument(
+        "--max-seconds",
+        type=float,
+        default=DataConfig.max_seconds,
+        metavar="SECONDS",
+        help="an image whose decoding takes longer is an error, like data.max_seconds (default: 60)",
+    )
 
 
 def _decoding(options: argparse.Namespace) -> "Decoding":
     from moa_train.data.image import Decoding
 
-    return Decoding.of(DataConfig(max_pixels=options.max_pixels, range=options.range))
+    return Decoding.of(DataConfig(max_pixels=options.max_pixels, max_seconds=options.max_seconds, range=options.range))
 
 
 def _whole(text: str) -> int:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from moa_train.data import watch
 from moa_train.runtime.errors import UserError
 from moa_train.schema import DataConfig
 
@@ -42,17 +43,20 @@ class Decoding:
 
     Attributes:
         max_pixels: images with more pixels are rejected before their pixels are decoded.
+        max_seconds: longest time to decode an image; the process that started the worker process enforces it.
         value_range: values of black and white in gray images of more than 8 bits. The default is the range of the
             unsigned integer type; images whose range is unknown (floating point, 32 bits, signed) are then rejected.
     """
 
     max_pixels: int = DataConfig.max_pixels
+    max_seconds: float = DataConfig.max_seconds
     value_range: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, config: DataConfig) -> "Decoding":
         """Return the settings of a configuration."""
-        return cls(config.max_pixels, (config.range[0], config.range[1]) if config.range else None)
+        value_range = (config.range[0], config.range[1]) if config.range else None
+        return cls(config.max_pixels, config.max_seconds, value_range)
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:
@@ -90,7 +94,9 @@ class EncodedImage:
             status, most = os.fstat(file.fileno()), (1 << 20) + _BYTES_PER_PIXEL * decoding.max_pixels
             if stat.S_ISCHR(status.st_mode) or status.st_size > most:  # a device may never end
                 raise UserError(f"a device, or a file larger than {_too_many(decoding)} allows")
-            return cls(file.read(most if stat.S_ISFIFO(status.st_mode) else status.st_size), decoding)
+            data = file.read(most if stat.S_ISFIFO(status.st_mode) else status.st_size)
+        watch.decoding()
+        return cls(data, decoding)
 
     def decode(self, reduction: int = 1) -> Tensor:
         """Return uint8 pixels, 3 H W in channels-last memory format.
@@ -242,9 +248,13 @@ def _copy(image: Image.Image) -> NDArray[np.uint8]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Convert every error that occurs while ``path`` is read to a UserError that names the file."""
+    """Convert every error that occurs while ``path`` is read to a UserError that names the file.
+
+    Until the end of the block, `FileWatch` shows that this process reads the file.
+    """
     try:
-        yield
+        with watch.reading_file(path):
+            yield
     except Exception as error:  # decoders raise various errors: OSError, SyntaxError, struct.error
         if isinstance(error, UnidentifiedImageError):
             reason = f"not a valid file of a supported format: {', '.join(FORMATS)}"
