@@ -4,7 +4,6 @@ import ctypes
 import inspect
 import multiprocessing
 import re
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,7 @@ from torch import Tensor
 
 torch.set_num_threads(1)
 
-if sys.platform == "linux":
-    # Map every block of a mebibyte or more separately, so that `peak` counts it: no freed memory is used again for it.
-    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+M_MMAP_THRESHOLD, BLOCK = -3, 1 << 20  # malloc.h
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +81,13 @@ def peak() -> Callable[[Callable[[], object]], float]:
         receiver, sender = multiprocessing.Pipe(duplex=False)
 
         def run() -> None:
+            # Use up the freed memory that earlier tests left in the heap: later blocks are mapped, and counted.
+            libc = ctypes.CDLL(None)
+            libc.malloc.restype = libc.sbrk.restype = ctypes.c_size_t
+            assert libc.mallopt(M_MMAP_THRESHOLD, BLOCK) == 1
+            end = libc.sbrk(0)
+            while libc.malloc(BLOCK) < end:
+                pass
             before = mebibytes("VmSize")  # also the peak so far, since the process is new
             action()
             sender.send(mebibytes("VmPeak") - before)

@@ -114,7 +114,8 @@ def describe(header: Mapping[str, Any]) -> str:
 def write(path: Path, header: Mapping[str, Any], tables: Iterable[Table]) -> None:
     """Write a header and tables to a JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**header, "tables": [table.as_dict() for table in tables]}, indent=1) + "\n")
+    content = {**header, "tables": [table.as_dict() for table in tables]}
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _peers() -> dict[str, str]:

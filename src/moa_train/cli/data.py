@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from moa_train.runtime.command_line import path
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_file
 from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
 from moa_train.schema import DataConfig
@@ -135,7 +136,7 @@ def run_check(options: argparse.Namespace) -> int:
 
     report = check(options.root, options.workers, _progress(), _decoding(options))
     if options.json:
-        options.json.write_text(json.dumps(asdict(report), indent=1) + "\n")
+        write_file(options.json, (json.dumps(asdict(report), indent=1) + "\n").encode())
     for split, count in report.images.items():
         ignored = report.ignored.get(split, 0)
         print(f"{split:10} {count:,} images" + (f", {ignored:,} other files ignored" if ignored else ""))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moa_train.cli import app
 from moa_train.plugins import check_trusted
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_file
 from moa_train.schema import DataConfig, EvalConfig, RunConfig, from_dict, image_shape, own_code
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def write(outcome: dict[str, Any], path: Path, required: bool) -> None:
     """
     text = json.dumps(outcome, indent=2)
     try:
-        path.write_text(text + "\n")
+        write_file(path, f"{text}\n".encode())
     except OSError as error:
         message = f"Cannot write the result to {path}: {error.strerror}. Choose another file with output=."
         print(text)

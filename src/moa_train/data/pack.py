@@ -22,6 +22,7 @@ from moa_train.data.image import Decoding, EncodedImage, reading
 from moa_train.data.tree import ClassTree, class_folders, compare_classes
 from moa_train.data.watch import map_files
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_all, write_flushed
 
 FORMAT = 1
 _log = logging.getLogger(__name__)
@@ -64,8 +65,8 @@ def write_pack(
         with temporary[0].open("wb") as file:
             images = np.ascontiguousarray(images, np.uint8)
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(images))
-            file.write(images.data)  # np.save does not report a full disk
             file.flush()
+            write_all(file.fileno(), images.data)  # np.save does not report a full disk
             os.fsync(file.fileno())
         description = {
             "format": FORMAT,
@@ -76,7 +77,7 @@ def write_pack(
             "labels": np.asarray(labels).tolist(),
             "files": None if files is None else [os.fsdecode(name) for name in files.tolist()],
         }
-        temporary[1].write_text(json.dumps(description))
+        write_flushed(temporary[1], json.dumps(description).encode())
         for source, target in zip(temporary, (array_path, json_path), strict=True):
             source.replace(target)
     except OSError as error:
