@@ -324,6 +324,12 @@ class RuntimeConfig:
         "use torch.compile. blocks: one graph per kind of block; model: one graph; false: off; "
         "auto: blocks for MOA models on CUDA in runs of 2,000 steps or more, unless runtime.deterministic=true",
     )
+    compile_for: str = knob(
+        "default",
+        "what torch.compile optimizes for (its mode): reduce-overhead launches compiled code as CUDA graphs, which "
+        "helps small batches on CUDA; max-autotune also searches for the fastest kernels, which takes minutes",
+        options=("default", "reduce-overhead", "max-autotune"),
+    )
     deterministic: bool = knob(
         False, "use only deterministic kernels: runs are reproducible bit for bit, but slower on CUDA"
     )
@@ -458,7 +464,11 @@ def validate(config: Any) -> None:
 
 def _check_rules(config: RunConfig) -> None:
     data, augment, optim, engine = config.data, config.augment, config.optim, config.engine
-    compile_mode(config.runtime.compile)
+    if compile_mode(config.runtime.compile) == "false" and config.runtime.compile_for != "default":
+        raise UserError(
+            f"runtime.compile_for={config.runtime.compile_for} has no effect with runtime.compile=false. Set "
+            "runtime.compile to blocks or model."
+        )
     try:
         height, width = image_shape(data.image_size)
         if [height, width] != [float(side) for side in _sides(data.image_size)]:

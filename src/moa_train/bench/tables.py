@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moa_train.runtime.device import available_cores
+from moa_train.runtime.files import write_file
 from moa_train.tracking import provenance
 
 PEERS = ("timm", "torchvision")

@@ -34,6 +34,7 @@ class TrainStep:
         clip: clips gradients in place and returns their norm before clipping.
         micro_batches: number of micro-batches per update on this rank.
         batch_size: number of samples per update, over all ranks and micro-batches.
+        begin: called at the beginning of each update.
 
     Attributes:
         on_inputs: called once with the next images that the model sees, then reset.
@@ -53,7 +54,9 @@ class TrainStep:
         batch_size: int,
         seed: int,
         distributed: Distributed,
+        begin: Callable[[], object] = lambda: None,
     ) -> None:
+        self.begin = begin
         self.bare: nn.Module = getattr(model, "_orig_mod", model)  # without the wrapper of torch.compile
         self.model = distributed.wrap(model)
         self.guard = GradientGuard(optimizer, precision)
@@ -91,6 +94,7 @@ class TrainStep:
             StopRequestedError: a stop was requested while this rank waited for a batch, and the ranks cannot agree to
                 abandon the update.
         """
+        self.begin()
         self.statistics.save()
         abandoned = False
         total = torch.zeros((), device=self.distributed.device)
