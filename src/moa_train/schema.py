@@ -4,6 +4,8 @@
 types; `validate` checks ranges, options and rules that span several settings. Every checkpoint contains the result.
 """
 
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
@@ -525,8 +527,46 @@ def _multiples_near(value: int, unit: int) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return the configuration as plain dictionaries, lists and scalars (JSON)."""
-    return asdict(config)
+    """Return the configuration as plain dictionaries, lists and scalars (JSON), as records contain it."""
+    record: dict[str, Any] = _recorded(asdict(config))
+    return record
+
+
+class FromEnvironment(str):
+    """Text that a setting takes from environment variables. Records contain the ``expression`` instead."""
+
+    def __new__(cls, value: str, expression: str = "") -> "FromEnvironment":
+        """Keep the expression next to the text."""
+        self = super().__new__(cls, value)
+        self.expression = expression
+        return self
+
+    expression: str
+
+
+ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*(\w+)\s*(?:,\s*([^${}]*))?\}")
+"""Matches a reference to an environment variable, with or without a default."""
+SECRET = re.compile("secret|token|pass|key|credential|auth|private", re.IGNORECASE)
+"""Matches names of variables that probably hold secrets, which no setting needs."""
+
+
+def _recorded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _recorded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_recorded(part) for part in value]
+    return value.expression if isinstance(value, FromEnvironment) else value
+
+
+def _from_record(value: Any) -> Any:
+    """Replace references to environment variables by their values, except those of secrets and of unset variables."""
+
+    def read(found: re.Match[str]) -> str:
+        given = None if SECRET.search(found[1]) else os.environ.get(found[1], found[2])
+        return found[0] if given is None else given
+
+    text = ENVIRONMENT.sub(read, value) if isinstance(value, str) else value
+    return value if text == value else FromEnvironment(text, value)
 
 
 def from_dict(values: dict[str, Any], kind: type = RunConfig, prefix: str = "") -> Any:
@@ -548,7 +588,7 @@ def from_dict(values: dict[str, Any], kind: type = RunConfig, prefix: str = "") 
         if key not in known:
             raise UserError(f"Unknown configuration key {prefix}{key}.{nearest(key, known)}")
         nested = is_dataclass(hints[key]) and isinstance(hints[key], type)
-        arguments[key] = from_dict(value, hints[key], f"{prefix}{key}.") if nested else value
+        arguments[key] = from_dict(value, hints[key], f"{prefix}{key}.") if nested else _from_record(value)
     return kind(**arguments)
 
 

@@ -12,7 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import EVALUATE, TINY, TRAIN, Job, files, result, rows, samples, state_hash, train_rows, wait_for_step
+from launch import (
+    EVALUATE,
+    TINY,
+    TRAIN,
+    Job,
+    arguments,
+    files,
+    result,
+    rows,
+    samples,
+    state_hash,
+    train_rows,
+    wait_for_step,
+)
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -552,3 +565,29 @@ def test_every_checkpoint_says_what_made_it(tmp_path, whole):
     assert f"-m {TRAIN} data=digits" in said
     assert f"run_dir={whole}" in said
     assert "from step 0 on 1 rank(s): moa-train" in said
+
+
+@pytest.mark.fault(14)
+def test_values_of_environment_variables_are_in_no_record(tmp_path, data, inject):
+    """Records hold the expression, and a resume reads the variable again."""
+    root, run = data.rename(tmp_path / "zebra7"), tmp_path / "run"
+    start = [*arguments(f"{FOLDER} run_dir={run} engine.stop_after='3 steps'")]
+    start.append(f"data.root={tmp_path}/${{oc.env:MOA_PLACE}}")
+    inject()
+    for words, place in ((start, root), ([f"resume={run}", "data.workers=0"], root.rename(tmp_path / "okapi8"))):
+        if not place.exists():
+            place.symlink_to(tmp_path / "okapi8")
+        done = subprocess.run(
+            [sys.executable, "-m", TRAIN, *words],
+            env={**os.environ, "MOA_PLACE": place.name, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    for path, content in files(run):
+        assert b"zebra7" not in content, path
+        assert b"okapi8" not in content, path
+    expression = f"{tmp_path}/${{oc.env:MOA_PLACE}}"
+    assert json.loads((run / "config.json").read_text())["data"]["root"] == expression
+    assert CheckpointStore(run).newest().state["config"]["data"]["root"] == expression
