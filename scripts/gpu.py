@@ -177,20 +177,26 @@ def compiled(part: Part) -> None:
     """Train with each mode of compilation; the loss matches the eager run's, except for random drop paths."""
     steps = 8 if part.small else 200
 
-    def run(case: tuple[str, str]) -> None:
-        mode, checkpointing = case
+    def run(case: tuple[str, str, str]) -> None:
+        mode, checkpointing, purpose = case
         name = "-".join(case)
-        done = part.train(name, f"runtime.compile={mode}", f"model.checkpointing={checkpointing}", steps=steps)
+        settings = [f"runtime.compile={mode}", f"model.checkpointing={checkpointing}", f"runtime.compile_for={purpose}"]
+        if purpose == "reduce-overhead":  # gradients of several passes are added in the memory of the CUDA graphs
+            batch = 16 if part.small else 64
+            settings += [f"engine.batch_size={batch}", f"engine.micro_batch_size={batch // 2}"]
+        done = part.train(name, *settings, steps=steps)
         losses = [row["loss"] for row in part.rows_of(name)]
         ok = done.returncode == 0 and bool(losses) and (part.small or losses[-1] < 2.0)
         part.row(
-            f"compile={mode}, checkpointing={checkpointing}",
+            f"compile={mode}, checkpointing={checkpointing}, compile_for={purpose}",
             ok,
             loss=losses[-1:],
             output="" if ok else done.stdout[-1500:],
         )
 
-    part.at_once(run, [("false", "false"), ("blocks", "false"), ("blocks", "true"), ("model", "false")], workers=4)
+    cases = [("false", "false"), ("blocks", "false"), ("blocks", "true"), ("model", "false")]
+    graphs = [(mode, "false", "reduce-overhead") for mode in ("blocks", "model")]
+    part.at_once(run, [*((*case, "default") for case in cases), *graphs], workers=3)
 
 
 def exact(part: Part) -> None:
@@ -307,15 +313,24 @@ def trainer(part: Part) -> None:
     """Measure the complete trainer with augmentation, copies and logging: MOA-T on digits enlarged to 224 pixels."""
     if part.small:
         return
-    for mode in ("false", "blocks"):
+    for mode, purpose, batch in (
+        *(("false", "default", 128), ("blocks", "default", 128)),
+        *(("blocks", "default", 32), ("blocks", "reduce-overhead", 32)),
+    ):
+        name = f"{mode}-{purpose}-{batch}"
         done = part.train(
-            mode, "model=moa_t", "geometry=large", "augment=imagenet", "data.image_size=224", "optim=adamw",
-            "engine.batch_size=128", f"runtime.compile={mode}", "runtime.precision=bf16", "data.val_fraction=0",
-            steps=120,
+            name, "model=moa_t", "geometry=large", "augment=imagenet", "data.image_size=224", "optim=adamw",
+            f"engine.batch_size={batch}", f"runtime.compile={mode}", f"runtime.compile_for={purpose}",
+            "runtime.precision=bf16", "data.val_fraction=0", steps=120,
         )  # fmt: skip
-        rows = part.rows_of(mode)
+        rows = part.rows_of(name)
         facts = {"images_s": rows[-1]["images_per_second"], "MiB": rows[-1]["memory"] / 2**20} if rows else {}
-        part.row(f"trainer, compile={mode}", done.returncode == 0, **facts, output="" if rows else done.stdout[-1500:])
+        part.row(
+            f"trainer, compile={mode} for {purpose}, batch {batch}",
+            done.returncode == 0,
+            **facts,
+            output="" if rows else done.stdout[-1500:],
+        )
 
 
 def inputs(part: Part) -> None:
@@ -350,6 +365,10 @@ def layers(part: Part) -> None:
     import torch
     from torch.nn import functional as F
 
+    from moa_train.engine.step import Statistics
+    from moa_train.model.registry import create_model
+    from moa_train.schema import ModelConfig
+
     bf16, device = torch.bfloat16, part.device
     for shape in ((2, 8, 8, 96),) if part.small else ((128, 56, 56, 96), (128, 14, 14, 384), (512, 32, 32, 128)):
         x, update, upstream = (torch.randn(shape, device=device, dtype=bf16, requires_grad=True) for _ in range(3))
@@ -378,6 +397,9 @@ def layers(part: Part) -> None:
         measure(part, f"stochastic depth {shape}, masked", mask)
     for heads, side in ((3, 14), (12, 14), (16, 4)):
         gather(part, heads, side)
+    statistics = Statistics(create_model(ModelConfig(name="resnet50"), image_size=(64, 64), num_classes=5).to(device))
+    measure(part, "statistics of ResNet-50 saved", statistics.save)
+    measure(part, "statistics of ResNet-50 restored", partial(statistics.restore, torch.ones((), device=device)))
 
 
 def gather(part: Part, heads: int, side: int) -> None:

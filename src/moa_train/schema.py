@@ -4,6 +4,8 @@
 types; `validate` checks ranges, options and rules that span several settings. Every checkpoint contains the result.
 """
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
@@ -135,6 +137,7 @@ class DataConfig:
         100, "unreadable=quarantine: number of unreadable files per rank before the run fails", least=0
     )
     max_pixels: int = knob(100_000_000, "images with more pixels count as unreadable", least=1)
+    max_seconds: float = knob(60.0, "an image whose decoding takes longer ends the run with an error", above=0)
     range: list[float] | None = knob(
         None,
         "[LOW,HIGH]: gray levels of black and white in images with more than 8 bits per channel (default: the full "
@@ -334,6 +337,12 @@ class RuntimeConfig:
         "auto",
         "use torch.compile. blocks: one graph per kind of block; model: one graph; false: off; "
         "auto: blocks for MOA models on CUDA in runs of 2,000 steps or more, unless runtime.deterministic=true",
+    )
+    compile_for: str = knob(
+        "default",
+        "what torch.compile optimizes for (its mode): reduce-overhead launches compiled code as CUDA graphs, which "
+        "helps small batches on CUDA; max-autotune also searches for the fastest kernels, which takes minutes",
+        options=("default", "reduce-overhead", "max-autotune"),
     )
     deterministic: bool = knob(
         False, "use only deterministic kernels: runs are reproducible bit for bit, but slower on CUDA"
@@ -595,6 +604,11 @@ def _check_rules(config: RunConfig) -> None:
 def _broken_rules(config: RunConfig) -> Iterator[str]:
     """Yield a message for each violated rule that spans several settings."""
     data, augment, optim, engine = config.data, config.augment, config.optim, config.engine
+    if str(config.runtime.compile).lower() == "false" and config.runtime.compile_for != "default":
+        yield (
+            f"runtime.compile_for={config.runtime.compile_for} has no effect with runtime.compile=false. Set "
+            "runtime.compile to blocks or model."
+        )
     try:
         height, width = image_shape(data.image_size)
         if [height, width] != [float(side) for side in _sides(data.image_size)]:
@@ -649,8 +663,46 @@ def _multiples_near(value: int, unit: int) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return the configuration as plain dictionaries, lists and scalars (JSON)."""
-    return asdict(config)
+    """Return the configuration as plain dictionaries, lists and scalars (JSON), as records contain it."""
+    record: dict[str, Any] = _recorded(asdict(config))
+    return record
+
+
+class FromEnvironment(str):
+    """Text that a setting takes from environment variables. Records contain the ``expression`` instead."""
+
+    def __new__(cls, value: str, expression: str = "") -> "FromEnvironment":
+        """Keep the expression next to the text."""
+        self = super().__new__(cls, value)
+        self.expression = expression
+        return self
+
+    expression: str
+
+
+ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*(\w+)\s*(?:,\s*([^${}]*))?\}")
+"""Matches a reference to an environment variable, with or without a default."""
+SECRET = re.compile("secret|token|pass|key|credential|auth|private", re.IGNORECASE)
+"""Matches names of variables that probably hold secrets, which no setting needs."""
+
+
+def _recorded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _recorded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_recorded(part) for part in value]
+    return value.expression if isinstance(value, FromEnvironment) else value
+
+
+def _from_record(value: Any) -> Any:
+    """Replace references to environment variables by their values, except those of secrets and of unset variables."""
+
+    def read(found: re.Match[str]) -> str:
+        given = None if SECRET.search(found[1]) else os.environ.get(found[1], found[2])
+        return found[0] if given is None else given
+
+    text = ENVIRONMENT.sub(read, value) if isinstance(value, str) else value
+    return value if text == value else FromEnvironment(text, value)
 
 
 def from_dict(values: dict[str, Any], kind: type = RunConfig, prefix: str = "") -> Any:
@@ -672,7 +724,7 @@ def from_dict(values: dict[str, Any], kind: type = RunConfig, prefix: str = "") 
         if key not in known:
             raise UserError(f"Unknown configuration key {prefix}{key}.{nearest(key, known)}")
         nested = is_dataclass(hints[key]) and isinstance(hints[key], type)
-        arguments[key] = from_dict(value, hints[key], f"{prefix}{key}.") if nested else value
+        arguments[key] = from_dict(value, hints[key], f"{prefix}{key}.") if nested else _from_record(value)
     return kind(**arguments)
 
 

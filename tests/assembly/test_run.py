@@ -33,8 +33,11 @@ CHANGED = {
 @pytest.mark.parametrize("changed", CHANGED)
 def test_the_best_is_sought_anew_where_scores_are_measured_differently(straight, train, tmp_path, capsys, changed):
     run_dir = shutil.copytree(straight, tmp_path / "run", symlinks=True)
-    assert train(run_dir, resume=True, schedule__duration="16 steps", **CHANGED[changed]) == 0
+    before = CheckpointStore(run_dir).best()
+    assert train(run_dir, resume=True, schedule__duration="16 steps", engine__keep_last=1, **CHANGED[changed]) == 0
     out = capsys.readouterr().out
+    assert f"The checkpoint of step {before.step} is kept." in out
+    assert CheckpointStore(run_dir).at(before.step).digest == before.digest
     assert "The search for the best checkpoint restarts at step 12, because the best score" in out
     assert f" measured differently: {changed} " in out
     result = json.loads((run_dir / "result.json").read_text())

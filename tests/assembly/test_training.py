@@ -34,7 +34,7 @@ def build(config: RunConfig) -> nn.Module:
 )
 def test_what_is_compiled_when(tiny, monkeypatch, choice, device, steps, works, mode):
     monkeypatch.setattr(training, "compiles", lambda device: works)
-    monkeypatch.setattr(training, "compile_model", lambda model, mode: mode)
+    monkeypatch.setattr(training, "compile_model", lambda model, mode, purpose: mode)
     config = tiny({"runtime.deterministic": "false"})
     config.runtime.compile = choice
     model = build(config)

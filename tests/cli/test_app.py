@@ -108,6 +108,7 @@ MISTAKES = {
     "data.root= data=folder": ["data.root is empty"],
     # recipes
     "--config-dir=nowhere experiment=x": ["--config-dir nowhere: there is no such folder"],
+    "--config-dir=~/nowhere experiment=x": [f"--config-dir {Path.home()}/nowhere: there is no such folder"],
     "--config-dir=bad experiment=tab": ["not valid YAML", "bad/experiment/tab.yaml", "line 3"],
     "--config-dir=bad experiment=brace": ["not valid YAML", "bad/experiment/brace.yaml", "line 2"],
     "--config-dir=bad experiment=twice": ["not valid YAML", "duplicate key optim", "line 3"],

@@ -56,9 +56,10 @@ def test_own_recipes_can_be_measured(monkeypatch, capsys, tmp_path: Path):
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     recipe = "# @package _global_\nmodel: {variant: mine, embed_dim: 32, depths: [1, 1], heads: [1, 2]}\n"
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(recipe)
-    file, own = tmp_path / "result.json", ("--config-dir", str(tmp_path / "conf"), "experiment=mine")
-    assert run(monkeypatch, "checkpoint", "--rounds", "1", *own, "--json", str(file), *SMALL[3:]) == 0
-    result = json.loads(file.read_text())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    own = ("--config-dir=~/conf", "experiment=mine", "--json=~/result.json")
+    assert run(monkeypatch, "checkpoint", "--rounds", "1", *own, *SMALL[3:]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
     assert result["config"]["model"]["embed_dim"] == 32
     assert "mine, muon" in result["tables"][0]["title"]
     assert "mine, muon" in capsys.readouterr().out

@@ -51,6 +51,26 @@ def test_pack_then_check_and_stats(tree: Path, tmp_path: Path, capsys: pytest.Ca
     assert json.loads(from_pack[0].partition("=")[2]) == pytest.approx(pixels.mean((0, 1, 2)).tolist(), abs=1e-4)
 
 
+def test_a_file_system_that_accepts_no_data_is_an_error(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("moa_train.runtime.files.os.write", lambda descriptor, data: 0)
+    assert run("pack", tree, tmp_path / "out") == 2
+    assert "accepts no data" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+    assert run("check", tree, "--json", tmp_path / "report.json") == 2
+    assert f"{tmp_path}/report.json: the file system accepts no data" in capsys.readouterr().err
+
+
+def test_home_is_expanded_in_paths(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("check", "~/tree", "--json=~/report.json") == 0
+    assert (tmp_path / "report.json").exists()
+    assert run("pack", "~/tree", "~/packed") == 0
+    assert (tmp_path / "packed" / "pack-train.npy").exists()
+    assert run("stats", "~/packed", "--image-size", 8) == 0
+
+
 def test_check_reports_problems_and_exits_with_1(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

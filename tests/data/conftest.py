@@ -17,6 +17,8 @@ from torch import Tensor
 
 torch.set_num_threads(1)
 
+M_MMAP_THRESHOLD, BLOCK = -3, 1 << 20  # malloc.h
+
 
 @pytest.fixture(scope="session")
 def photographs() -> list[Image.Image]:
@@ -66,22 +68,29 @@ def make_tree(tmp_path: Path, photographs: list[Image.Image]) -> Callable[..., P
 
 @pytest.fixture
 def peak() -> Callable[[Callable[[], object]], float]:
-    """Return a function that runs an action in a process of its own and returns the megabytes of memory it added."""
+    """Return a function that runs an action in its own process and returns the MiB of memory that the action added.
 
-    def kilobytes(name: str) -> int:
+    This counts address space, which is exact; resident memory also depends on what the kernel swaps out.
+    """
+
+    def mebibytes(name: str) -> float:
         status = Path("/proc/self/status").read_text()
-        return int(re.search(rf"{name}:\s+(\d+)", status)[1])
+        return int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1024
 
     def measure(action: Callable[[], object]) -> float:
         receiver, sender = multiprocessing.Pipe(duplex=False)
 
         def run() -> None:
-            # Memory that earlier tests have freed would be used again without being counted.
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            before = kilobytes("VmRSS")
+            # Use up the freed memory that earlier tests left in the heap: later blocks are mapped, and counted.
+            libc = ctypes.CDLL(None)
+            libc.malloc.restype = libc.sbrk.restype = ctypes.c_size_t
+            assert libc.mallopt(M_MMAP_THRESHOLD, BLOCK) == 1
+            end = libc.sbrk(0)
+            while libc.malloc(BLOCK) < end:
+                pass
+            before = mebibytes("VmSize")  # also the peak so far, since the process is new
             action()
-            sender.send((kilobytes("VmHWM") - before) / 1024)
+            sender.send(mebibytes("VmPeak") - before)
 
         process = multiprocessing.get_context("fork").Process(target=run)
         process.start()

@@ -225,7 +225,7 @@ def test_storage_that_hangs_is_an_error_in_bounded_time(files: FileSource) -> No
     for workers in (0, 2):
         with pytest.raises(UserError, match=r"No images could be read for 1 s: the storage hangs"):
             first(train(files, workers=workers, timeout=1.0), 100)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while set(workers_of(os.getpid())) - before:
         assert time.monotonic() < deadline
         active_children()  # also reaps dead processes
@@ -331,7 +331,7 @@ def test_workers_do_not_outlive_a_killed_trainer(trainer: "subprocess.Popen[str]
     workers = workers_of(trainer.pid)
     assert len(workers) == 2
     trainer.kill()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.1)

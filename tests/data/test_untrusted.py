@@ -168,14 +168,16 @@ def tiff(side: int) -> bytes:
 
 
 def test_limits_hold_before_memory_is_taken(peak: Callable[..., float]) -> None:
-    bombs = [encoded(Image.new("L", (3000, 2000)), name) for name in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "JPEG2000")]
-    few = Decoding(max_pixels=5_999_999)
-    for data in [*bombs, tiff(20_000), tiff(46_000)]:
-        refused = partial(refuse, data, "pixels are more than data.max_pixels", few)
-        # Whatever else the process does may add to one measurement; a decoded image would add to each.
-        assert min(peak(refused) for _ in range(3)) < 15, data[:12]
-    large = encoded(Image.new("L", (6000, 5000)), "PNG")
-    assert peak(lambda: EncodedImage(large).decode()) > 30  # what the limit saves
+    image = Image.new("L", (4000, 3000))
+    names = ("PNG", "JPEG", "GIF", "TIFF", "JPEG2000")
+    bombs = {name: encoded(image, name) for name in names} | {"WEBP": encoded(image, "WEBP", method=0)}
+    bombs["lossless"] = encoded(image, "WEBP", method=0, quality=0, lossless=True)
+    bombs["extended"] = encoded(image, "WEBP", method=0, exif=b"Exif")
+    few = Decoding(max_pixels=11_999_999)
+    for name, data in {**bombs, "tile": tiff(20_000), "larger tile": tiff(46_000)}.items():
+        assert peak(partial(refuse, data, "pixels are more than data.max_pixels", few)) < 1, name
+    for name, data in bombs.items():
+        assert peak(EncodedImage(data).decode) > 30, name  # what the limit saves
 
 
 def test_the_limit_on_pixels_is_a_setting(tmp_path: Path) -> None:
@@ -195,6 +197,35 @@ def test_files_that_never_end_are_not_read_to_their_end(tmp_path: Path) -> None:
     for name in ("zero.png", "sparse.png"):
         with pytest.raises(UserError, match="a device, or a file larger than"), reading(tmp_path / name):
             EncodedImage.of(tmp_path / name)
+
+
+@pytest.fixture
+def slow(make_tree: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a JPEG of 300 scans, just below the limit, which takes the decoder many seconds."""
+    monkeypatch.setattr("moa_train.data.loader._POLL", 0.2)
+    monkeypatch.setattr("moa_train.data.watch._POLL", 0.2)
+    root = make_tree(splits=("train",), classes=("ant", "bee"), per_class=2)
+    data = encoded(Image.new("RGB", (3000, 3000)), "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    (root / "train" / "ant" / "000.jpg").write_bytes(data[:-2] + 300 * scan + data[-2:])
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_takes_too_long_ends_a_run(slow: Path, workers: int) -> None:
+    config = DataConfig(name="folder", root=str(slow), image_size=16, max_seconds=0.5)
+    train, view = open_split(config, "train"), RandomResizedCrop((16, 16), (0.08, 1.0), (3 / 4, 4 / 3))
+    loader = TrainLoader(train, config, order=Order(4, 4, 0), view=view, micro_batch_size=4, workers=workers)
+    with pytest.raises(UserError, match=r"ant/000.jpg: decoding takes longer than data.max_seconds=0.5"):
+        next(loader.batches())
+
+
+def test_an_image_that_takes_too_long_ends_every_command(slow: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["check", str(slow)], ["pack", str(slow), str(slow / "out")], ["stats", str(slow)]):
+        with pytest.raises(SystemExit) as exit_:
+            main([*words, "--max-seconds", "0.5"])
+        assert exit_.value.code == 2
+        assert "ant/000.jpg: decoding takes longer than data.max_seconds=0.5" in capsys.readouterr().err
 
 
 def test_jpegs_of_endless_scans_are_refused() -> None:

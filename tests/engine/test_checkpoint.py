@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -452,11 +453,15 @@ def test_a_save_larger_than_the_free_space_is_refused_before_it_starts(store):
     assert not any(store.directory.iterdir())
 
 
-def test_poll_costs_nothing(store):
-    start = time.perf_counter()
-    for _ in range(10_000):
-        store.poll()
-    assert time.perf_counter() - start < 0.05
+def test_poll_does_not_wait_for_a_save(store):
+    store._executor, release = ThreadPoolExecutor(1), threading.Event()
+    store._executor.submit(release.wait)  # keeps the only thread that saves busy
+    save(store, 1, background=True)
+    store.poll()
+    assert store.newest() is None
+    release.set()
+    store.close()
+    assert store.newest() is not None
 
 
 @pytest.mark.gpu
@@ -488,3 +493,11 @@ def test_scores_that_were_measured_differently_do_not_compete(tmp_path):
         assert store.best().step == 3
         store.save(5, {"model": {"w": torch.zeros(1)}}, state(5, "val", 1))  # an older version's best still counts
         assert store.best().step == 1
+
+
+def test_the_best_of_an_earlier_measurement_is_kept(tmp_path):
+    with CheckpointStore(tmp_path, keep_last=1) as store:
+        for step, (score, split) in enumerate([(90.0, "test"), (80.0, "test"), (50.0, "val"), (40.0, "val")]):
+            store.save(step, {"model": {"w": torch.zeros(1)}}, {"train": {}, "measured": {"split": split}}, score=score)
+        assert store.best().step == 2
+        assert steps(store) == [0, 2, 3]

@@ -182,8 +182,8 @@ def test_a_reader_never_sees_less_than_a_valid_checkpoint(tmp_path):
     if child == 0:
         savings()
     try:
-        seen, end = [1], time.monotonic() + 1.5
-        while time.monotonic() < end:
+        seen = [1]
+        while len(set(seen)) < 5:
             newest = CheckpointStore(tmp_path).newest()
             assert newest is not None
             seen.append(newest.step)
@@ -191,7 +191,6 @@ def test_a_reader_never_sees_less_than_a_valid_checkpoint(tmp_path):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert seen == sorted(seen)
-    assert len(set(seen)) > 3
 
 
 def test_stray_temporary_folders_are_cleaned_up_by_the_next_save_only(tmp_path):

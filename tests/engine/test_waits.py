@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moa_train.assembly.run import build_run
 from moa_train.data.batch import Batch
 from moa_train.engine.loss import soft_cross_entropy
-from moa_train.engine.step import TrainStep, copy_aside
+from moa_train.engine.prefetch import Prefetcher
+from moa_train.engine.step import TrainStep
 from moa_train.model.registry import create_model
 from moa_train.optim.clip import clip_gradients
 from moa_train.optim.optimizers import create_optimizer
@@ -194,7 +195,7 @@ def a_step(device: torch.device) -> tuple[TrainStep, Iterator[Batch]]:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_batches_copied_aside_arrive_whole(no_waits):
+def test_batches_copied_ahead_arrive_whole(no_waits):
     device = torch.device("cuda", torch.cuda.current_device())
     numbers, square = torch.arange(8), torch.randn(4096, 4096, device=device)
     batches = [
@@ -206,9 +207,11 @@ def test_batches_copied_aside_arrive_whole(no_waits):
     sums = torch.zeros(20, dtype=torch.int64, device=device)
     for waits in (nullcontext, no_waits):  # in the first round kernels are loaded
         with waits():
-            for step, batch in enumerate(batches):
+            prefetcher = Prefetcher(iter(batches), device)
+            for step, batch in enumerate(prefetcher):
                 square @ square
-                sums[step].copy_(copy_aside(batch, device).images.sum())
+                sums[step].copy_(batch.images.sum())
+                prefetcher.ahead()
     assert sums.tolist() == [step * 8 * 3 * 224 * 224 for step in range(20)]
 
 

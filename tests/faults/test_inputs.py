@@ -12,7 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import EVALUATE, TINY, TRAIN, Job, files, result, rows, samples, train_rows, wait_for_step
+from launch import (
+    EVALUATE,
+    TINY,
+    TRAIN,
+    Job,
+    arguments,
+    files,
+    result,
+    rows,
+    samples,
+    state_hash,
+    train_rows,
+    wait_for_step,
+)
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -435,6 +448,34 @@ def test_a_stop_is_answered_while_storage_hangs(tmp_path, data, where, inject):
 
 
 @pytest.mark.fault(6)
+@pytest.mark.parametrize("where", ["one micro-batch", "several micro-batches", "evaluation"])
+def test_two_ranks_agree_to_stop_while_storage_hangs(tmp_path, data, where, inject):
+    """They abandon the update or the evaluation, and save the state of the last step; nothing is lost."""
+    split, micro = "test" if where == "evaluation" else "train", 4 if where == "several micro-batches" else 8
+    command = f"{FOLDER} data.root={data} engine.eval_split=test schedule.duration='900 steps' data.workers=1"
+    command += f" engine.micro_batch_size={micro}"
+    image = next((data / split / "digit1").iterdir())
+    whole, run = image.read_bytes(), tmp_path / "run"
+    job = Job(f"{command} run_dir={run}", tmp_path, ranks=2)
+    wait_for_step(run, 2)
+    image.unlink()
+    os.mkfifo(image)  # opening it blocks
+    logged = -1
+    while logged < (logged := len(rows(run))):
+        time.sleep(1.5)
+    inject()
+    job.signal(signal.SIGTERM)
+    assert job.codes(patience=60) == [75, 75], job.output  # 10 s on an idle machine
+    newest = CheckpointStore(run).newest()
+    assert newest.step == rows(run)[-1]["step"]
+    image.unlink()
+    image.write_bytes(whole)
+    Job(f"resume={run} engine.stop_after='{newest.step + 2} steps'", tmp_path, ranks=2).ended(0)
+    Job(f"{command} run_dir={tmp_path / 'b'} engine.stop_after='{newest.step + 2} steps'", tmp_path, ranks=2).ended(0)
+    assert state_hash(run) == state_hash(tmp_path / "b")
+
+
+@pytest.mark.fault(6)
 def test_two_interrupts_leave_no_worker_that_waits_for_storage(tmp_path, data, inject):
     run = tmp_path / "run"
     job = Job(f"{FOLDER} data.root={data} data.workers=2 schedule.duration='900 steps' run_dir={run}", tmp_path)
@@ -524,3 +565,29 @@ def test_every_checkpoint_says_what_made_it(tmp_path, whole):
     assert f"-m {TRAIN} data=digits" in said
     assert f"run_dir={whole}" in said
     assert "from step 0 on 1 rank(s): moa-train" in said
+
+
+@pytest.mark.fault(14)
+def test_values_of_environment_variables_are_in_no_record(tmp_path, data, inject):
+    """Records hold the expression, and a resume reads the variable again."""
+    root, run = data.rename(tmp_path / "zebra7"), tmp_path / "run"
+    start = [*arguments(f"{FOLDER} run_dir={run} engine.stop_after='3 steps'")]
+    start.append(f"data.root={tmp_path}/${{oc.env:MOA_PLACE}}")
+    inject()
+    for words, place in ((start, root), ([f"resume={run}", "data.workers=0"], root.rename(tmp_path / "okapi8"))):
+        if not place.exists():
+            place.symlink_to(tmp_path / "okapi8")
+        done = subprocess.run(
+            [sys.executable, "-m", TRAIN, *words],
+            env={**os.environ, "MOA_PLACE": place.name, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    for path, content in files(run):
+        assert b"zebra7" not in content, path
+        assert b"okapi8" not in content, path
+    expression = f"{tmp_path}/${{oc.env:MOA_PLACE}}"
+    assert json.loads((run / "config.json").read_text())["data"]["root"] == expression
+    assert CheckpointStore(run).newest().state["config"]["data"]["root"] == expression

@@ -125,7 +125,7 @@ config, geometry["image_size"] = from_dict(config, ModelConfig, "model."), tuple
 dtype = getattr(torch, dtype)
 torch.set_num_threads(1)
 
-def resident(key):
+def mapped(key):  # address space: resident memory also depends on what the kernel swaps out
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
 def step(model, optimizer, images):
@@ -141,12 +141,11 @@ def prepare():
 
 step(*prepare())  # libraries cache kernels and scratch space for every shape
 gc.collect()
-before = resident("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # reset the peak
+before = mapped("VmSize")
 arguments = prepare()
 for _ in range(2):
     step(*arguments)
-print(resident("VmHWM") - before)
+print(mapped("VmPeak") - before)
 """
 
 

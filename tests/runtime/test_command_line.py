@@ -7,7 +7,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from moa_train.runtime.command_line import argument
+import moa_train
+from moa_train.runtime.command_line import argument, path
 
 TEXTS = ["outputs/run", "a b", "a=b", "x[1]{2}", "it's", 'say "hi"', "$HOME/${x}", "a,b"]
 TEXTS += ["~/x", "1e3", "null", "ä", "\\'"]
@@ -20,6 +21,16 @@ def test_what_is_printed_means_what_was_meant(text):
         override = OverridesParser.create().parse_override(word)
         config = OmegaConf.create({"run_dir": override.value()})
         assert (override.key_or_group, config.run_dir) == ("run_dir", text)
+
+
+def test_home_is_expanded_in_the_paths_of_all_commands(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert [path(text) for text in ("~/x", "~nobody-here/x", "a/~")] == [
+        Path(text) for text in ("/home/me/x", "~nobody-here/x", "a/~")
+    ]
+    sources = "".join(file.read_text() for file in Path(moa_train.__file__).parent.rglob("*.py"))
+    assert sources.count("type=path") > 7
+    assert "type=Path" not in sources
 
 
 def test_plain_values_stay_plain():

@@ -67,7 +67,6 @@ def test_differences_are_reported_with_their_ranks(seen):
 def test_all_ranks_see_a_flag_one_call_later(seen):
     for rank in seen:
         assert rank["agreements"]["agree_any"] == [False, False, False, True, False]
-        assert rank["agreements"]["agree_any_seconds"] < 0.02
 
 
 def test_accumulated_gradients_equal_those_of_the_large_batch(seen):

@@ -173,7 +173,8 @@ def _reset_best(
         return None
     return (
         f"The search for the best checkpoint restarts at step {state.step}, because the best score so far ({score:.4g} "
-        f"at step {best['step']}) was measured differently: {changed}."
+        f"at step {best['step']}) was measured differently: {changed}. "
+        f"The checkpoint of step {best['step']} is kept."
     )
 
 

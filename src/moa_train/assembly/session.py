@@ -1,6 +1,7 @@
 """A training session: build the run, rebuild it after each rollback, and train until the end or a stop."""
 
 import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_whole
 from moa_train.runtime.signals import Exit, StopRequestedError, StopSignals
-from moa_train.schema import RunConfig, to_dict
+from moa_train.schema import FromEnvironment, RunConfig, to_dict
 from moa_train.tracking import provenance
 from moa_train.tracking.console import block
 
@@ -36,7 +37,7 @@ def run_session(config: RunConfig, changed: list[str], stop: StopSignals) -> int
         run_folder(config, distributed) as run_dir,
     ):
         set_up_process(config.runtime, distributed)
-        distributed.check_same("configuration and code", {**to_dict(config), "code": provenance.source_digest()})
+        distributed.check_same("configuration and code", {**asdict(config), "code": provenance.source_digest()})
         origin = provenance.collect() if distributed.is_main else {}  # only rank 0 saves
         build = partial(
             build_run, config, run_dir=run_dir, distributed=distributed, stop=stop, origin=provenance.brief(origin)
@@ -56,7 +57,7 @@ def run_session(config: RunConfig, changed: list[str], stop: StopSignals) -> int
             except RollBack as request:
                 run.trainer.tracker.say(str(request))
                 rolled_back = request
-            except StopRequestedError as error:  # the ranks cannot agree to abandon the update
+            except StopRequestedError as error:
                 raise UserError(
                     f"{error} The newest checkpoint is from step {run.trainer.saved_step}. To resume: "
                     f"{command('moa-train', config, resume=config.run_dir)}"
@@ -145,5 +146,8 @@ def banner(run: Run, distributed: Distributed, changed: list[str]) -> str:
 def write_record(run: Run, run_dir: Path, origin: dict[str, Any]) -> None:
     """Write the resolved configuration and the origin of the run for the user; resuming reads only checkpoints."""
     write_whole(run_dir / "config.json", json.dumps(to_dict(run.config), indent=2) + "\n")
-    data = {split: source.describe() for split, source in run.sources.items()}
+    data, root = {split: source.describe() for split, source in run.sources.items()}, run.config.data.root
+    if isinstance(root, FromEnvironment):
+        for facts in data.values():
+            facts["root"] = str(facts.get("root", "")).replace(root, root.expression)
     provenance.write(run_dir, {**origin, "data": data, "first_step": run.trainer.state.step})

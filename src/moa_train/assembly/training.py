@@ -91,7 +91,7 @@ def build_compiled(config: RunConfig, model: nn.Module, total_steps: int, device
                 "The model runs uncompiled, which is slower."
             )
             mode = "false"
-    return model if mode == "false" else compile_model(model, mode)
+    return model if mode == "false" else compile_model(model, mode, config.runtime.compile_for)
 
 
 def build_train_step(
@@ -117,4 +117,6 @@ def build_train_step(
         batch_size=engine.batch_size,
         seed=config.runtime.seed,
         distributed=distributed,
+        # CUDA graphs reuse the memory of the update before. No tensor of compiled code is used after its update.
+        begin=(lambda: None) if config.runtime.compile_for == "default" else torch.compiler.cudagraph_mark_step_begin,
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moa_train.runtime.device import available_cores
+from moa_train.runtime.files import write_file
 from moa_train.tracking import provenance
 
 PEERS = ("timm", "torchvision")
@@ -114,7 +115,8 @@ def describe(header: Mapping[str, Any]) -> str:
 def write(path: Path, header: Mapping[str, Any], tables: Iterable[Table]) -> None:
     """Write a header and tables to a JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**header, "tables": [table.as_dict() for table in tables]}, indent=1) + "\n")
+    content = {**header, "tables": [table.as_dict() for table in tables]}
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _peers() -> dict[str, str]:

@@ -15,6 +15,7 @@ import hydra
 from moa_train.cli import app
 from moa_train.cli.compose import typed
 from moa_train.plugins import DATASETS
+from moa_train.runtime.command_line import path
 from moa_train.runtime.errors import UserError, choose
 from moa_train.runtime.signals import Exit
 from moa_train.schema import PRECISIONS, RunConfig, to_dict
@@ -143,9 +144,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--ranks", type=_count, default=2, metavar="COUNT", help="ranks: number of processes (default: 2)"
     )
-    result.add_argument("--config-dir", metavar="DIR", help="folder with your own recipes, as in moa-train")
+    result.add_argument("--config-dir", type=path, metavar="DIR", help="folder with your own recipes, as in moa-train")
     result.add_argument(
-        "--json", type=Path, metavar="FILE", help="file for the results (default: outputs/bench-TIME.json)"
+        "--json", type=path, metavar="FILE", help="file for the results (default: outputs/bench-TIME.json)"
     )
     return result
 

@@ -11,9 +11,9 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import moa_train.conf
-from moa_train.runtime.command_line import hydra_quoted
+from moa_train.runtime.command_line import hydra_quoted, path
 from moa_train.runtime.errors import UserError
-from moa_train.schema import validate
+from moa_train.schema import ENVIRONMENT, SECRET, FromEnvironment, validate
 
 CONF = Path(moa_train.conf.__file__).parent
 GROUPS = {folder.name: folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "__pycache__"}
@@ -42,6 +42,8 @@ def addable(argument: str) -> str:
 def readable(argument: str) -> str:
     """Return an argument in a form that Hydra's grammar reads, where ~ and characters beyond ASCII need quotes."""
     key, separator, value = argument.partition("=")
+    if argument.startswith("--"):
+        return f"{key}{separator}{path(value)}" if value.startswith("~") else argument  # --config-dir=~/recipes
     if value.startswith("~"):
         return f"{key}={hydra_quoted(value)}"
     if not separator or argument.startswith("-") or value.isascii() or re.search(r"""['"{}()]""", value):
@@ -70,7 +72,7 @@ def compose(config_name: str, overrides: Sequence[str], roots: Sequence[Path]) -
 def config_roots(arguments: Sequence[str]) -> list[Path]:
     """Return the folders that hold the options: conf/, then the user's own folder given by ``--config-dir``."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-dir", "-cd", type=Path)
+    parser.add_argument("--config-dir", "-cd", type=path)
     known, _ = parser.parse_known_args(arguments)
     return [CONF, known.config_dir] if known.config_dir else [CONF]
 
@@ -79,6 +81,7 @@ def typed(config: DictConfig) -> Any:
     """Return the composed configuration as a validated dataclass."""
     _refuse_secrets(config)
     result: Any = OmegaConf.to_object(config)
+    _keep_expressions(result, OmegaConf.to_container(config, resolve=False))
     expand_home(result)
     validate(result)
     return result
@@ -93,22 +96,31 @@ def expand_home(config: Any) -> None:
         section, _, name = key.rpartition(".")
         holder = getattr(config, section, None) if section else config
         if value := getattr(holder, name, None):
-            setattr(holder, name, os.path.expanduser(value))  # noqa: PTH111 a Path would change what was typed
+            expanded = os.path.expanduser(value)  # noqa: PTH111 a Path would change what was typed
+            kept = isinstance(value, FromEnvironment)
+            setattr(holder, name, FromEnvironment(expanded, value.expression) if kept else expanded)
 
 
-_SECRET = "secret|token|pass|key|credential|auth|private"
+def _keep_expressions(holder: Any, expressions: Any) -> None:
+    """Replace texts that were taken from environment variables, so that records contain the expressions instead."""
+    for key, expression in expressions.items():
+        values = holder if isinstance(holder, dict) else vars(holder)
+        if isinstance(expression, dict):
+            _keep_expressions(values[key], expression)
+        elif isinstance(expression, str) and isinstance(values[key], str) and ENVIRONMENT.search(expression):
+            values[key] = FromEnvironment(values[key], expression)
 
 
 def _refuse_secrets(config: DictConfig) -> None:
     """Raise `UserError` if a setting uses an environment variable whose name suggests a secret.
 
-    All settings are recorded, and none needs a secret, because libraries read secrets from the environment themselves.
+    No setting needs a secret, because libraries read secrets from the environment themselves.
     """
     text = str(OmegaConf.to_container(config, resolve=False))
     for name in re.findall(r"\boc\.env:\s*\W*(\w+)", text):
-        if re.search(_SECRET, name, re.IGNORECASE):
+        if SECRET.search(name):
             raise UserError(
-                f"${{oc.env:{name}}} looks like a secret. The values of all settings are written to config.json and to "
-                f"every checkpoint, and no setting needs a secret. Remove it, or, if {name} is not a secret, let the "
+                f"${{oc.env:{name}}} looks like a secret. The values of settings may be printed and logged, and "
+                f"no setting needs a secret. Remove it, or, if {name} is not a secret, let the "
                 f"shell insert it: ${name}."
             )

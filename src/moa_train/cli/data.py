@@ -5,10 +5,11 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moa_train.runtime.command_line import path
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_file
 from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
 from moa_train.schema import DataConfig
@@ -54,22 +55,22 @@ def parser() -> argparse.ArgumentParser:
     commands = result.add_subparsers(required=True, metavar="COMMAND")
 
     pack = _command(commands, "pack", run_pack, "convert small images of equal size to memory-mapped arrays")
-    pack.add_argument("source", metavar="SRC", type=Path, help=root)
+    pack.add_argument("source", metavar="SRC", type=path, help=root)
     pack.add_argument(
-        "out", metavar="OUT", type=Path, help="folder for pack-train.npy, pack-val.npy, pack-test.npy; may be SRC"
+        "out", metavar="OUT", type=path, help="folder for pack-train.npy, pack-val.npy, pack-test.npy; may be SRC"
     )
     _add_decoding(pack)
 
     check = _command(
         commands, "check", run_check, "find unreadable images, duplicates, and images that occur in several splits"
     )
-    check.add_argument("root", metavar="ROOT", type=Path, help=root + "; or a folder that holds class folders")
+    check.add_argument("root", metavar="ROOT", type=path, help=root + "; or a folder that holds class folders")
     check.add_argument(
         "--workers",
         type=_whole,
-        default=0,
+        default=1,
         metavar="COUNT",
-        help="number of processes that decode images (default: 0, decode in the main process)",
+        help="number of processes that decode images (default: 1)",
     )
     check.add_argument(
         "--show",
@@ -78,13 +79,13 @@ def parser() -> argparse.ArgumentParser:
         default=10,
         help="number of findings to print of each kind (default: 10)",
     )
-    check.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this JSON file")
+    check.add_argument("--json", type=path, metavar="FILE", help="write all findings to this JSON file")
     _add_decoding(check)
 
     stats = _command(
         commands, "stats", run_stats, "compute the mean and standard deviation of each channel over the training images"
     )
-    stats.add_argument("root", metavar="ROOT", type=Path, help=root)
+    stats.add_argument("root", metavar="ROOT", type=path, help=root)
     stats.add_argument(
         "--image-size",
         type=_whole,
@@ -102,9 +103,9 @@ def parser() -> argparse.ArgumentParser:
     stats.add_argument(
         "--workers",
         type=_whole,
-        default=0,
+        default=1,
         metavar="COUNT",
-        help="number of processes that decode images (default: 0, decode in the main process)",
+        help="number of processes that decode images (default: 1)",
     )
     _add_decoding(stats)
     return result
@@ -135,7 +136,7 @@ def run_check(options: argparse.Namespace) -> int:
 
     report = check(options.root, options.workers, _progress(), _decoding(options))
     if options.json:
-        options.json.write_text(json.dumps(asdict(report), indent=1) + "\n")
+        write_file(options.json, (json.dumps(asdict(report), indent=1) + "\n").encode())
     for split, count in report.images.items():
         ignored = report.ignored.get(split, 0)
         print(f"{split:10} {count:,} images" + (f", {ignored:,} other files ignored" if ignored else ""))
@@ -172,12 +173,13 @@ def run_stats(options: argparse.Namespace) -> int:
         root=str(options.root),
         image_size=options.image_size,
         max_pixels=options.max_pixels,
+        max_seconds=options.max_seconds,
         range=options.range,
     )
     source = open_split(config, "train")
     if 0 < options.samples < len(source):
         source = source.subset(np.linspace(0, len(source) - 1, options.samples).astype(np.int64), source.title)
-    mean, std = channel_statistics(EvalLoader(source, batch_size=64, workers=options.workers))
+    mean, std = channel_statistics(EvalLoader(source, batch_size=64, workers=max(1, options.workers)))
     print(f"# {len(source):,} training images of {options.root}, center crops of {options.image_size} pixels")
     print(f"data.mean=[{','.join(f'{value:.4f}' for value in mean)}]")
     print(f"data.std=[{','.join(f'{value:.4f}' for value in std)}]")
@@ -210,12 +212,19 @@ def _add_decoding(command: argparse.ArgumentParser) -> None:
         metavar="COUNT",
         help="images with more pixels count as unreadable, like data.max_pixels (default: 100000000)",
     )
+    command.add_argument(
+        "--max-seconds",
+        type=float,
+        default=DataConfig.max_seconds,
+        metavar="SECONDS",
+        help="an image whose decoding takes longer is an error, like data.max_seconds (default: 60)",
+    )
 
 
 def _decoding(options: argparse.Namespace) -> "Decoding":
     from moa_train.data.image import Decoding
 
-    return Decoding.of(DataConfig(max_pixels=options.max_pixels, range=options.range))
+    return Decoding.of(DataConfig(max_pixels=options.max_pixels, max_seconds=options.max_seconds, range=options.range))
 
 
 def _whole(text: str) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from moa_train.cli import app
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_file
 from moa_train.schema import EvalConfig, RunConfig
 
 EXAMPLES = """moa-eval: compute accuracy and loss of trained weights, from exact counts.
@@ -79,7 +80,7 @@ def write(outcome: dict[str, Any], path: Path, required: bool) -> None:
     """
     text = json.dumps(outcome, indent=2)
     try:
-        path.write_text(text + "\n")
+        write_file(path, f"{text}\n".encode())
     except OSError as error:
         message = f"Cannot write the result to {path}: {error.strerror}. Choose another file with output=."
         print(text)

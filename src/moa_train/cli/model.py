@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from moa_train.cli import app
 from moa_train.plugins import DATASETS
+from moa_train.runtime.command_line import path
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
@@ -141,8 +142,8 @@ def parser() -> argparse.ArgumentParser:
         "for moa-eval ckpt= and moa-train init=, or convert .safetensors back to .pth. If weights do not fit, they "
         "are listed and nothing is written.",
     )
-    result.add_argument("source", metavar="IN", type=Path, help="file to convert, .pth or .safetensors")
-    result.add_argument("target", metavar="OUT", type=Path, help="file to write, with the other suffix")
+    result.add_argument("source", metavar="IN", type=path, help="file to convert, .pth or .safetensors")
+    result.add_argument("target", metavar="OUT", type=path, help="file to write, with the other suffix")
     result.add_argument(
         "--image-size", type=int, metavar="PIXELS", help="image size, needed only if the weights do not determine it"
     )

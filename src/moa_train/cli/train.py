@@ -1,16 +1,16 @@
 """moa-train: train, resume and fine-tune models."""
 
 import copy
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from moa_train.cli import app, sweep
-from moa_train.cli.compose import GROUPS, expand_home
+from moa_train.cli.compose import GROUPS, typed
+from moa_train.knobs import knobs
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals
-from moa_train.schema import RunConfig, validate
+from moa_train.schema import FromEnvironment, RunConfig
 
 EXAMPLES = """moa-train: train, resume or fine-tune a MOA-Transformer or a baseline model.
 
@@ -54,6 +54,9 @@ def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     from moa_train.assembly.resume import PLACES
 
     result = OmegaConf.structured(copy.deepcopy(config))
+    for key, _, value in knobs(config):
+        if isinstance(value, FromEnvironment):
+            OmegaConf.update(result, key, value.expression)
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
         if key in GROUPS:
@@ -63,10 +66,8 @@ def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
             )
         if key not in PLACES and not key.startswith("hydra"):
             OmegaConf.update(result, key, override.value(), force_add=True)
-    typed: Any = OmegaConf.to_object(result)
-    expand_home(typed)
-    validate(typed)
-    return typed
+    changed: RunConfig = typed(result)
+    return changed
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from moa_train.data.array_source import ArraySource
 from moa_train.data.image import Decoding, EncodedImage, reading
 from moa_train.data.pack import check_classes, check_origin, is_packed, read_pack, verify_pack
 from moa_train.data.tree import ClassTree, check_plausible, check_split_names, scan, scan_split
+from moa_train.data.watch import map_files
 from moa_train.runtime.errors import UserError
 from moa_train.schema import SPLITS
 
@@ -85,7 +85,7 @@ def check(
 
     Args:
         root: folder with class-folder trees or packs of splits, or one class-folder tree.
-        workers: number of processes that decode; 0 decodes in this process.
+        workers: number of processes that decode, at least one.
         progress: called with the number of images checked so far.
         decoding: limits and value range, as in training.
 
@@ -157,11 +157,8 @@ def _of_tree(
     items = (_Item(split, tree.classes[label], str(tree.path(row))) for row, label in enumerate(tree.labels))
     paths = (os.fspath(tree.path(row)) for row in range(len(tree.files)))
     pixels_of = partial(_pixels_of_file, decoding)
-    if not workers:
-        yield from zip(items, map(pixels_of, paths), strict=True)
-        return
-    with Pool(workers) as pool:
-        yield from zip(items, pool.imap(pixels_of, paths, chunksize=32), strict=True)
+    max_seconds = (decoding or Decoding()).max_seconds
+    yield from zip(items, map_files(pixels_of, paths, workers, max_seconds), strict=True)
 
 
 def _pixels_of_file(decoding: Decoding | None, path: str) -> _Pixels | str:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from moa_train.data import watch
 from moa_train.runtime.errors import UserError
 from moa_train.schema import DataConfig
 
@@ -42,17 +43,20 @@ class Decoding:
 
     Attributes:
         max_pixels: images with more pixels are rejected before their pixels are decoded.
+        max_seconds: longest time to decode an image; the process that started the worker process enforces it.
         value_range: values of black and white in gray images of more than 8 bits. The default is the range of the
             unsigned integer type; images whose range is unknown (floating point, 32 bits, signed) are then rejected.
     """
 
     max_pixels: int = DataConfig.max_pixels
+    max_seconds: float = DataConfig.max_seconds
     value_range: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, config: DataConfig) -> "Decoding":
         """Return the settings of a configuration."""
-        return cls(config.max_pixels, (config.range[0], config.range[1]) if config.range else None)
+        value_range = (config.range[0], config.range[1]) if config.range else None
+        return cls(config.max_pixels, config.max_seconds, value_range)
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:
@@ -76,6 +80,8 @@ class EncodedImage:
     def __init__(self, data: bytes, decoding: Decoding | None = None) -> None:
         self._decoding = decoding or Decoding()
         self._data, file = data, io.BytesIO(data)
+        if size := _webp_size(data):  # opening the file would already allocate all of its pixels, twice
+            self._check_pixels(*size)
         self._image = open_image(file)
         self.width, self.height = self._image.size
         self._check_limits(file.tell())
@@ -88,7 +94,9 @@ class EncodedImage:
             status, most = os.fstat(file.fileno()), (1 << 20) + _BYTES_PER_PIXEL * decoding.max_pixels
             if stat.S_ISCHR(status.st_mode) or status.st_size > most:  # a device may never end
                 raise UserError(f"a device, or a file larger than {_too_many(decoding)} allows")
-            return cls(file.read(most if stat.S_ISFIFO(status.st_mode) else status.st_size), decoding)
+            data = file.read(most if stat.S_ISFIFO(status.st_mode) else status.st_size)
+        watch.decoding()
+        return cls(data, decoding)
 
     def decode(self, reduction: int = 1) -> Tensor:
         """Return uint8 pixels, 3 H W in channels-last memory format.
@@ -108,12 +116,16 @@ class EncodedImage:
 
     def _check_limits(self, header_end: int) -> None:
         tags, pixels = _tags(self._image), self.width * self.height
-        if max(pixels, tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0)) > self._decoding.max_pixels:
-            raise UserError(f"{self.width} x {self.height} pixels are more than {_too_many(self._decoding)}")
+        self._check_pixels(self.width, self.height)
+        self._check_pixels(tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0))
         if self._image.format in ("JPEG", "MPO") and not self._has_one_scan(header_end):
             scans = self._data.count(b"\xff\xda")
             if scans * pixels > _MAX_SCANS * self._decoding.max_pixels:
                 raise UserError(f"{scans} scans of {pixels:,} pixels would take too long to decode")
+
+    def _check_pixels(self, width: int, height: int) -> None:
+        if width * height > self._decoding.max_pixels:
+            raise UserError(f"{width} x {height} pixels are more than {_too_many(self._decoding)}")
 
     def _has_one_scan(self, header_end: int) -> bool:
         """Return whether the first scan of a JPEG, after the header, is sequential and has all components."""
@@ -159,6 +171,19 @@ def open_image(file: IO[bytes]) -> Image.Image:
 def _formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """Return the width and height in the header of a WebP file, or None if ``data`` has another format."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return None
+    kind, header = data[12:16], data[20:30]
+    if kind == b"VP8X":  # extended: animations, transparency, metadata
+        return 1 + int.from_bytes(header[4:7], "little"), 1 + int.from_bytes(header[7:10], "little")
+    if kind == b"VP8L":  # lossless
+        bits = int.from_bytes(header[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(header[6:8], "little") & 0x3FFF, int.from_bytes(header[8:10], "little") & 0x3FFF
 
 
 def _too_many(decoding: Decoding) -> str:
@@ -243,9 +268,13 @@ def _copy(image: Image.Image) -> NDArray[np.uint8]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Convert every error that occurs while ``path`` is read to a UserError that names the file."""
+    """Convert every error that occurs while ``path`` is read to a UserError that names the file.
+
+    Until the end of the block, `FileWatch` shows that this process reads the file.
+    """
     try:
-        yield
+        with watch.reading_file(path):
+            yield
     except Exception as error:  # decoders raise various errors: OSError, SyntaxError, struct.error
         if isinstance(error, UnidentifiedImageError):
             reason = f"not a valid file of a supported format: {', '.join(FORMATS)}"

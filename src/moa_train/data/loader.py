@@ -26,9 +26,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from moa_train.data.array_source import ArraySource
 from moa_train.data.batch import Batch
+from moa_train.data.file_source import FileSource
 from moa_train.data.order import Draw, Indices, Order, micro_batches
 from moa_train.data.source import Source
 from moa_train.data.view import CenterCrop, View
+from moa_train.data.watch import FileWatch
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopRequestedError
 from moa_train.schema import DataConfig, RuntimeConfig
@@ -245,11 +247,11 @@ class _Wait:
     timeout: float
     stop: Callable[[], bool]
 
-    def __call__(self, receive: Callable[[], Batch | Exception]) -> Batch:
+    def __call__(self, receive: Callable[[], Batch | Exception], watch: FileWatch) -> Batch:
         """Return what ``receive`` returns; it raises TimeoutError or Empty every `_POLL` seconds until then.
 
         Raises:
-            UserError: ``receive`` returned it, or the storage hangs.
+            UserError: ``receive`` returned it, an image takes too long to decode, or the storage hangs.
             StopRequestedError: a stop was requested while the storage did not answer.
         """
         waited = 0.0
@@ -261,10 +263,11 @@ class _Wait:
                 waited += _POLL
             if self.stop():
                 raise StopRequestedError("A stop was requested while the storage of the images did not answer.")
+            watch.check()
             if waited >= self.timeout:
                 raise UserError(
                     f"No images could be read for {self.timeout:.0f} s: the storage hangs, or is very slow. Check that "
-                    "it answers, then resume the run."
+                    f"it answers, then resume the run. Files that are being read: {watch.files() or 'none'}."
                 )
         if isinstance(result, Exception):
             raise result
@@ -284,9 +287,11 @@ def _start(
 
 def _in_thread(reader: _Reader, requests: Iterable[_Request], wait: _Wait) -> Iterator[Batch]:
     """Read in a thread, one batch at a time, so that this thread can answer a stop while the storage hangs."""
+    watch = _watch(reader, 1)
     wanted, results = SimpleQueue[_Request | None](), SimpleQueue[Batch | Exception]()
 
     def read() -> None:
+        watch.begin(0)
         for request in iter(wanted.get, None):
             try:
                 results.put(reader[request])
@@ -297,7 +302,7 @@ def _in_thread(reader: _Reader, requests: Iterable[_Request], wait: _Wait) -> It
     try:
         for request in requests:
             wanted.put(request)
-            yield wait(partial(results.get, timeout=_POLL))
+            yield wait(partial(results.get, timeout=_POLL), watch)
     finally:
         wanted.put(None)
 
@@ -306,13 +311,13 @@ def _in_workers(
     reader: _Reader, requests: Iterable[_Request], workers: int, pin_memory: bool, wait: _Wait
 ) -> Iterator[Batch]:
     def results() -> Generator[Batch, None, None]:
-        others = set(active_children())
-        loader = _start_workers(reader, requests, workers, pin_memory)
+        others, watch = set(active_children()), _watch(reader, workers)
+        loader = _start_workers(reader, requests, workers, pin_memory, watch)
         processes = set(active_children()) - others
         try:
             while True:
                 try:
-                    batch = wait(partial(_receive, loader))
+                    batch = wait(partial(_receive, loader), watch)
                 except StopIteration:
                     return
                 yield batch
@@ -353,7 +358,7 @@ def _kill(processes: Iterable[BaseProcess]) -> None:
 
 
 def _start_workers(
-    reader: _Reader, requests: Iterable[_Request], workers: int, pin_memory: bool
+    reader: _Reader, requests: Iterable[_Request], workers: int, pin_memory: bool, watch: FileWatch
 ) -> Iterator[Batch | Exception]:
     on_child_death = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
@@ -365,7 +370,7 @@ def _start_workers(
             num_workers=workers,
             pin_memory=pin_memory,
             timeout=_POLL,
-            worker_init_fn=_leave_signals_to_trainer,
+            worker_init_fn=partial(_set_up_worker, watch),
             generator=torch.Generator(),  # otherwise, starting a loader would advance the global generator
         )
         batches = iter(loader)
@@ -387,11 +392,18 @@ def _unwrap(result: Batch | UserError) -> Batch:
     return result
 
 
-def _leave_signals_to_trainer(worker: int) -> None:
-    """Ignore signals that a terminal or a scheduler sends to all processes; the trainer ends its workers itself.
+def _watch(reader: _Reader, workers: int) -> FileWatch:
+    assert isinstance(reader.source, FileSource)
+    return FileWatch(workers, reader.source.decoding.max_seconds)
 
-    Where it cannot, because it is killed or leaves at once, the kernel ends them, even if they wait for storage.
+
+def _set_up_worker(watch: FileWatch, worker: int) -> None:
+    """Show the trainer what this worker reads, and ignore signals that are sent to all processes.
+
+    The trainer ends its workers itself. Where it cannot, because it is killed or leaves at once, the kernel ends them,
+    even if they wait for storage.
     """
+    watch.begin(worker)
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):

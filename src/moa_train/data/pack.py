@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 from moa_train.data.array_source import ArraySource
 from moa_train.data.image import Decoding, EncodedImage, reading
 from moa_train.data.tree import ClassTree, class_folders, compare_classes
+from moa_train.data.watch import map_files
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_all, write_flushed
 
 FORMAT = 1
 _log = logging.getLogger(__name__)
@@ -62,8 +65,8 @@ def write_pack(
         with temporary[0].open("wb") as file:
             images = np.ascontiguousarray(images, np.uint8)
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(images))
-            file.write(images.data)  # np.save does not report a full disk
             file.flush()
+            write_all(file.fileno(), images.data)  # np.save does not report a full disk
             os.fsync(file.fileno())
         description = {
             "format": FORMAT,
@@ -74,7 +77,7 @@ def write_pack(
             "labels": np.asarray(labels).tolist(),
             "files": None if files is None else [os.fsdecode(name) for name in files.tolist()],
         }
-        temporary[1].write_text(json.dumps(description))
+        write_flushed(temporary[1], json.dumps(description).encode())
         for source, target in zip(temporary, (array_path, json_path), strict=True):
             source.replace(target)
     except OSError as error:
@@ -96,10 +99,11 @@ def pack_tree(tree: ClassTree, root: Path, split: str, decoding: Decoding | None
     """
     _log.info("Packing the %d images of %s into %s (needed only once)", len(tree.files), tree.root, root)
     images: np.ndarray | None = None
-    for row in range(len(tree.files)):
-        path = tree.path(row)
-        with reading(path):
-            image = EncodedImage.of(path, decoding).decode().numpy()
+    paths = [os.fspath(tree.path(row)) for row in range(len(tree.files))]
+    decoded = map_files(partial(_decode, decoding), paths, 1, (decoding or Decoding()).max_seconds)
+    for row, (path, image) in enumerate(zip(paths, decoded, strict=True)):
+        if isinstance(image, UserError):
+            raise image
         if images is None:
             images = np.empty((len(tree.files), *image.shape), np.uint8)
         if image.shape != images.shape[1:]:
@@ -110,6 +114,14 @@ def pack_tree(tree: ClassTree, root: Path, split: str, decoding: Decoding | None
         images[row] = image
     assert images is not None  # scan never returns an empty tree
     write_pack(root, split, images, tree.labels, tree.classes, tree.fingerprint, tree.files)
+
+
+def _decode(decoding: Decoding | None, path: str) -> NDArray[np.uint8] | UserError:
+    try:
+        with reading(Path(path)):
+            return EncodedImage.of(Path(path), decoding).decode().numpy()
+    except UserError as error:
+        return error  # not raised, because an exception from another process has a traceback as its message
 
 
 def read_pack(root: Path, split: str, title: str, image_size: tuple[int, int]) -> ArraySource:

@@ -7,6 +7,7 @@ outdated. The links `last` and `best` exist only for users' convenience.
 """
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -49,8 +50,9 @@ class CheckpointStore:
     """Manage the checkpoints in ``<run_dir>/checkpoints``.
 
     Only one process saves (rank 0, which holds the run's lock); any number of processes read. Retention keeps the
-    newest ``keep_last`` checkpoints, those of steps for which ``keep`` returns True, and the best one. Only valid
-    checkpoints count. Nothing is removed except files of known names in folders of known names.
+    newest ``keep_last`` checkpoints, those of steps for which ``keep`` returns True, and the best one of each kind of
+    measurement (for example, of each split). Only valid checkpoints count. Nothing is removed except files of known
+    names in folders of known names.
     """
 
     def __init__(
@@ -104,20 +106,30 @@ class CheckpointStore:
         Among equal scores, the earliest checkpoint is the best. A score counts only if it was measured like that of
         the newest checkpoint, for example on the same split.
         """
-        openable = list(self._openable())
-        now = next((state for state in map(_state, openable) if state is not None), {})
-        scored = [
-            (found.score, -found.step, found)
-            for found in openable
-            if found.score is not None and _comparable(_state(found), now)
-        ]
-        for _, _, checkpoint in sorted(scored, key=lambda entry: entry[:2], reverse=True):
+        now = next((state for state in map(_state, self._openable()) if state is not None), {})
+        for checkpoint in self._ranked():
+            if not _comparable(_state(checkpoint), now):
+                continue
             if self._is_valid(checkpoint):
                 return checkpoint
             if file_type(checkpoint.path) is None:  # the run is still active and has a better checkpoint
                 return self.best()
             log.warning("%s, the best checkpoint so far, is damaged.", checkpoint.path)
         return None
+
+    def _best_of_each_measurement(self) -> Iterator[Path]:
+        """Yield the valid checkpoint with the highest score among those whose scores were measured alike."""
+        seen = set()
+        for checkpoint in self._ranked():
+            measured = json.dumps((_state(checkpoint) or {}).get("measured"), sort_keys=True)
+            if measured not in seen and self._is_valid(checkpoint):
+                seen.add(measured)
+                yield checkpoint.path
+
+    def _ranked(self) -> list[Checkpoint]:
+        """Return the checkpoints that have a score: the highest score first, and among equal scores the earliest."""
+        scored = [(-found.score, found.step, found) for found in self._openable() if found.score is not None]
+        return [found for _, _, found in sorted(scored, key=lambda entry: entry[:2])]
 
     def at(self, step: int) -> Checkpoint:
         """Return the valid checkpoint of ``step``. Raises CheckpointError, which lists the available steps."""
@@ -338,7 +350,7 @@ class CheckpointStore:
     def _prune(self) -> None:
         self._remove_copied_links()
         last = list(islice(filter(self._is_valid, self._openable()), self.keep_last))
-        kept = {found.path for found in last}
+        kept = {found.path for found in last} | set(self._best_of_each_measurement())
         if (best := self.best()) is not None:
             kept.add(best.path)
         for path in self._folders():

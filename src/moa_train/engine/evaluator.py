@@ -61,7 +61,7 @@ def evaluate(
         record: called with each batch on the device and its logits, float32, (B, K).
     """
     sums: dict[str, Tensor] = {}
-    samples = 0
+    samples, incomplete = 0, False
     rounds = max(distributed.gather_objects(len(batches)))
     iterator = iter(batches)
     was_training = model.training
@@ -70,7 +70,10 @@ def evaluate(
         for done in range(1, rounds + 1):
             if distributed.agree_any(stop()):
                 return None
-            batch = next(iterator, None)  # a rank may have one batch less than another
+            try:
+                batch = next(iterator, None)  # a rank may have one batch less than another
+            except StopRequestedError:  # raised only if `stop` is True, which the other ranks learn in the next round
+                batch, iterator, incomplete = None, iter(()), True
             if batch is not None:
                 faults.point("evaluate.batch")
                 batch = batch.to(distributed.device, non_blocking=True)
@@ -78,13 +81,11 @@ def evaluate(
                     sums[name] = sums.get(name, 0) + counted
                 samples += len(batch)
             advance(done, rounds)
-    except StopRequestedError:
-        if distributed.world_size > 1:
-            raise  # the other ranks wait for this one's next batch
-        return None
     finally:
         model.train(was_training)
-    shares = distributed.gather_objects([samples, {name: value.tolist() for name, value in sums.items()}])
+    shares = distributed.gather_objects([samples, {name: value.tolist() for name, value in sums.items()}, incomplete])
+    if any(share[2] for share in shares):
+        return None
     total = sum(share[0] for share in shares)
     totals = _add_up([share[1] for share in shares if share[0]])
     counts = {name: int(value) for name, value in totals.items() if value.dtype == torch.int64 and value.dim() == 0}

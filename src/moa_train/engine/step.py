@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ class TrainStep:
         clip: clips gradients in place and returns their norm before clipping.
         micro_batches: number of micro-batches per update on this rank.
         batch_size: number of samples per update, over all ranks and micro-batches.
+        begin: called at the beginning of each update.
 
     Attributes:
         on_inputs: called once with the next images that the model sees and their targets, then reset.
@@ -56,7 +56,9 @@ class TrainStep:
         batch_size: int,
         seed: int,
         distributed: Distributed,
+        begin: Callable[[], object] = lambda: None,
     ) -> None:
+        self.begin = begin
         self.bare: nn.Module = getattr(model, "_orig_mod", model)  # without the wrapper of torch.compile
         self.model = distributed.wrap(model)
         self.guard = GradientGuard(optimizer, precision)
@@ -74,6 +76,7 @@ class TrainStep:
         self.distributed = distributed
         self.on_inputs: Callable[[Tensor, Tensor], None] | None = None
         self.ratios: UpdateRatios | None = None
+        self._latest: Batch | None = None
 
     def __call__(
         self, batches: Iterator[Batch], step: int, stop: Callable[[], bool] = lambda: False
@@ -90,28 +93,51 @@ class TrainStep:
             Scalars on the device: ``loss``, in nats, whose mean over the ranks is the loss of the global batch,
             ``grad_norm``, the norm of the global gradient before clipping, and the values of ``ratios``. None if the
             update was abandoned.
+
+        Raises:
+            StopRequestedError: a stop was requested while this rank waited for a batch, and the ranks cannot agree to
+                abandon the update.
         """
+        self.begin()
         self.statistics.save()
+        abandoned = False
         total = torch.zeros((), device=self.distributed.device)
         for number in range(self.micro_batches):
             if number and stop():
                 self._abandon()
                 return None
-            try:
-                batch = next(batches)
-            except StopRequestedError:
-                self._abandon()
-                if self.distributed.world_size > 1:
-                    raise  # the other ranks are in the middle of the update, and cannot agree to abandon it
-                return None
-            assert batch.step == step, f"the loader delivered step {batch.step} at step {step}"
+            if not abandoned:
+                try:
+                    batch = next(batches)
+                    assert batch.step == step, f"the loader delivered step {batch.step} at step {step}"
+                except StopRequestedError as error:
+                    self._abandon()
+                    if self.distributed.world_size == 1:
+                        return None
+                    batch, abandoned = self._substitute(error), True
             last = number == self.micro_batches - 1
             with nullcontext() if last else self.distributed.no_sync(self.model):
                 loss, _ = self._loss(self.model, batch, step)
+                if abandoned:
+                    loss = loss * math.nan  # reported to the other ranks by the gradient, which they wait for
                 self.precision.scaler.scale(loss).backward()
             total += loss.detach()
-        values = {"loss": total, "grad_norm": self._update(step)}
-        return {**values, **self.ratios.values} if self.ratios else values
+        if self.distributed.world_size > 1 and not self.guard.delay:
+            self._latest = batch
+        grad_norm = self._update(step, abandoned)
+        if grad_norm is None:
+            return None
+        return {"loss": total, "grad_norm": grad_norm, **(self.ratios.values if self.ratios else {})}
+
+    def _substitute(self, error: StopRequestedError) -> Batch:
+        """Return a batch for the gradients that the other ranks wait for in an update that is to be abandoned."""
+        if self.guard.delay:
+            reason = "processes that train on GPUs do not wait for the gradient of an update"
+        elif self._latest is None:
+            reason = "this session has not completed an update"
+        else:
+            return self._latest
+        raise StopRequestedError(f"{error} The ranks could not agree to abandon the update, because {reason}.")
 
     def _abandon(self) -> None:
         self.optimizer.zero_grad()
@@ -119,7 +145,7 @@ class TrainStep:
 
     def _loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         """Return the contribution of a micro-batch to the loss of the global batch, and its logits."""
-        batch = copy_aside(batch, self.distributed.device)
+        batch = batch.to(self.distributed.device, non_blocking=True)
         images, targets = self.transform(batch, step)
         if self.on_inputs:
             self.on_inputs(images, targets)
@@ -137,13 +163,19 @@ class TrainStep:
         # The factor is 1, or NaN if the loss is not finite. Then the gradient is NaN too, which all ranks notice.
         return loss * (1 + 0 * loss.detach()), logits
 
-    def _update(self, step: int) -> Tensor:
+    def _update(self, step: int, abandoned: bool) -> Tensor | None:
+        """Apply the gradient and return its norm, or None if any rank has ``abandoned`` the update."""
         scaler = self.precision.scaler
         whole: Any = self.optimizer  # so that the scaler lets either all optimizers step or none
         scaler.unscale_(whole)
         if self.ratios:
             self.ratios.before(step)
         grad_norm = self.clip(self.parameters)
+        # The norm is the same on every rank, so either all ranks or none make this additional exchange.
+        asks = self.distributed.world_size > 1 and not self.guard.delay and not math.isfinite(grad_norm)
+        if asks and any(self.distributed.gather_objects(abandoned)):
+            self._abandon()
+            return None
         admitted = self.guard.admits(step, grad_norm)
         skipped = self.guard.found
         if admitted:
@@ -210,25 +242,3 @@ class Statistics:
 
     def _flat(self, dtype: torch.dtype) -> Tensor:
         return torch.cat([buffer.reshape(-1) for buffer in self.buffers[dtype]])
-
-
-def copy_aside(batch: Batch, device: torch.device) -> Batch:
-    """Copy a batch of the host to ``device``: on a GPU at the same time as the work that is queued there.
-
-    The host runs ahead of the GPU, so that the copy of a batch takes place during the step before it. What is queued
-    on the current stream from now on waits for it.
-    """
-    if device.type != "cuda":
-        return batch.to(device, non_blocking=True)
-    current, aside = torch.cuda.current_stream(device), _stream_for_copies(device)
-    with torch.cuda.stream(aside):
-        copy = batch.to(device, non_blocking=True)
-    current.wait_stream(aside)
-    for tensor in (copy.images, copy.labels):
-        tensor.record_stream(current)  # its memory belongs to the stream of the copies, which must not reuse it yet
-    return copy
-
-
-@cache
-def _stream_for_copies(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)

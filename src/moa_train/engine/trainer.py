@@ -9,6 +9,7 @@ from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.evaluator import Evaluation
 from moa_train.engine.nonfinite import NonFinitePolicy
 from moa_train.engine.plan import Plan
+from moa_train.engine.prefetch import Prefetcher
 from moa_train.engine.state import TrainState
 from moa_train.engine.step import TrainStep
 from moa_train.interfaces import Batch
@@ -69,7 +70,7 @@ class Trainer:
         self.distributed.before_leaving = self.store.close
         with self.store:
             self._catch_up_on_evaluation()
-            batches = self.train_batches(state.step)
+            batches = Prefetcher(self.train_batches(state.step), self.distributed.device)
             while state.step < plan.stop_step and not self.stopping:
                 lr = self._set_lr(state.step)
                 values = self.train_step(batches, state.step, self._stop_requested)
@@ -78,6 +79,8 @@ class Trainer:
                     break
                 state.meters.add(values)
                 state.step += 1
+                if state.step < plan.stop_step:
+                    batches.ahead()
                 self._handle_nonfinite()
                 self.tracker.advance(state.step)
                 self.speed.tick(self.batch_size)

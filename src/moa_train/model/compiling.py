@@ -13,7 +13,7 @@ from moa_train.model.moa import MOABlock
 BLOCKS: tuple[type[nn.Module], ...] = (LocalBlock, MOABlock, PatchMerging, PatchEmbedding)
 
 
-def compile_model(model: nn.Module, mode: str, **options: Any) -> nn.Module:
+def compile_model(model: nn.Module, mode: str, purpose: str = "default", **options: Any) -> nn.Module:
     """Return the compiled module to call in training in place of ``model``.
 
     Args:
@@ -21,9 +21,11 @@ def compile_model(model: nn.Module, mode: str, **options: Any) -> nn.Module:
         mode: ``model`` compiles everything as one graph. ``blocks`` compiles one graph per kind and shape of block,
             which all blocks of a stage share, so compiling takes a fraction of the time. A model without such blocks
             is compiled as one graph.
-        options: arguments of ``torch.compile``, such as ``backend``.
+        purpose: the mode of ``torch.compile``: ``default``, ``reduce-overhead`` or ``max-autotune``. The latter two use
+            CUDA graphs and require a call of ``torch.compiler.cudagraph_mark_step_begin`` before each update.
+        options: other arguments of ``torch.compile``, such as ``backend``.
     """
-    options = {"dynamic": False, **options}
+    options = {"dynamic": False, **({} if purpose == "default" else {"mode": purpose}), **options}
     if mode == "model" or not has_blocks(model):
         return cast(nn.Module, torch.compile(model, **options))
     for kind in BLOCKS:

@@ -1,10 +1,17 @@
-"""Format command-line arguments so that they can be pasted into a shell."""
+"""Read paths from the command line, and format arguments so that they can be pasted into a shell."""
 
+import os
 import re
 import shlex
+from pathlib import Path
 
 _PLAIN = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.+@%-]*", re.ASCII)
 _WORDS = {"null", "true", "false", "nan", "inf"}
+
+
+def path(text: str) -> Path:
+    """Return a path given as a command-line argument. Shells do not expand ~ after an equals sign or in quotes."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 Path.expanduser raises for unknown users
 
 
 def argument(key: str, value: object) -> str:

@@ -22,6 +22,16 @@ def write_all(descriptor: int, data: Bytes) -> None:
         rest = rest[written:]
 
 
+def write_file(path: Path, data: Bytes) -> None:
+    """Write a file without flushing it to disk. Raises OSError, which names the file."""
+    try:
+        with path.open("wb", buffering=0) as file:
+            write_all(file.fileno(), data)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 def write_flushed(path: Path, data: Bytes) -> None:
     """Write a file and flush it to disk. Raises OSError, even if only closing the file reports the failure."""
     with path.open("wb", buffering=0) as file:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moa_train.runtime.command_line import path
 from moa_train.runtime.errors import UserError
 from moa_train.tracking.jsonl import Row, read_rows
 
@@ -117,8 +118,8 @@ def _text(value: float | None, form: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table of each run and, with --png, draw the curves of all runs."""
     parser = argparse.ArgumentParser(prog="python -m moa_train.tracking.curves", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--png", type=Path, help="draw the curves to this file")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="run folder")
+    parser.add_argument("--png", type=path, help="draw the curves to this file")
     options = parser.parse_args(arguments)
     try:
         runs = [Curves.read(run_dir) for run_dir in options.runs]
