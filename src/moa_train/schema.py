@@ -394,6 +394,12 @@ class EvalConfig:
         [], "your own modules or packages that the checkpoint's configuration may import, for example [my_package]"
     )
     output: str | None = knob(None, "JSON file for the result (default: eval-SPLIT.json next to the weights)")
+    tta: str = knob(
+        "none",
+        "views whose probabilities are averaged; flip: the image and its mirror image; crops: also four corner crops",
+        options=("none", "flip", "crops"),
+    )
+    report: bool = knob(False, "also write report-SPLIT.html and report-SPLIT.json next to the result")
 
 
 def compile_mode(choice: Any) -> str:

@@ -18,6 +18,8 @@ Examples:
   moa-eval ckpt=outputs/RUN                              the best checkpoint of a run, or else the newest
   moa-eval ckpt=outputs/RUN/checkpoints/last split=val
   moa-eval ckpt=weights.safetensors root=/data/imagenet
+  moa-eval ckpt=outputs/RUN report=true                  a page with mistakes, confusions and calibration
+  moa-eval ckpt=outputs/RUN weights=model tta=flip       raw weights, averaged over mirror images
   torchrun --nproc-per-node 2 -m moa_train.cli.evaluate ckpt=outputs/RUN"""
 
 
@@ -31,6 +33,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     from moa_train.assembly.outcome import describe
     from moa_train.assembly.process import set_up_process
     from moa_train.assembly.trained import Trained
+    from moa_train.assembly.views import Views
     from moa_train.engine.find_weights import find_weights
     from moa_train.engine.predictions import Recorder, predictions_file
     from moa_train.runtime.distributed import Distributed
@@ -41,25 +44,37 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
         origin = json.loads(found.load()[1].get("origin", "[]"))
         print(reproduce(origin) or f"{found.path} does not record the commands that produced it.")
         return
+    if config.report:
+        from moa_train.report.plots import require_matplotlib
+
+        require_matplotlib()
     trained = Trained.open(Path(config.ckpt), weights=config.weights, code=config.code)
     run = overlay(trained.config, config)
     with Distributed.start(config.device, run.runtime.timeout) as distributed:
         set_up_process(run.runtime, distributed)
         source = trained.open_split(config.split, config.root, config.workers)
         model, recorder = trained.build().to(distributed.device), Recorder()
+        views = Views.plan(config.tta, run, source)
         # Standard output is for the JSON only.
-        result = build_evaluation(run, source, distributed, stream=sys.stderr, record=recorder)(model)
+        result = build_evaluation(run, source, distributed, stream=sys.stderr, record=recorder, views=views)(model)
         assert result is not None
         predictions = recorder.gather(distributed)
     if distributed.is_main:
         path = trained.found.path
         outcome = {"split": config.split, **result.as_dict(), "weights": str(path), "data": source.describe()}
+        outcome |= {"tta": config.tta} if config.tta != "none" else {}
         output = Path(config.output) if config.output else trained.folder / f"eval-{config.split}.json"
         write(outcome, output, required=bool(config.output))
         try:
             predictions.outcomes(source).write(predictions_file(output.parent, config.split))
         except UserError as error:
             print(error, file=sys.stderr)
+        if config.report:
+            from moa_train.report.evaluation import Evaluated
+
+            evaluated = Evaluated(trained, run, config.split, config.tta, source, predictions, model)
+            html, _ = evaluated.write(output.parent / f"report-{config.split}")
+            print(f"Report: {html}", file=sys.stderr)
         print(f"{describe(result, config.split)}; {trained.found.description}", file=sys.stderr)
 
 
