@@ -84,7 +84,7 @@ def typed(config: DictConfig) -> Any:
     return result
 
 
-PATHS = ("run_dir", "resume", "init", "ckpt", "root", "output", "data.root")
+PATHS = ("run_dir", "resume", "init", "ckpt", "root", "output", "benchmarks", "reference", "data.root")
 
 
 def expand_home(config: Any) -> None:
