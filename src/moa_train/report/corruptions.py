@@ -5,15 +5,18 @@ side of up to 64 pixels use the severities of the latter. The implementation is 
 models that were measured here, but not with published numbers.
 """
 
+import io
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from moa_train.data.counter import hashes
+from moa_train.data.image import EncodedImage
 
 _SMALL = 64
 """Largest side of images that use the severities for small images."""
@@ -47,15 +50,19 @@ def contrast(image_CHW: Tensor, amount: float, key: int) -> Tensor:
 def pixelate(image_CHW: Tensor, amount: float, key: int) -> Tensor:
     """Reduce the resolution to this factor."""
     height, width = image_CHW.shape[1:]
-    small = F.interpolate(image_CHW[None], (max(1, int(height * amount)), max(1, int(width * amount))), mode="area")
-    return F.interpolate(small, (height, width), mode="nearest-exact")[0]
+    small = _image(image_CHW).resize((max(1, int(width * amount)), max(1, int(height * amount))), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(small.resize((width, height), Image.Resampling.BOX))).permute(2, 0, 1).float()
 
 
 def jpeg(image_CHW: Tensor, amount: float, key: int) -> Tensor:
     """Compress as JPEG of this quality."""
-    from torchvision.io import decode_jpeg, encode_jpeg
+    file = io.BytesIO()
+    _image(image_CHW).save(file, "JPEG", quality=int(amount))
+    return EncodedImage(file.getvalue()).decode().float()
 
-    return decode_jpeg(encode_jpeg(image_CHW.to(torch.uint8), int(amount))).float()
+
+def _image(image_CHW: Tensor) -> Image.Image:
+    return Image.fromarray(image_CHW.to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
 Corruption = Callable[[Tensor, float, int], Tensor]

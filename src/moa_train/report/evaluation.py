@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moa_train.assembly.trained import Trained
+from moa_train.data.augment import Normalize
 from moa_train.data.source import Source
 from moa_train.engine.predictions import Predictions
 from moa_train.report import page, thumbnails
@@ -34,8 +35,8 @@ _PER_CELL = 24
 _PAIRS = 30
 """Most confused pairs that are listed."""
 
-ClassMap = Callable[[Tensor], NDArray[np.floating]]
-"""From one normalized image, (3, H, W), to a map of what its predicted class depends on, (h, w)."""
+ClassMap = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""From a model, normalized images (B, 3, H, W) and a class for each to maps of the evidence for it, (B, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -170,25 +171,34 @@ class Evaluated:
         return f'<div class="plots">{"".join(f"<div>{plot}</div>" for plot in curve_plots(run))}</div>'
 
     def _looks(self, found: Findings, class_map: ClassMap) -> str:
-        """Draw the maps of the six most confident wrong images and of six right images."""
+        """Draw the maps of the predicted class for the most confident images, six wrong ones and six right ones."""
         right = np.flatnonzero((found.rank < 1) & found.finite)
         right = right[np.argsort(-found.probability[right], kind="stable")][:6]
-        figures = (self._look(found, int(row), class_map) for row in (*found.confident_wrong[:6], *right))
-        return f'<div class="images">{"".join(figures)}</div>'
-
-    def _look(self, found: Findings, row: int, class_map: ClassMap) -> str:
-        from moa_train.data.augment import Normalize
-
-        pixels_CHW = thumbnails.read(self.source, row, self.run.data.eval_crop)
-        weight_HW = class_map(Normalize.of(self.run.data)(pixels_CHW[None])[0])
-        overlaid = thumbnails.overlay(pixels_CHW, torch.from_numpy(np.ascontiguousarray(weight_HW)))
-        text = f"{found.classes[found.predicted[row]]} {100 * found.probability[row]:.0f} %"
-        if found.wrong[row]:
-            text += f", label {found.classes[found.labels[row]]}"
-        return (
-            f'<figure><img src="{thumbnails.PREFIX}{thumbnails.encode(overlaid)}" alt="{escape(found.file(row))}">'
-            f'<figcaption>{escape(text)}<span class="file">{escape(found.file(row))}</span></figcaption></figure>'
+        rows = np.array([*found.confident_wrong[:6], *right])
+        if not len(rows):
+            return ""
+        pixels = torch.stack([thumbnails.read(self.source, int(row), self.run.data.eval_crop) for row in rows])
+        device = next(self.model.parameters()).device
+        images_BCHW = Normalize.of(self.run.data)(pixels).to(device)
+        was_training = self.model.training
+        maps = class_map(self.model.eval(), images_BCHW, torch.from_numpy(found.predicted[rows]).to(device)).cpu()
+        self.model.train(was_training)
+        figures = []
+        for row, image, weight in zip(rows, pixels, maps, strict=True):
+            both = torch.cat([image, thumbnails.overlay(image, weight)], dim=2)
+            text = f"{found.classes[found.predicted[row]]} {100 * found.probability[row]:.0f} %"
+            if found.wrong[row]:
+                text += f", label {found.classes[found.labels[row]]}"
+            name = escape(found.file(int(row)))
+            figures.append(
+                f'<figure class="pair"><img src="{thumbnails.PREFIX}{thumbnails.encode(both)}" alt="{name}">'
+                f'<figcaption>{escape(text)}<span class="file">{name}</span></figcaption></figure>'
+            )
+        lead = (
+            "The image and the evidence for its predicted class: bright and orange where the pixels speak for the "
+            "class. The most confident wrong predictions come first, then the most confident right ones."
         )
+        return f'<p class="lead">{lead}</p><div class="images pairs">{"".join(figures)}</div>'
 
 
 def _wanted(

@@ -14,14 +14,11 @@ def label_errors(probabilities: NDArray[np.floating], labels: NDArray[np.int64])
 
     Args:
         probabilities: out-of-sample probabilities, (N, K): from a model that was not trained on these images.
-        labels: (N,).
+        labels: (N,); every class occurs.
     """
     classes = probabilities.shape[1]
     own = np.take_along_axis(probabilities, labels[:, None], 1)[:, 0]
-    counts = np.bincount(labels, minlength=classes)
-    sums = np.bincount(labels, own, classes)
-    # No image can be confidently of a class that has none.
-    thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)
+    thresholds = np.bincount(labels, own, classes) / np.bincount(labels, minlength=classes)
     confident = probabilities >= thresholds - 1e-6
     likely = probabilities.argmax(1)
     chosen = np.where(confident.sum(1) > 1, likely, np.where(confident, probabilities, 0.0).argmax(1))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from moa_train.data.array_source import ArraySource
 from moa_train.data.order import Draw
@@ -17,7 +18,7 @@ from moa_train.data.source import Source
 from moa_train.data.view import CenterCrop
 
 SIDE = 96
-"""Longest side of a thumbnail, in pixels."""
+"""Height of a thumbnail, in pixels; its width is at most twice that."""
 PREFIX = "data:image/webp;base64,"
 _CHUNK = 64
 
@@ -58,23 +59,22 @@ def read(source: Source, row: int, crop_ratio: float) -> Tensor:
 def encode(pixels_CHW: Tensor) -> str:
     """Return an image as base64 of a small WebP file."""
     image = Image.fromarray(pixels_CHW.permute(1, 2, 0).numpy())
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((2 * SIDE, SIDE))
     file = io.BytesIO()
     image.save(file, "WEBP", quality=80, method=0)
     return base64.b64encode(file.getvalue()).decode()
 
 
 def overlay(pixels_CHW: Tensor, weight_HW: Tensor) -> Tensor:
-    """Return the image darkened where the weight is small, and orange where it is large: uint8, (3, H, W).
+    """Return the image dark where there is no positive weight, and orange where it is large: uint8, (3, H, W).
 
     Args:
         pixels_CHW: uint8.
-        weight_HW: of any size and range.
+        weight_HW: of any range; it is smoothed over an eighth of the image.
     """
-    weight = weight_HW.float() - weight_HW.min()
+    side = max(1, min(weight_HW.shape) // 16)
+    weight = F.avg_pool2d(weight_HW.float().clamp_min(0)[None], 2 * side + 1, 1, side, count_include_pad=False)
     weight = weight / weight.max().clamp_min(1e-12)
-    size = (pixels_CHW.shape[1], pixels_CHW.shape[2])
-    weight = torch.nn.functional.interpolate(weight[None, None], size, mode="bilinear")[0]
     orange = torch.tensor([255.0, 120.0, 20.0])[:, None, None]
-    image = pixels_CHW.float() * (0.45 + 0.55 * weight)
+    image = pixels_CHW.float() * (0.4 + 0.6 * weight)
     return (image + 0.45 * weight * (orange - image)).clamp(0, 255).to(torch.uint8)
