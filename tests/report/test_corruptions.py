@@ -21,7 +21,7 @@ def test_the_error_grows_with_the_severity(images, name):
     index = np.arange(len(images))
     error = [float((corrupt(images, index, name, s).float() - images.float()).square().mean()) for s in range(1, 6)]
     assert 0 < error[0] < error[2] < error[4]
-    if name != "pixelate":  # from 32 to 30 pixels is worse than from 32 to 28, because only the latter divides evenly
+    if name != "pixelate":  # its small reductions do not divide the image evenly
         assert error == sorted(error)
 
 

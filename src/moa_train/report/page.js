@@ -30,7 +30,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 for (const field of document.querySelectorAll("input[data-filter]")) {
   field.addEventListener("input", () => {
     for (const row of document.getElementById(field.dataset.filter).tBodies[0].rows) {
-      row.hidden = !row.textContent.toLowerCase().includes(field.value.toLowerCase());
+      row.hidden = !row.cells[0].textContent.toLowerCase().includes(field.value.toLowerCase());
     }
   });
 }

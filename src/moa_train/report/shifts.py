@@ -101,14 +101,21 @@ class Model:
 
 
 def locate(root: Path, *names: str) -> Path | None:
-    """Return the file or folder with one of these names, ignoring case: ``root`` itself, or up to two levels below."""
+    """Return the file or folder with one of these names, ignoring case: ``root`` itself, or up to three levels below.
+
+    Folders of classes and severities are not searched.
+    """
     wanted, level = {name.lower() for name in names}, [root]
-    for _ in range(3):
+    for _ in range(4):
         for path in level:
             if path.name.lower() in wanted:
                 return path
-        level = [child for path in level if path.is_dir() for child in sorted(path.iterdir())][:10_000]
+        folders = (path for path in level if not _INNER.fullmatch(path.name) and path.is_dir())
+        level = [child for path in folders for child in sorted(path.iterdir())]
     return None
+
+
+_INNER = re.compile(r"n\d{8}|\d+")
 
 
 def _found(root: Path, *names: str) -> Path:
@@ -158,7 +165,7 @@ def imagenet_c(root: Path, model: Model) -> Iterator[Shift]:
     """Yield the corruptions of ImageNet-C: CORRUPTION/SEVERITY/CLASS/NAME.JPEG, possibly below noise/, blur/ etc."""
     _needs_imagenet(model)
     place = locate(root, "imagenet-c") or root
-    found = [(name, path) for name in (*ALEXNET, *EXTRA) if (path := locate(place, name)) and (path / "1").is_dir()]
+    found = [(name, path) for name in (*ALEXNET, *EXTRA) if (path := locate(place, name)) and path.is_dir()]
     if not found:
         raise SkipError(f"there is no gaussian_noise/1 or other corruption in {place}")
     for name, path in found:
