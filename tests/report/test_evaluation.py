@@ -85,7 +85,9 @@ def test_cells_and_classes_show_their_images(opened, hostile):
     dialog = opened.locator("dialog")
     assert dialog.is_visible()
     assert dialog.locator("figure").count() == worst["images"]
-    assert dialog.locator("img").first.evaluate("image => image.naturalWidth") > 0
+    opened.wait_for_function(
+        "document.querySelector('dialog canvas').getContext('2d').getImageData(9, 9, 1, 1).data[3]"
+    )
     opened.keyboard.press("Escape")
     assert not dialog.is_visible()
     opened.locator("[data-class]").first.click()

@@ -32,7 +32,8 @@ def test_folders_of_imagenet_v2_are_in_numerical_order(imagenet, tmp_path):
     (shift,) = READERS["imagenet-v2"](tmp_path, imagenet)
     assert shift.variant == "matched-frequency"
     labels = {
-        Path(bytes(file).decode()).parts[0]: label for file, label in zip(shift.source.files, shift.source.labels)
+        Path(bytes(file).decode()).parts[0]: label
+        for file, label in zip(shift.source.files, shift.source.labels, strict=True)
     }
     assert labels == {str(k): k for k in range(12)}
     assert len(shift.source) == 13

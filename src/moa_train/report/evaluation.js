@@ -1,12 +1,27 @@
-// The images and the confusion matrix of an evaluation report. DATA: classes, images, lists, cells, rows, prefix.
-const LABEL = 0, PREDICTED = 1, PROBABILITY = 2, OWN = 3, FILE = 4, THUMBNAIL = 5;
+// The images and the confusion matrix of an evaluation report.
+const LABEL = 0, PREDICTED = 1, PROBABILITY = 2, OWN = 3, FILE = 4, SHEET = 5, PLACE = 6;
 const percent = (value) => `${(100 * value).toFixed(value > 0.9995 || value < 0.0995 ? 1 : 0)}\u00a0%`;
+
+const sheets = DATA.sheets.map((source) => {
+  const sheet = new Image();
+  sheet.src = source;
+  return sheet.decode().then(() => sheet);
+});
+
+// Copies a thumbnail from its sheet.
+function thumbnail(image) {
+  const [height, width] = DATA.tile, place = image[PLACE];
+  const canvas = make("canvas", { width, height, role: "img", "aria-label": `Image ${image[FILE]}` });
+  const left = (place % DATA.columns) * width, top = Math.floor(place / DATA.columns) * height;
+  sheets[image[SHEET]].then((sheet) => {
+    canvas.getContext("2d").drawImage(sheet, left, top, width, height, 0, 0, width, height);
+  });
+  return canvas;
+}
 
 function tile(row) {
   const image = DATA.images[row], wrong = image[LABEL] !== image[PREDICTED];
-  const picture = image[THUMBNAIL]
-    ? make("img", { src: DATA.prefix + image[THUMBNAIL], alt: `Image ${image[FILE]}` })
-    : make("div", { class: "none" }, "no thumbnail");
+  const picture = image.length > SHEET ? thumbnail(image) : make("div", { class: "none" }, "no thumbnail");
   const caption = make("figcaption");
   const predicted = make("b", { class: wrong ? "predicted" : "label" }, DATA.classes[image[PREDICTED]]);
   caption.append(predicted, ` ${percent(image[PROBABILITY])}`, make("br"));

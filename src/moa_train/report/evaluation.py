@@ -20,17 +20,16 @@ from moa_train.report.findings import SHOWN, Findings
 from moa_train.report.intervals import Interval
 from moa_train.report.page import escape
 from moa_train.report.plots import curve_plots, reliability_plot
+from moa_train.report.thumbnails import Sheets
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_whole
 from moa_train.schema import RunConfig, to_dict
 from moa_train.tracking.curves import Curves
 from moa_train.tracking.provenance import command, reproduce
 
-_BUDGET = 2_500_000
+_BUDGET = 2_400_000
 """Characters of thumbnails in the page."""
-_THUMBNAILS = 1600
-"""Most thumbnails in the page."""
-_PER_CELL = 24
+_PER_CELL = 48
 """Most images of a cell of the confusion matrix that are listed."""
 _PAIRS = 30
 """Most confused pairs that are listed."""
@@ -109,7 +108,7 @@ class Evaluated:
             "uncertain": found.uncertain_right,
             "errors": np.array([], np.int64) if errors is None else errors[:SHOWN],
         }
-        pictures = thumbnails.thumbnails(self.source, _wanted(found, lists, cells), self.run.data.eval_crop, _BUDGET)
+        sheets = Sheets.of(self.source, _wanted(found, lists, cells), self.run.data.eval_crop, _BUDGET)
         shown = {int(row) for rows in (*lists.values(), *cells.values()) for row in rows}
         images = {
             row: [
@@ -118,14 +117,16 @@ class Evaluated:
                 round(float(found.probability[row]), 4),
                 round(float(found.own_probability[row]), 4),
                 page.visible(found.file(row)),
-                *([pictures[row]] if row in pictures else []),
+                *sheets.places.get(row, ()),
             ]
             for row in sorted(shown)
         }
         used = sorted({label for pair in found.confusion for label in pair})
         data = {
             "classes": [page.visible(name) for name in found.classes],
-            "prefix": thumbnails.PREFIX,
+            "sheets": [thumbnails.PREFIX + file for file in sheets.files],
+            "tile": sheets.size,
+            "columns": thumbnails.COLUMNS,
             "images": images,
             "lists": {name: rows.tolist() for name, rows in lists.items()},
             "cells": {
@@ -177,7 +178,7 @@ class Evaluated:
         rows = np.array([*found.confident_wrong[:6], *right])
         if not len(rows):
             return ""
-        pixels = torch.stack([thumbnails.read(self.source, int(row), self.run.data.eval_crop) for row in rows])
+        pixels = thumbnails.read(self.source, rows.tolist(), self.run.data.eval_crop)
         device = next(self.model.parameters()).device
         images_BCHW = Normalize.of(self.run.data)(pixels).to(device)
         was_training = self.model.training
@@ -204,17 +205,17 @@ class Evaluated:
 def _wanted(
     found: Findings, lists: dict[str, NDArray[np.int64]], cells: dict[tuple[int, int], NDArray[np.int64]]
 ) -> list[int]:
-    """Return the images that get a thumbnail, the most important first: the lists, then one of each cell in turn."""
+    """Return the images that get a thumbnail, the most important first.
+
+    These are the lists, the listed pairs, and of all other cells one image in turn.
+    """
     wrong = [cells[pair] for pair in found.worst_pairs]
     right = [rows for pair, rows in cells.items() if pair[0] == pair[1]]
-    turns = (
-        int(rows[turn])
-        for turn in range(_PER_CELL)
-        for rows in (*wrong, *(right if turn < 6 else ()))
-        if turn < len(rows)
-    )
-    first = (int(row) for rows in lists.values() for row in rows)
-    return list(dict.fromkeys([*first, *turns]))[:_THUMBNAILS]
+    turns = [
+        rows[turn] for turn in range(_PER_CELL) for rows in (*wrong, *(right if turn < 6 else ())) if turn < len(rows)
+    ]
+    wanted = np.concatenate([*lists.values(), *wrong[:_PAIRS], turns]).astype(np.int64)
+    return list(dict.fromkeys(wanted.tolist()))
 
 
 def _text(interval: Interval, unit: str = "", digits: int = 2) -> str:

@@ -37,7 +37,8 @@ def svg(draw: Callable[[Any], None], description: str, size: tuple[float, float]
 
     # Text stays text. A fixed salt makes the file the same every time.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": description, "font.size": 9}):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size)  # its constrained layout would draw everything twice
+        figure.subplots_adjust(left=0.11, right=0.96, bottom=0.14, top=0.91)
         draw(figure.subplots())
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

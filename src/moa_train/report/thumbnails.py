@@ -1,10 +1,11 @@
-"""Thumbnails of images as data URIs."""
+"""Thumbnails of images: sheets of many small images, because one JPEG of 256 is small and quick to encode."""
 
 import base64
 import io
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,54 +15,82 @@ from torch.nn import functional as F
 
 from moa_train.data.array_source import ArraySource
 from moa_train.data.order import Draw
+from moa_train.data.resample import resample
 from moa_train.data.source import Source
 from moa_train.data.view import CenterCrop
 
 SIDE = 96
-"""Height of a thumbnail, in pixels; its width is at most twice that."""
-PREFIX = "data:image/webp;base64,"
-_CHUNK = 64
+"""Largest side of a thumbnail, in pixels."""
+COLUMNS = 16
+"""Thumbnails in a row of a sheet."""
+PER_SHEET = COLUMNS**2
+PREFIX = "data:image/jpeg;base64,"
 
 
-def thumbnails(source: Source, rows: Sequence[int], crop_ratio: float, budget: int) -> dict[int, str]:
-    """Return thumbnails of the given images as base64, by row, as the model sees the images.
+@dataclass(frozen=True)
+class Sheets:
+    """Thumbnails of images, as the model sees the images.
 
-    Args:
-        source: the images.
-        rows: in order of importance, without repetitions.
-        crop_ratio: see ``EvalLoader``.
-        budget: characters; images that would exceed it are left out.
+    Attributes:
+        size: height and width of a thumbnail.
+        files: each sheet as base64 of a JPEG.
+        places: sheet and position in it, by image.
     """
-    found: dict[int, str] = {}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(rows), _CHUNK):
-            if budget <= 0:
+
+    size: tuple[int, int]
+    files: list[str]
+    places: dict[int, tuple[int, int]]
+
+    @classmethod
+    def of(cls, source: Source, rows: Sequence[int], crop_ratio: float, budget: int) -> "Sheets":
+        """Create the sheets.
+
+        Args:
+            source: the images.
+            rows: in order of importance, without repetitions.
+            crop_ratio: see ``EvalLoader``.
+            budget: characters; sheets that would exceed it are left out, except for the first one.
+        """
+        scale = min(1.0, SIDE / max(source.image_size))
+        size = round(source.image_size[0] * scale), round(source.image_size[1] * scale)
+        sheets = cls(size, [], {})
+        for start in range(0, len(rows), PER_SHEET):
+            chunk = rows[start : start + PER_SHEET]
+            text = encode(tiled(resample(read(source, chunk, crop_ratio), size)))
+            budget -= len(text)
+            if budget < 0 and start:
                 break
-            chunk = rows[start : start + _CHUNK]
-            for row, text in zip(
-                chunk, pool.map(lambda row: encode(read(source, row, crop_ratio)), chunk), strict=True
-            ):
-                budget -= len(text)
-                if budget > 0:
-                    found[row] = text
-    return found
+            sheets.places.update({row: (len(sheets.files), place) for place, row in enumerate(chunk)})
+            sheets.files.append(text)
+        return sheets
 
 
-def read(source: Source, row: int, crop_ratio: float) -> Tensor:
-    """Return the pixels that the model receives, uint8, (3, H, W)."""
-    index, zero = np.array([row]), np.zeros(1, np.int64)
+def read(source: Source, rows: Sequence[int], crop_ratio: float) -> Tensor:
+    """Return the pixels that the model receives, uint8, (B, 3, H, W)."""
+    index = np.asarray(rows, np.int64)
     if isinstance(source, ArraySource):
-        return source.gather(index)[0]
-    view = CenterCrop(source.image_size, crop_ratio)
-    return source.read(Draw(zero, index, zero), 0, view, substitute=False)[0][0]
+        return source.gather(index)
+    view, zero = CenterCrop(source.image_size, crop_ratio), np.zeros(1, np.int64)
+
+    def one(row: int) -> Tensor:
+        return source.read(Draw(zero, np.array([row]), zero), 0, view, substitute=False)[0]
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return torch.cat(list(pool.map(one, index)))
+
+
+def tiled(images_BCHW: Tensor) -> Tensor:
+    """Return a sheet of the images, (3, H', W'), row by row; the last row is filled up with black."""
+    missing = -len(images_BCHW) % COLUMNS
+    images = torch.cat([images_BCHW, images_BCHW.new_zeros(missing, *images_BCHW.shape[1:])])
+    rows = images.unflatten(0, (-1, COLUMNS))  # R W' C H W
+    return rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
 def encode(pixels_CHW: Tensor) -> str:
-    """Return an image as base64 of a small WebP file."""
-    image = Image.fromarray(pixels_CHW.permute(1, 2, 0).numpy())
-    image.thumbnail((2 * SIDE, SIDE))
+    """Return an image as base64 of a JPEG."""
     file = io.BytesIO()
-    image.save(file, "WEBP", quality=80, method=0)
+    Image.fromarray(pixels_CHW.permute(1, 2, 0).contiguous().numpy()).save(file, "JPEG", quality=75)
     return base64.b64encode(file.getvalue()).decode()
 
 
