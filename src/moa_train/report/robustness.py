@@ -57,28 +57,25 @@ class Robustness:
         Returns:
             The results as JSON, with the reason for each test set that was skipped.
         """
-        predictions = self._predict(clean)
-        control = Control(predictions)
-        results: list[dict[str, Any]] = []
+        model, planned = Model(self.trained.classes, self.run.data), dict[str, Any]()
         skipped: dict[str, str] = {}
-        shown = Model(self.trained.classes, self.run.data)
-        wanted = [*READERS, "imagenet-real", "corruptions"] if "all" in names else names
-        for name in wanted:
-            try:
-                if name == "corruptions":
-                    results += self._corrupted(clean, control)
-                elif benchmarks is None:
-                    raise SkipError("benchmarks= is not set to the folder that holds it")
-                elif name == "imagenet-real":
-                    results.append(control.real(real_labels(benchmarks, clean.files, shown)))
-                else:
-                    for shift in READERS[name](benchmarks, shown):
-                        found = self._predict(shift.source, cropped=shift.cropped)
-                        results.append(control.compare(found, shift.benchmark, shift.variant, shift.severity))
+        for name in [*READERS, "imagenet-real", "corruptions"] if "all" in names else names:
+            try:  # everything is opened before the first evaluation
+                planned[name] = self._plan(name, benchmarks, clean, model)
             except SkipError as reason:
                 skipped[name] = str(reason)
                 if self.distributed.is_main:
                     print(f"{name} is skipped: {reason}", file=sys.stderr)
+        control, results = Control(self._predict(clean)), list[dict[str, Any]]()
+        for name, plan in planned.items():
+            if name == "imagenet-real":
+                results.append(control.real(plan))
+            elif name == "corruptions":
+                results += self._corrupted(clean, control)
+            else:
+                for shift in plan:
+                    found = self._predict(shift.source, cropped=shift.cropped)
+                    results.append(control.compare(found, shift.benchmark, shift.variant, shift.severity))
         return {
             "weights": str(self.trained.found.path),
             "data": clean.describe(),
@@ -89,6 +86,19 @@ class Robustness:
             "mean_corruption_error": errors_by_corruption(results, len(self.trained.classes)),
             "skipped": skipped,
         }
+
+    def _plan(self, name: str, benchmarks: Path | None, clean: Source, model: Model) -> Any:
+        """Open a test set: its parts, or the ReaL labels. Raises SkipError if it is not there or does not fit."""
+        if name == "corruptions":
+            return None
+        if benchmarks is None:
+            raise SkipError("benchmarks= is not set to the folder that holds it")
+        if name == "imagenet-real":
+            return real_labels(benchmarks, clean.files, model)
+        shifts = list(READERS[name](benchmarks, model))
+        if self.tta == "crops" and any(shift.cropped for shift in shifts):
+            raise SkipError("its images are cropped already, so tta=crops cannot take crops of them")
+        return shifts
 
     def _corrupted(self, clean: Source, control: "Control") -> Iterator[dict[str, Any]]:
         for name in CORRUPTIONS:
@@ -101,8 +111,6 @@ class Robustness:
         self, source: Source, corruption: tuple[str, int] | None = None, *, cropped: bool = False
     ) -> Predictions:
         run, recorder = self.run, Recorder()
-        if cropped and self.tta == "crops":
-            raise SkipError("its images are cropped already, so tta=crops cannot take crops of them")
         if cropped:
             run = replace(run, data=replace(run.data, eval_crop=1.0))
         views = Views.plan(self.tta, run, source)
@@ -154,8 +162,6 @@ class Control:
         """Return the accuracy by ReaL labels as JSON; images without a label do not count."""
         predicted = self.clean.logits.argmax(1)
         rows = np.array([row for row, allowed in enumerate(labels) if allowed])
-        if not len(rows):
-            raise SkipError("none of the images has a ReaL label")
         hits = sum(int(predicted[row]) in labels[row] for row in rows)
         subset = Predictions(self.clean.labels[rows], self.clean.logits[rows])
         return {

@@ -269,6 +269,9 @@ def real_labels(root: Path, files: NDArray[np.bytes_] | None, model: Model) -> l
         raise SkipError("the images are not named ILSVRC2012_val_00000001.JPEG and so on")
     order = np.argsort(np.array(model.classes), kind="stable")
     try:
-        return [[int(order[label]) for label in entries[int(number[1]) - 1]] for number in numbers if number]
+        labels = [[int(order[label]) for label in entries[int(number[1]) - 1]] for number in numbers if number]
     except (IndexError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not hold a list of labels for each of the images ({error}).") from error
+    if not any(labels):
+        raise SkipError("none of the images has a ReaL label")
+    return labels
