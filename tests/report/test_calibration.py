@@ -20,7 +20,7 @@ def drawn(count: int, temperature: float, classes: int = 5) -> tuple[np.ndarray,
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_temperature_that_distorted_the_logits_is_found(temperature):
     logits, labels = drawn(20_000, temperature)
-    found = fit_temperature(logits.astype(float), labels)
+    found = fit_temperature(logits, labels)
     assert found == pytest.approx(temperature, rel=0.05)
     values, targets = torch.from_numpy(logits).double(), torch.from_numpy(labels)
     best = cross_entropy(values / found, targets)

@@ -109,6 +109,8 @@ def test_corruptions_of_the_test_images_from_the_command(straight, tmp_path, bro
     assert again["results"] == first["results"]
     assert again["relative"] == {"corruptions": pytest.approx(100)}
     assert {"imagenet-v2", "cifar-10-c", "imagenet-real"} <= set(again["skipped"])
+    with pytest.raises(UserError, match="was measured on other images"):
+        run(ckpt=straight, robustness=["corruptions"], split="val", reference=tmp_path / "one.json")
     page = browser.new_page(viewport={"width": 390, "height": 800})
     page.goto((tmp_path / "two.html").as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -46,7 +46,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
         print(reproduce(origin) or f"{found.path} does not record the commands that produced it.")
         return
     if config.report:
-        from moa_train.report.plots import require_matplotlib
+        from moa_train.report.plots import preload, require_matplotlib
 
         require_matplotlib()
     reference = read_reference(config)
@@ -56,6 +56,8 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     with Distributed.start(config.device, run.runtime.timeout) as distributed:
         set_up_process(run.runtime, distributed)
         source = trained.open_split(config.split, config.root, config.workers)
+        if reference is not None and reference["data"].get("fingerprint") != source.fingerprint:
+            raise UserError(f"reference={config.reference} was measured on other images. Evaluate it on the same ones.")
         model, recorder = trained.build().to(distributed.device), Recorder()
         if config.robustness:
             from moa_train.report.robustness import Robustness
@@ -66,6 +68,8 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
             )
         else:
             views = Views.plan(config.tta, run, source)
+            if config.report and source.in_memory and distributed.is_main:
+                preload()
             # Standard output is for the JSON only.
             result = build_evaluation(run, source, distributed, stream=sys.stderr, record=recorder, views=views)(model)
             predictions = recorder.gather(distributed)
@@ -114,8 +118,8 @@ def read_reference(config: EvalConfig) -> dict[str, Any] | None:
         return None
     try:
         reference: dict[str, Any] = json.loads(Path(config.reference).read_text())
-        if not isinstance(reference["mean_corruption_error"], dict):
-            raise TypeError("mean_corruption_error is not a mapping")
+        if not isinstance(reference["mean_corruption_error"], dict) or not isinstance(reference["data"], dict):
+            raise TypeError("it has other content")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"reference={config.reference} cannot be used ({error}). Give the robustness-SPLIT.json of another model."

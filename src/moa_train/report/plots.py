@@ -2,8 +2,10 @@
 
 import io
 import re
+import threading
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,14 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401 the import is the test
     except ImportError as error:
         raise UserError("The report needs matplotlib: pip install 'moa-train[report]'.") from error
+
+
+def preload() -> None:
+    """Start to import what draws, while the evaluation leaves cores idle.
+
+    Importing takes half a second. Do not call this if worker processes will be forked.
+    """
+    threading.Thread(target=import_module, args=("matplotlib.backends.backend_svg",), daemon=True).start()
 
 
 def svg(draw: Callable[[Any], None], description: str, size: tuple[float, float] = (4.6, 3.2)) -> str:
