@@ -1,5 +1,6 @@
 """Evaluate a model on shifted images: published test sets, and corruptions computed from the test images."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -243,7 +244,7 @@ def robustness_page(found: Mapping[str, Any]) -> str:
     singles = [result for result in found["results"] if not result["severity"]]
     rows = (
         [
-            escape(" ".join(filter(None, (one["benchmark"], one["variant"])))),
+            escape(f"{_title(one['benchmark'])} {one['variant']}"),
             f"{one['images']:,}",
             str(one["classes"]),
             text(one["top1"]),
@@ -296,8 +297,11 @@ def _corruption_section(benchmark: str, summary: Mapping[str, Any], found: Mappi
         ]
         for name, error in summary["errors"].items()
     )
-    head = ["corruption", *(f"severity {severity}" for severity in SEVERITIES), "mean"]
-    lines = [f"Top-1 accuracy in percent; {clean:.2f} without a corruption. Mean error: {summary['mean']:.2f} %."]
+    head = ["corruption", *map(str, SEVERITIES), "mean"]
+    lines = [
+        f"Top-1 accuracy in percent, by severity; {clean:.2f} without a corruption.",
+        f"Mean error: {summary['mean']:.2f} %.",
+    ]
     if "mce" in summary:
         lines.append(f"Mean corruption error (mCE), relative to AlexNet: {summary['mce']:.2f} %.")
     elif benchmark == "imagenet-c":
@@ -311,7 +315,14 @@ def _corruption_section(benchmark: str, summary: Mapping[str, Any], found: Mappi
             "CIFAR-10-C."
         )
     table = page.table(head, rows, numbers=range(1, 7))
-    return page.section(benchmark, benchmark.capitalize(), table, " ".join(lines))
+    return page.section(benchmark, _title(benchmark), table, " ".join(lines))
+
+
+def _title(benchmark: str) -> str:
+    """Return the usual spelling: ImageNet-C for imagenet-c."""
+    name = benchmark.replace("imagenet", "ImageNet").replace("cifar", "CIFAR").replace("real", "ReaL")
+    name = re.sub(r"-([a-z]|v2|sketch)$", lambda found: f"-{found[1].capitalize()}", name)
+    return name[0].upper() + name[1:]
 
 
 def _cell(value: float | None, clean: float) -> str:
