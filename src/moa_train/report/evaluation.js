@@ -119,22 +119,20 @@ if (plot) {
     const background = make("rect", { x: margin, y: margin, width: width - margin, height: width - margin });
     background.style.fill = "var(--paper)";
     parts.push(background);
-    for (let row = top; row < top + span; row++) {
-      for (let column = left; column < left + span; column++) {
-        const images = cells.get(row * count + column);
-        if (!images) continue;
-        const x = margin + (column - left) * size, y = margin + (row - top) * size;
-        const strength = Math.sqrt(images / totals[row]);
-        const box = make("rect", { x, y, width: size + 0.05, height: size + 0.05 });
-        box.style.fill = row === column ? "var(--accent)" : "var(--wrong)";
-        box.style.fillOpacity = row === column ? 0.12 + 0.8 * strength : 0.08 + 0.92 * strength;
-        parts.push(box);
-        if (size >= 20) {
-          const text = make("text", { x: x + size / 2, y: y + size / 2, "text-anchor": "middle" }, String(images));
-          text.setAttribute("dominant-baseline", "central");
-          text.style.fontSize = `${Math.min(13, size / (String(images).length > 3 ? 2.8 : 2.1))}px`;
-          parts.push(text);
-        }
+    for (const [key, images] of cells) {
+      const row = Math.floor(key / count), column = key % count;
+      if (row < top || row >= top + span || column < left || column >= left + span) continue;
+      const x = margin + (column - left) * size, y = margin + (row - top) * size;
+      const strength = Math.sqrt(images / totals[row]);
+      const box = make("rect", { x, y, width: size + 0.05, height: size + 0.05 });
+      box.style.fill = row === column ? "var(--accent)" : "var(--wrong)";
+      box.style.fillOpacity = row === column ? 0.12 + 0.8 * strength : 0.08 + 0.92 * strength;
+      parts.push(box);
+      if (size >= 20) {
+        const text = make("text", { x: x + size / 2, y: y + size / 2, "text-anchor": "middle" }, String(images));
+        text.setAttribute("dominant-baseline", "central");
+        text.style.fontSize = `${Math.min(13, size / (String(images).length > 3 ? 2.8 : 2.1))}px`;
+        parts.push(text);
       }
     }
     if (labeled) {
