@@ -78,6 +78,7 @@ def test_the_wheel_contains_exactly_all_modules_and_options(source, wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(source / "src").as_posix() for path in (source / "src").rglob("*.py")}
+    modules |= {path.relative_to(source / "src").as_posix() for path in (source / "src").rglob("*.[cj]s*")}
     options = {f"moa_train/{path.relative_to(source)}" for path in (source / "conf").rglob("*.yaml")}
     assert packed == modules | options | {"moa_train/conf/__init__.py"}, (
         "The list of packages in pyproject.toml may be incomplete."

@@ -443,6 +443,34 @@ class EvalConfig:
         [], "your own modules or packages that the checkpoint's configuration may import, for example [my_package]"
     )
     output: str | None = knob(None, "JSON file for the result (default: eval-SPLIT.json next to the weights)")
+    tta: str = knob(
+        "none",
+        "views whose probabilities are averaged; flip: the image and its mirror image; crops: also four corner crops",
+        options=("none", "flip", "crops"),
+    )
+    report: bool = knob(False, "also write report-SPLIT.html and report-SPLIT.json next to the result")
+    robustness: list[str] = knob(
+        [],
+        "evaluate on shifted images instead, and write robustness-SPLIT.html and .json; corruptions: of the split's "
+        "own images; the others: published test sets in benchmarks=FOLDER; all: those that are there",
+        options=(
+            "all",
+            "corruptions",
+            "imagenet-v2",
+            "imagenet-a",
+            "imagenet-r",
+            "imagenet-sketch",
+            "imagenet-real",
+            "imagenet-c",
+            "cifar-10.1",
+            "cifar-10-c",
+            "cifar-100-c",
+        ),
+    )
+    benchmarks: str | None = knob(None, "folder that holds published test sets for robustness, as they are distributed")
+    reference: str | None = knob(
+        None, "robustness-SPLIT.json of another model, to which the mean corruption error is relative"
+    )
 
 
 @dataclass

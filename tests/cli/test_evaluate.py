@@ -207,3 +207,32 @@ def test_the_outcome_of_every_image_is_written_next_to_the_result(copy, logged, 
     (tmp_path / "predictions-test.npz").write_bytes(b"no archive")
     with pytest.raises(UserError, match="cannot be read"):
         Outcomes.read(tmp_path / "predictions-test.npz")
+
+
+@pytest.mark.parametrize("tta", ["flip", "crops"])
+def test_averaging_over_views_is_recorded_and_changes_the_loss(copy, logged, tmp_path, tta):
+    found = run(ckpt=copy, tta=tta, output=tmp_path / "x.json")
+    assert found["tta"] == tta
+    assert found["total"] == logged["test"]["total"]
+    assert found["loss"] != logged["test"]["loss"]
+
+
+@pytest.mark.parametrize(("split", "weights"), [("test", "ema"), ("val", "model"), ("train", "ema")])
+def test_the_report_has_the_numbers_of_the_evaluation(copy, tmp_path, split, weights):
+    found = run(ckpt=copy, split=split, weights=weights, report=True, output=tmp_path / "x.json")
+    report = json.loads((tmp_path / f"report-{split}.json").read_text())
+    assert {key: report[key]["count"] for key in ("top1", "top5")} == {
+        key: found[f"{key}_count"] for key in ("top1", "top5")
+    }
+    assert report["loss"]["value"] == pytest.approx(found["loss"], rel=1e-6)
+    assert (report["label_errors"] is None) == (split == "train")
+    html = (tmp_path / f"report-{split}.html").read_text()
+    assert f"{found['top1']:.2f} % top-1" in html
+    assert ("trained on these images" in html) == (split == "train")
+    assert "Training" in html
+
+
+def test_a_report_without_matplotlib_is_an_error_before_anything_is_opened(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"needs matplotlib: pip install 'moa-train\[report\]'"):
+        evaluate(EvalConfig(ckpt="not looked at", report=True), [])

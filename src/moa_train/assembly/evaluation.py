@@ -9,7 +9,8 @@ from typing import Any, TextIO
 import numpy as np
 from torch import Tensor, nn
 
-from moa_train.assembly.inputs import build_eval_loader, build_eval_transform
+from moa_train.assembly.inputs import build_eval_loader
+from moa_train.assembly.views import Views
 from moa_train.data.array_source import ArraySource
 from moa_train.data.augment import Normalize
 from moa_train.data.order import Draw
@@ -35,18 +36,21 @@ def build_evaluation(
     stop: Callable[[], bool] = lambda: False,
     stream: TextIO | None = None,
     record: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
+    views: Views | None = None,
 ) -> Callable[[nn.Module], Evaluation | None]:
     """Return a function that evaluates a model on ``source``; its result is None if ``stop`` requested a stop.
 
     Rank 0 shows the progress on ``stream`` (default: standard output). ``record`` receives the logits of every batch.
+    ``views`` averages over views of each image (default: only the center crop).
     """
+    views = views or Views.plan("none", config, source)
     title, style = f"evaluating {source.describe()['name']}", config.tracking.progress
     progress = EvaluationProgress(title, style=style, stream=stream) if distributed.is_main else lambda done, of: None
     precision = Precision.resolve(config.runtime.eval_precision, distributed.device)
-    return partial(
+    evaluation = partial(
         evaluate,
-        batches=build_eval_loader(config, source, distributed, stop),
-        transform=build_eval_transform(config),
+        batches=build_eval_loader(views.config, views.source, distributed, stop),
+        transform=views.transform,
         metrics=create_metrics(config.engine),
         autocast=precision.evaluation,
         distributed=distributed,
@@ -54,6 +58,7 @@ def build_evaluation(
         advance=progress,
         record=record,
     )
+    return lambda model: evaluation(views.wrap(model))
 
 
 def measurement(config: RunConfig, split: str, sources: Mapping[str, Source]) -> dict[str, Any]:

@@ -87,7 +87,21 @@ def typed(config: DictConfig) -> Any:
     return result
 
 
-PATHS = ("run_dir", "resume", "init", "ckpt", "root", "input", "output", "explain", "data.root")
+PATHS = (
+    *(
+        "run_dir",
+        "resume",
+        "init",
+        "ckpt",
+        "root",
+        "input",
+        "output",
+        "explain",
+        "benchmarks",
+        "reference",
+        "data.root",
+    ),
+)
 
 
 def expand_home(config: Any) -> None:

@@ -19,6 +19,9 @@ Examples:
   moa-eval ckpt=outputs/RUN                              the best checkpoint of a run, or else the newest
   moa-eval ckpt=outputs/RUN/checkpoints/last split=val
   moa-eval ckpt=weights.safetensors root=/data/imagenet
+  moa-eval ckpt=outputs/RUN report=true                  a page with mistakes, confusions and calibration
+  moa-eval ckpt=outputs/RUN weights=model tta=flip       raw weights, averaged over mirror images
+  moa-eval ckpt=outputs/RUN robustness=[all] benchmarks=/data/shifted
   torchrun --nproc-per-node 2 -m moa_train.cli.evaluate ckpt=outputs/RUN"""
 
 
@@ -32,6 +35,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     from moa_train.assembly.outcome import describe
     from moa_train.assembly.process import set_up_process
     from moa_train.assembly.trained import Trained
+    from moa_train.assembly.views import Views
     from moa_train.engine.find_weights import find_weights
     from moa_train.engine.predictions import Recorder, predictions_file
     from moa_train.runtime.distributed import Distributed
@@ -42,26 +46,103 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
         origin = json.loads(found.load()[1].get("origin", "[]"))
         print(reproduce(origin) or f"{found.path} does not record the commands that produced it.")
         return
+    if config.report:
+        from moa_train.report.plots import preload, require_matplotlib
+
+        require_matplotlib()
+    reference = read_reference(config)
     trained = Trained.open(Path(config.ckpt), weights=config.weights, code=config.code)
     run = overlay(trained.config, config)
+    output = Path(config.output) if config.output else trained.folder / f"{_kind(config)}-{config.split}.json"
     with Distributed.start(config.device, run.runtime.timeout) as distributed:
         set_up_process(run.runtime, distributed)
         source = trained.open_split(config.split, config.root, config.workers)
+        if reference is not None and reference["data"].get("fingerprint") != source.fingerprint:
+            raise UserError(f"reference={config.reference} was measured on other images. Evaluate it on the same ones.")
         model, recorder = trained.build().to(distributed.device), Recorder()
-        # Standard output is for the JSON only.
-        result = build_evaluation(run, source, distributed, stream=sys.stderr, record=recorder)(model)
-        assert result is not None
-        predictions = recorder.gather(distributed)
-    if distributed.is_main:
-        path = trained.found.path
-        outcome = {"split": config.split, **result.as_dict(), "weights": str(path), "data": source.describe()}
-        output = Path(config.output) if config.output else trained.folder / f"eval-{config.split}.json"
-        write(outcome, output, required=bool(config.output))
-        try:
-            predictions.outcomes(source).write(predictions_file(output.parent, config.split))
-        except UserError as error:
-            print(error, file=sys.stderr)
-        print(f"{describe(result, config.split)}; {trained.found.description}", file=sys.stderr)
+        if config.robustness:
+            from moa_train.report.robustness import Robustness
+
+            folder = Path(config.benchmarks) if config.benchmarks else None
+            measured = Robustness(trained, run, config.tta, model, distributed).measure(
+                config.robustness, folder, source
+            )
+        else:
+            views = Views.plan(config.tta, run, source)
+            if config.report and source.in_memory and distributed.is_main:
+                preload()
+            # Standard output is for the JSON only.
+            result = build_evaluation(run, source, distributed, stream=sys.stderr, record=recorder, views=views)(model)
+            predictions = recorder.gather(distributed)
+    if not distributed.is_main:
+        return
+    if config.robustness:
+        write_robustness(measured, reference, output, config)
+        return
+    assert result is not None
+    path = trained.found.path
+    outcome = {"split": config.split, **result.as_dict(), "weights": str(path), "data": source.describe()}
+    outcome |= {"tta": config.tta} if config.tta != "none" else {}
+    write(outcome, output, required=bool(config.output))
+    try:
+        predictions.outcomes(source).write(predictions_file(output.parent, config.split))
+    except UserError as error:
+        print(error, file=sys.stderr)
+    if config.report:
+        from moa_train.report.class_map import class_map
+        from moa_train.report.evaluation import Evaluated
+
+        evaluated = Evaluated(trained, run, config.split, config.tta, source, predictions, model)
+        html, _ = evaluated.write(output.parent / f"report-{config.split}", class_map)
+        print(f"Report: {html}", file=sys.stderr)
+    print(f"{describe(result, config.split)}; {trained.found.description}", file=sys.stderr)
+
+
+def _kind(config: EvalConfig) -> str:
+    return "robustness" if config.robustness else "eval"
+
+
+def read_reference(config: EvalConfig) -> dict[str, Any] | None:
+    """Check the settings of robustness, and return the results of the reference model, if there is one.
+
+    Raises:
+        UserError: a file or folder does not exist, or a setting has no effect.
+    """
+    if not config.robustness and (config.benchmarks or config.reference):
+        raise UserError(
+            "benchmarks= and reference= have an effect only with robustness=, for example robustness=[all]."
+        )
+    if config.robustness and config.report:
+        raise UserError("report=true and robustness= are two evaluations. Run them one after the other.")
+    if config.benchmarks and not Path(config.benchmarks).is_dir():
+        raise UserError(f"benchmarks={config.benchmarks}: there is no such folder.")
+    if not config.reference:
+        return None
+    try:
+        reference: dict[str, Any] = json.loads(Path(config.reference).read_text())
+        if not isinstance(reference["mean_corruption_error"], dict) or not isinstance(reference["data"], dict):
+            raise TypeError("it has other content")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"reference={config.reference} cannot be used ({error}). Give the robustness-SPLIT.json of another model."
+        ) from error
+    return reference
+
+
+def write_robustness(
+    measured: dict[str, Any], reference: dict[str, Any] | None, output: Path, config: EvalConfig
+) -> None:
+    """Write and print the results of robustness, as JSON and as a page next to it."""
+    from moa_train.report.robustness import relative_to, robustness_page
+    from moa_train.runtime.files import write_whole
+
+    if reference is not None:
+        measured["reference"] = config.reference
+        measured["relative"] = relative_to(measured["mean_corruption_error"], reference["mean_corruption_error"])
+    write(measured, output, required=bool(config.output))
+    html = output.with_suffix(".html")
+    write_whole(html, robustness_page(measured))
+    print(f"Robustness: {html}", file=sys.stderr)
 
 
 def overlay(run: RunConfig, config: EvalConfig) -> RunConfig:

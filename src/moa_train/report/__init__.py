@@ -1,1 +1,1 @@
-"""What a trained model does, in pictures and tables: evaluation reports, attention maps, class maps."""
+"""Pages and pictures about trained models: evaluations, robustness to shifted images, class maps, attention."""

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moa_train.runtime.command_line import path
 from moa_train.runtime.errors import UserError
@@ -73,25 +74,45 @@ def draw(runs: Sequence[Curves], path: Path) -> None:
     except ImportError as error:
         raise UserError("Drawing curves needs matplotlib: pip install 'moa-train[plot]'.") from error
     figure = Figure(figsize=(10, 4), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    for run, color in zip(runs, COLORS * len(runs), strict=False):
-        dot = "o" if len(run.evaluations) == 1 else None  # a line through one point is invisible
-        loss.plot(*_points(run.train, "loss"), color=color, linewidth=1, alpha=0.45)
-        loss.plot(*_points(run.evaluations, "loss"), color=color, linewidth=1.8, marker=dot)
-        accuracy.plot(*_points(run.evaluations, "top1"), color=color, linewidth=1.8, marker=dot, label=_label(run))
-    loss.plot([], [], color="0.4", linewidth=1, alpha=0.45, label="train (augmented)")
-    splits = sorted({run.split for run in runs})
-    loss.plot([], [], color="0.4", linewidth=1.8, label=" or ".join(splits))
-    accuracy.set_ylim(bottom=0)
-    for axes, title in ((loss, "loss (nats)"), (accuracy, f"top-1 on {' or '.join(splits)} (%)")):
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.set_xlabel("epoch")
-        axes.grid(color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    loss.legend(frameon=False, fontsize=9, loc="upper right")  # away from falling curves
-    accuracy.legend(frameon=False, fontsize=9, loc="lower right")  # away from rising curves
+    for axes, panel in zip(figure.subplots(1, 2), (draw_loss, draw_accuracy), strict=True):
+        panel(axes, runs)
     figure.savefig(path, dpi=150)
+
+
+def draw_loss(axes: Any, runs: Sequence[Curves]) -> None:
+    """Draw the losses of runs over epochs onto axes of matplotlib."""
+    for run, color in zip(runs, COLORS * len(runs), strict=False):
+        axes.plot(*_points(run.train, "loss"), color=color, linewidth=1, alpha=0.45)
+        axes.plot(*_points(run.evaluations, "loss"), color=color, linewidth=1.8, marker=_dot(run))
+    axes.plot([], [], color="0.4", linewidth=1, alpha=0.45, label="train (augmented)")
+    axes.plot([], [], color="0.4", linewidth=1.8, label=_splits(runs))
+    _finish(axes, "loss (nats)", "upper right")  # away from falling curves
+
+
+def draw_accuracy(axes: Any, runs: Sequence[Curves]) -> None:
+    """Draw the top-1 accuracies of runs over epochs onto axes of matplotlib."""
+    for run, color in zip(runs, COLORS * len(runs), strict=False):
+        label = _label(run).replace("$", r"\$")  # otherwise, dollar signs would delimit formulas
+        axes.plot(*_points(run.evaluations, "top1"), color=color, linewidth=1.8, marker=_dot(run), label=label)
+    axes.set_ylim(bottom=0)
+    _finish(axes, f"top-1 on {_splits(runs)} (%)", "lower right")  # away from rising curves
+
+
+def _finish(axes: Any, title: str, legend: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("epoch")
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc=legend)
+
+
+def _dot(run: Curves) -> str | None:
+    return "o" if len(run.evaluations) == 1 else None  # a line through one point is invisible
+
+
+def _splits(runs: Sequence[Curves]) -> str:
+    return " or ".join(sorted({run.split for run in runs}))
 
 
 def _points(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:

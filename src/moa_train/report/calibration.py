@@ -1,0 +1,161 @@
+"""Calibration: whether predictions with a confidence of 80 % are right in 80 % of the cases."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moa_train.data.counter import uniform
+from moa_train.report.intervals import Interval, share
+
+BINS = 15
+"""Number of equally wide bins of confidence."""
+_REPLICATES = 250
+_HALVES, _BOOTSTRAP = 1, 2  # purposes of random numbers
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Confidence and accuracy, by bins of confidence.
+
+    Attributes:
+        counts: images in each bin, (BINS,).
+        confidence: mean confidence in each bin, in percent; NaN in empty bins.
+        accuracy: accuracy in each bin, in percent; NaN in empty bins.
+        error: expected calibration error (ECE; Guo et al., arXiv 1706.04599) in percentage points.
+        loss: mean cross-entropy.
+    """
+
+    counts: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+    error: Interval
+    loss: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the bins as JSON; values of empty bins are null."""
+        rows = [
+            {
+                "from": 100 * place / BINS,
+                "to": 100 * (place + 1) / BINS,
+                "images": int(count),
+                "confidence": float(self.confidence[place]) if count else None,
+                "accuracy": share(round(self.accuracy[place] * count / 100), int(count)).as_dict() if count else None,
+            }
+            for place, count in enumerate(self.counts)
+        ]
+        return {"ece": self.error.as_dict(), "loss": self.loss, "bins": rows}
+
+
+def reliability(log_probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> Reliability:
+    """Return the reliability of predictions.
+
+    Args:
+        log_probabilities: (N, K).
+        labels: (N,).
+    """
+    confidence = np.exp(log_probabilities.max(1))
+    hits = (log_probabilities.argmax(1) == labels).astype(np.float64)
+    place = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    counts, sums, right = (np.bincount(place, weights, BINS) for weights in (None, confidence, hits))
+    with np.errstate(invalid="ignore"):
+        centers, accuracy = 100 * sums / counts, 100 * right / counts
+    chosen = -np.take_along_axis(log_probabilities, labels[:, None], 1)
+    error = _error(sums - right, len(labels))
+    return Reliability(
+        counts.astype(np.int64),
+        centers,
+        accuracy,
+        _with_interval(error, place, confidence - hits),
+        float(chosen.mean()),
+    )
+
+
+def _error(gaps: NDArray[Any], total: int) -> float:
+    return 100 * float(np.abs(gaps).sum()) / max(total, 1)
+
+
+def _with_interval(error: float, place: NDArray[np.int64], gaps: NDArray[np.float64]) -> Interval:
+    """Return the error with its basic bootstrap interval over images.
+
+    The error is biased upward, because noise in a bin never cancels that of another one. Resampling adds the same bias
+    again, so the interval is reflected at the estimate (Davison and Hinkley, 1997, section 5.2).
+    """
+    generator, total = np.random.default_rng(_BOOTSTRAP), len(place)
+    errors = np.empty(_REPLICATES)
+    for replicate in range(_REPLICATES):
+        rows = generator.integers(0, total, total)
+        errors[replicate] = _error(np.bincount(place[rows], gaps[rows], BINS), total)
+    low, high = 2 * error - np.quantile(errors, [0.975, 0.025])
+    return Interval(error, max(0.0, float(low)), max(error, float(high)))
+
+
+def halves(count: int) -> NDArray[np.bool_]:
+    """Return which of ``count`` images belong to the first half; the same for every model that is evaluated on them."""
+    return uniform(_HALVES, np.arange(count)) < 0.5
+
+
+def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+    """Return the temperature that minimizes the cross-entropy of logits / temperature, to a thousandth.
+
+    The loss is convex in 1 / temperature, so a bisection of its derivative finds the minimum.
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+    """
+    centered = logits - logits.max(1, keepdims=True)
+    target = float(np.take_along_axis(centered, labels[:, None], 1).mean(dtype=np.float64))
+
+    def slope(scale: float) -> float:
+        weights = np.exp(np.float32(scale) * centered)
+        means = np.einsum("nk,nk->n", weights, centered) / weights.sum(1)
+        return float(means.mean(dtype=np.float64)) - target
+
+    low, high = np.log(1 / 20), np.log(20.0)
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (low, middle) if slope(np.exp(middle)) > 0 else (middle, high)
+    return float(np.exp(-(low + high) / 2))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Reliability before and after temperature scaling.
+
+    The temperature of each half of the images is fitted on the other half, so no image is reported with a temperature
+    that was fitted on it.
+
+    Attributes:
+        before: with the model's own probabilities.
+        after: with a temperature; None if a half has too few images.
+        temperatures: of the first and the second half.
+    """
+
+    before: Reliability
+    after: Reliability | None
+    temperatures: Sequence[float]
+
+    @classmethod
+    def of(cls, logits: NDArray[np.float32], labels: NDArray[np.int64], least: int = 50) -> "Calibration":
+        """Compute the calibration; halves with fewer than ``least`` images get no temperature."""
+        values = logits.astype(np.float64)
+        before = reliability(_log_softmax(values), labels)
+        first = halves(len(labels))
+        if min(first.sum(), (~first).sum()) < least:
+            return cls(before, None, [])
+        temperatures = [fit_temperature(logits[~part], labels[~part]) for part in (first, ~first)]
+        scaled = values / np.where(first, *temperatures)[:, None]
+        return cls(before, reliability(_log_softmax(scaled), labels), temperatures)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the calibration as JSON."""
+        after = None if self.after is None else self.after.as_dict()
+        return {"before": self.before.as_dict(), "after": after, "temperatures": list(self.temperatures)}
+
+
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = logits - logits.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
