@@ -25,6 +25,7 @@ from moa_train.plugins import (
 from moa_train.runtime.errors import UserError, choose, nearest
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+KERNELS = ("auto", "fused", "plain")
 COMPILE_MODES = ("auto", "blocks", "model", "false")
 SPLITS = ("train", "val", "test")
 
@@ -218,6 +219,11 @@ class OptimConfig:
     betas: list[float] = knob([0.9, 0.999], "AdamW: decay rates of the two moments", least=0, below=1)
     eps: float = knob(1e-8, "AdamW: term added to the denominator", above=0)
     momentum: float = knob(0.9, "momentum of SGD and Muon", least=0, below=1)
+    muon_precision: str = knob(
+        "auto",
+        "name=muon: precision of the orthogonalization; auto: measured (see runtime.deterministic)",
+        options=("auto", "bf16", "fp32"),
+    )
     clip: str = knob(
         "norm",
         "gradient clipping. norm: by the norm of all gradients; value: of every entry; none: no clipping",
@@ -310,12 +316,26 @@ class RuntimeConfig:
     """Hardware and numerics."""
 
     device: str = knob("auto", "auto, cpu, cuda or cuda:N; auto: CUDA if available")
-    precision: str = knob("auto", "training precision; auto: bf16 if the hardware supports it", options=PRECISIONS)
+    precision: str = knob(
+        "auto",
+        "training precision; auto: on a GPU, bf16 if the hardware supports it; on a CPU, measured",
+        options=PRECISIONS,
+    )
     eval_precision: str = knob(
         "fp32", "evaluation precision; fp32 gives the same counts for any batch size", options=PRECISIONS
     )
     matmul: str = knob(
         "tf32", "precision of fp32 matrix products on CUDA: ieee, or tf32 (10-bit mantissa)", options=("ieee", "tf32")
+    )
+    attention: str = knob(
+        "auto", "attention kernel in training: PyTorch's fused one or plain products; auto: measured", options=KERNELS
+    )
+    eval_attention: str = knob("auto", "attention kernel in evaluation; auto: measured", options=KERNELS)
+    stochastic_depth: str = knob(
+        "auto",
+        "drop residual branches with a mask, or select the samples that keep them and compute only those; auto: "
+        "measured",
+        options=("auto", "mask", "select"),
     )
     channels_last: bool = knob(False, "use the channels_last memory format for images and convolutions")
     compile: Any = knob(
@@ -324,7 +344,9 @@ class RuntimeConfig:
         "auto: blocks for MOA models on CUDA in runs of 2,000 steps or more, unless runtime.deterministic=true",
     )
     deterministic: bool = knob(
-        False, "use only deterministic kernels: runs are reproducible bit for bit, but slower on CUDA"
+        False,
+        "use only deterministic kernels, and fixed choices in place of measured ones: runs are reproducible bit for "
+        "bit, but slower",
     )
     timeout: float = knob(600.0, "seconds to wait for another rank before the run fails", above=0)
     threads: int = knob(0, "CPU threads per rank; 0: CPU cores of this machine / ranks on it", least=0)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from moa_train.model import layers
+from moa_train.model import attention
 from moa_train.model.attention import attend
 from moa_train.model.layers import (
     DropPath,
@@ -113,11 +113,11 @@ def test_skipping_dropped_samples_changes_no_value_and_no_gradient(rate):
 def test_bias_and_mask_do_not_grow_with_the_batch(monkeypatch, size, bias):
     shapes = []
     monkeypatch.setattr(
-        layers, "attend", lambda q, k, v, bias: shapes.append(tuple(bias.shape)) or attend(q, k, v, bias)
+        attention, "attend", lambda q, k, v, bias, kernel: shapes.append(tuple(bias.shape)) or attend(q, k, v, bias)
     )
-    attention = WindowAttention(StagePlan(0, size, 8, 1, 2, 4, False), ModelConfig())
+    layer = WindowAttention(StagePlan(0, size, 8, 1, 2, 4, False), ModelConfig())
     for batch in (1, 5):
-        attention(torch.randn(batch, *size, 8))
+        layer(torch.randn(batch, *size, 8))
     assert shapes == [bias, bias]
 
 

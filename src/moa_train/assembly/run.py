@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from moa_train.assembly.choices import Choices, apply, choose
 from moa_train.assembly.commands import command
 from moa_train.assembly.evaluation import build_validation, measurement
 from moa_train.assembly.inputs import build_train_loader, open_splits, validation_split
@@ -44,6 +45,7 @@ class Run:
     final_split: str
     """The split that the finished run reports: test if it exists, otherwise the validation split or "none"."""
     loader: TrainLoader
+    choices: Choices
 
 
 def build_run(
@@ -73,7 +75,6 @@ def build_run(
     sources, choice = open_splits(config, distributed)
     train = sources["train"]
     check_batch_size(config, len(train))
-    loader = build_train_loader(config, train, distributed, lambda: stop.requested)
 
     length = len(train) * config.augment.repeats
     schedule, to_steps = build_schedule(config, length)
@@ -85,7 +86,9 @@ def build_run(
     newest = distributed.on_main(lambda: getattr(store.newest(until=config.replay), "step", None))
     # With a checkpoint, the initial weights are no longer needed, and their file may be gone.
     state = build_state(config, len(train.classes), schedule.peak, precision, fresh=newest is None)
-    record: dict[str, Any] = {"config": to_dict(config), **training_record(train)}
+    recorded = store.at(newest).state.get("choices") if newest is not None else None
+    choices = Choices(**distributed.on_main(lambda: choose(config, state, recorded).as_dict()))
+    record: dict[str, Any] = {"config": to_dict(config), "choices": choices.as_dict(), **training_record(train)}
     record["measured"] = measurement(config, choice, sources)
     starts: list[dict[str, Any]] = []
     restarted = None
@@ -96,6 +99,8 @@ def build_run(
         state.nonfinite, state.lr_factor = rolled_back.nonfinite, rolled_back.lr_factor
     record["origin"] = [*starts, {**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}]
 
+    config = apply(choices, config, state)
+    loader = build_train_loader(config, train, distributed, lambda: stop.requested)
     train_step = build_train_step(
         config, train, state, weak_from=weak_from, total_steps=plan.total_steps, distributed=distributed
     )
@@ -135,7 +140,7 @@ def build_run(
         record=record,
         metadata={"format": "1", **{name: json.dumps(value) for name, value in record.items()}},
     )
-    return Run(config, trainer, state.model, sources, "test" if "test" in sources else choice, loader)
+    return Run(config, trainer, state.model, sources, "test" if "test" in sources else choice, loader, choices)
 
 
 def _restore(

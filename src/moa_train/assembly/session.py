@@ -138,6 +138,8 @@ def banner(run: Run, distributed: Distributed, changed: list[str]) -> str:
         else "no evaluation: the last weights are reported",
         "run": config.run_dir,
     }
+    if chosen := run.choices.describe():
+        rows["chosen"] = chosen
     if trainer.state.step:
         rows["resumed"] = f"at step {trainer.state.step}" + "".join(f"; changed {change}" for change in changed)
     return block("moa-train", rows)
@@ -147,4 +149,6 @@ def write_record(run: Run, run_dir: Path, origin: dict[str, Any]) -> None:
     """Write the resolved configuration and the origin of the run for the user; resuming reads only checkpoints."""
     write_whole(run_dir / "config.json", json.dumps(to_dict(run.config), indent=2) + "\n")
     data = {split: source.describe() for split, source in run.sources.items()}
-    provenance.write(run_dir, {**origin, "data": data, "first_step": run.trainer.state.step})
+    provenance.write(
+        run_dir, {**origin, "data": data, "choices": run.choices.as_dict(), "first_step": run.trainer.state.step}
+    )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from einops import rearrange
 from torch import Tensor, nn
 
-from moa_train.model.attention import BiasedAttention, attend
+from moa_train.model.attention import BiasedAttention
 from moa_train.model.layers import MLP, DropPath, LayerNorm, LocalStage, PatchMerging, pad_to_multiple, project_patches
 from moa_train.model.stages import StagePlan
 from moa_train.schema import ModelConfig
@@ -55,7 +55,7 @@ class MOABlock(BiasedAttention):
         q_BNLD, k_BNLD, v_BNLD = (
             rearrange(t_BhwC, "b h w (n d) -> b n (h w) d", n=self.heads) for t_BhwC in (q_BhwC, k_BhwC, v_BhwC)
         )
-        x_BNLD = attend(q_BNLD, k_BNLD, v_BNLD, self.position_bias(q_BNLD))
+        x_BNLD = self.attend(q_BNLD, k_BNLD, v_BNLD, self.position_bias(q_BNLD))
         return rearrange(x_BNLD, "b n (h w) d -> b h w (n d)", h=self.grid[0])
 
 

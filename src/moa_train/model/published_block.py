@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from moa_train.model.attention import BiasedAttention, attend
+from moa_train.model.attention import BiasedAttention
 from moa_train.model.layers import DropPath, LayerNorm, LocalStage, PatchMerging
 from moa_train.model.stages import StagePlan
 from moa_train.schema import ModelConfig
@@ -42,7 +42,7 @@ class PublishedAttention(BiasedAttention):
         kv_BLC = self.kv(overlapping.reshape(B, L, -1))
         q_BNLD = rearrange(q_BLC, "b l (n d) -> b n l d", n=self.heads)
         k_BNLD, v_BNLD = rearrange(kv_BLC, "b l (two n d) -> two b n l d", two=2, n=self.heads).unbind(0)
-        x_BNLD = attend(q_BNLD, k_BNLD, v_BNLD, self.position_bias(q_BNLD))
+        x_BNLD = self.attend(q_BNLD, k_BNLD, v_BNLD, self.position_bias(q_BNLD))
         return self.dropout(self.proj(rearrange(x_BNLD, "b n l d -> b l (n d)")))
 
 
