@@ -349,7 +349,11 @@ class RuntimeConfig:
         "bit, but slower",
     )
     timeout: float = knob(600.0, "seconds to wait for another rank before the run fails", above=0)
-    threads: int = knob(0, "CPU threads per rank; 0: CPU cores of this machine / ranks on it", least=0)
+    threads: Any = knob(
+        "auto",
+        "CPU threads per rank; auto: at most the CPU cores of this machine / ranks on it, and fewer while other "
+        "processes use them (fixed with runtime.deterministic=true)",
+    )
     seed: int = knob(
         0,
         "random seed for data order, augmentation, initialization and dropout",
@@ -426,6 +430,15 @@ def compile_mode(choice: Any) -> str:
     return mode
 
 
+def thread_count(choice: Any) -> int | None:
+    """Return ``runtime.threads`` as a number, or None for auto, for which older versions wrote 0."""
+    if choice in ("auto", 0):
+        return None
+    if not isinstance(choice, int) or isinstance(choice, bool) or choice < 1:
+        raise UserError(f"runtime.threads={choice} must be auto or a number of threads, 1 or more.")
+    return choice
+
+
 def image_shape(image_size: Any) -> tuple[int, int]:
     """Return ``data.image_size`` as (height, width), in pixels."""
     height, width = _sides(image_size)
@@ -480,6 +493,7 @@ def validate(config: Any) -> None:
 def _check_rules(config: RunConfig) -> None:
     data, augment, optim, engine = config.data, config.augment, config.optim, config.engine
     compile_mode(config.runtime.compile)
+    thread_count(config.runtime.threads)
     try:
         height, width = image_shape(data.image_size)
         if [height, width] != [float(side) for side in _sides(data.image_size)]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moa_train.runtime.device import available_cores, peak_memory, pick_device, set_threads
+from moa_train.runtime.device import available_cores, cpu_quota, peak_memory, pick_device, set_threads
 from moa_train.runtime.errors import UserError
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
@@ -102,16 +102,48 @@ def test_available_cores_respect_the_affinity_of_the_process():
         os.sched_setaffinity(0, everything)
 
 
+def group(root: Path, path: str, **files: str) -> None:
+    folder = root / path
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text + "\n")
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/", {".": {"cpu__max": "150000 100000"}}, 1.5),  # version 2, in a container
+        ("0::/", {".": {"cpu__max": "max 100000"}}, None),
+        ("0::/a/b", {"a": {"cpu__max": "200000 100000"}, "a/b": {"cpu__max": "max 100000"}}, 2.0),  # of a parent
+        ("0::/a/b", {}, None),
+        ("4:cpu,cpuacct:/a\n0::/", {"cpu/a": {"cpu__cfs_quota_us": "50000", "cpu__cfs_period_us": "100000"}}, 0.5),
+        ("4:cpu,cpuacct:/x", {"cpu": {"cpu__cfs_quota_us": "300000", "cpu__cfs_period_us": "100000"}}, 3.0),
+        ("4:cpu:/a", {"cpu/a": {"cpu__cfs_quota_us": "-1", "cpu__cfs_period_us": "100000"}}, None),
+        ("4:memory:/a", {"memory/a": {"cpu__cfs_quota_us": "1", "cpu__cfs_period_us": "100000"}}, None),
+    ],
+)
+def test_quotas_of_both_versions_of_control_groups(tmp_path, groups, files, expected):
+    (tmp_path / "groups").write_text(groups + "\n")
+    for path, contents in files.items():
+        group(tmp_path / "fs", path, **contents)
+    assert cpu_quota(tmp_path / "fs", tmp_path / "groups") == expected
+
+
+def test_there_may_be_no_control_groups(tmp_path):
+    assert cpu_quota(tmp_path, tmp_path / "missing") is None
+
+
 @pytest.mark.parametrize(
     ("threads", "environ", "processes", "expected"),
     [
         (3, {"OMP_NUM_THREADS": "1"}, 1, 3),  # given explicitly
-        (0, {"OMP_NUM_THREADS": "2"}, 2, 2),  # set by the user
-        (0, {"OMP_NUM_THREADS": "1"}, 1, 1),
-        (0, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 1, 1),
-        (0, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 2, max(1, available_cores() // 2)),  # set by torchrun
-        (0, {}, 1, available_cores()),
-        (0, {}, 1000, 1),
+        (None, {"OMP_NUM_THREADS": "2"}, 2, 2),  # set by the user
+        (None, {"OMP_NUM_THREADS": "1"}, 1, 1),
+        (None, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 1, 1),
+        # set by torchrun
+        (None, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 2, max(1, available_cores() // 2)),
+        (None, {}, 1, available_cores()),
+        (None, {}, 1000, 1),
     ],
 )
 @pytest.mark.usefixtures("_threads")
@@ -121,11 +153,6 @@ def test_threads_are_divided_among_processes(monkeypatch, threads, environ, proc
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     assert set_threads(threads, processes) == expected == torch.get_num_threads()
-
-
-def test_negative_threads_are_an_error():
-    with pytest.raises(UserError, match="threads=-1"):
-        set_threads(-1)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to compare with")

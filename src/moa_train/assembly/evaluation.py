@@ -16,6 +16,7 @@ from moa_train.engine.state import TrainState
 from moa_train.plugins import short_name
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
+from moa_train.runtime.threads import AdaptiveThreads
 from moa_train.schema import RunConfig
 from moa_train.tracking.console import EvaluationProgress
 
@@ -26,15 +27,22 @@ def build_evaluation(
     distributed: Distributed,
     stop: Callable[[], bool] = lambda: False,
     stream: TextIO | None = None,
+    threads: AdaptiveThreads | None = None,
 ) -> Callable[[nn.Module], Evaluation | None]:
     """Return a function that evaluates a model on ``source``; its result is None if ``stop`` requested a stop.
 
-    Rank 0 shows the progress on ``stream`` (default: standard output).
+    Rank 0 shows the progress on ``stream`` (default: standard output). ``threads`` is told of each batch.
     """
     title, style = f"evaluating {source.describe()['name']}", config.tracking.progress
     progress = EvaluationProgress(title, style=style, stream=stream) if distributed.is_main else lambda done, of: None
     precision = Precision.resolve(config.runtime.eval_precision, distributed.device)
-    return partial(
+
+    def advance(done: int, rounds: int) -> None:
+        progress(done, rounds)
+        if threads is not None:
+            threads.tick(1)
+
+    run = partial(
         evaluate,
         batches=build_eval_loader(config, source, distributed, stop),
         transform=build_eval_transform(config),
@@ -42,8 +50,14 @@ def build_evaluation(
         autocast=precision.evaluation,
         distributed=distributed,
         stop=stop,
-        advance=progress,
+        advance=advance,
     )
+
+    def evaluation(model: nn.Module) -> Evaluation | None:
+        with threads.doing("evaluation") if threads is not None else nullcontext():
+            return run(model)
+
+    return evaluation
 
 
 def measurement(config: RunConfig, split: str, sources: Mapping[str, Source]) -> dict[str, Any]:
@@ -67,10 +81,15 @@ def measurement(config: RunConfig, split: str, sources: Mapping[str, Source]) ->
 
 
 def build_validation(
-    config: RunConfig, source: Source, state: TrainState, distributed: Distributed, stop: Callable[[], bool]
+    config: RunConfig,
+    source: Source,
+    state: TrainState,
+    distributed: Distributed,
+    stop: Callable[[], bool],
+    threads: AdaptiveThreads,
 ) -> Callable[[], Evaluation | None]:
     """Return a function that evaluates the state of a run, with the EMA weights if there are any."""
-    evaluation = build_evaluation(config, source, distributed, stop)
+    evaluation = build_evaluation(config, source, distributed, stop, threads=threads)
 
     def validation() -> Evaluation | None:
         distributed.broadcast_buffers(state.model)  # batch normalization statistics differ between ranks

@@ -42,7 +42,10 @@ def report(run: Run, distributed: Distributed) -> str | None:
     if run.final_split != "none":
         run.model.load_state_dict(checkpoint.tensors("ema" if state.ema is not None else "model"))
         stop, source = trainer.stop, run.sources[run.final_split]
-        result = build_evaluation(run.config, source, distributed, lambda: stop.requested)(run.model)
+        evaluation = build_evaluation(
+            run.config, source, distributed, lambda: stop.requested, threads=run.trainer.threads
+        )
+        result = evaluation(run.model)
         if result is None:
             return None
         outcome[run.final_split] = result.as_dict()

@@ -12,6 +12,7 @@ from moa_train.assembly.choices import Choices, apply, choose
 from moa_train.assembly.commands import command
 from moa_train.assembly.evaluation import build_validation, measurement
 from moa_train.assembly.inputs import build_train_loader, open_splits, validation_split
+from moa_train.assembly.process import adaptive_threads
 from moa_train.assembly.timeline import build_plan, build_schedule
 from moa_train.assembly.training import build_state, build_train_step
 from moa_train.assembly.validation import check_batch_size, check_config, check_same_data, resolve, training_record
@@ -100,18 +101,20 @@ def build_run(
     record["origin"] = [*starts, {**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}]
 
     config = apply(choices, config, state)
+    threads = adaptive_threads(config.runtime, distributed)
     loader = build_train_loader(config, train, distributed, lambda: stop.requested)
     train_step = build_train_step(
         config, train, state, weak_from=weak_from, total_steps=plan.total_steps, distributed=distributed
     )
     tracker = Tracker() if config.replay is not None else _build_tracker(config, run_dir, plan, state.step, distributed)
+    threads.say = tracker.say
     if restarted:
         tracker.say(restarted)
     if state.step == 0 and config.tracking.images and distributed.is_main:
         _show_inputs(train_step, tracker, config)
     validation = None
     if choice != "none":
-        validation = build_validation(config, sources[choice], state, distributed, lambda: stop.requested)
+        validation = build_validation(config, sources[choice], state, distributed, lambda: stop.requested, threads)
 
     engine, best_by = config.engine, short_name(config.engine.best_by)
     trainer = Trainer(
@@ -138,6 +141,7 @@ def build_run(
         stop=stop,
         distributed=distributed,
         record=record,
+        threads=threads,
         metadata={"format": "1", **{name: json.dumps(value) for name, value in record.items()}},
     )
     return Run(config, trainer, state.model, sources, "test" if "test" in sources else choice, loader, choices)

@@ -47,6 +47,7 @@ def training(config: RunConfig, steps: int) -> RunConfig:
     config.run_dir = config.resume = config.replay = config.init = config.engine.stop_after = None
     config.schedule.duration, config.schedule.warmup, config.augment.weak_for = f"{steps} steps", "0%", "0%"
     config.engine.eval_split, config.engine.ema_decay = "none", 0.0
+    config.runtime.threads = torch.get_num_threads()  # a number that follows the load would differ between candidates
     config.tracking.progress, config.tracking.profile_steps = "plain", 0
     return config
 

@@ -34,7 +34,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
         raise UserError(f"output={config.output}: there is no folder {Path(config.output).parent}.")
     from moa_train.assembly.evaluation import build_evaluation
     from moa_train.assembly.outcome import describe
-    from moa_train.assembly.process import set_up_process
+    from moa_train.assembly.process import adaptive_threads, set_up_process
     from moa_train.data.source import align
     from moa_train.engine.find_weights import find_weights
     from moa_train.model.load import load_weights
@@ -70,7 +70,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
         model = create_model(run.model, image_size=size, num_classes=len(classes))
         load_weights(model, weights)
         evaluation = build_evaluation(
-            run, source, distributed, stream=sys.stderr
+            run, source, distributed, stream=sys.stderr, threads=adaptive_threads(run.runtime, distributed)
         )  # standard output is for the JSON only
         result = evaluation(model.to(distributed.device))
     if distributed.is_main and result is not None:

@@ -1,5 +1,6 @@
 """Choose the device and the number of threads of a process, and measure its memory."""
 
+import contextlib
 import math
 import os
 import resource
@@ -54,23 +55,42 @@ def pick_device(name: str = "auto", local_rank: int = 0, local_world_size: int =
 def available_cores() -> int:
     """Return the number of cores that this process may use, according to its CPU affinity and any container quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):  # cgroups are unavailable, or the quota is "max"
-        pass
-    return max(1, cores)
+    return max(1, min(cores, math.ceil(cpu_quota() or cores)))
 
 
-def set_threads(threads: int = 0, local_world_size: int = 1) -> int:
-    """Set and return the number of threads that torch uses in this process; 0 selects it automatically.
+def cpu_quota(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Return the number of cores that control groups (versions 1 and 2) allow this process, or None without a limit.
+
+    The limits of all groups that contain this process apply. In a container, its own group is usually the root.
+    """
+    limits = []
+    with contextlib.suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            for base in [root / name for name in ("cpu", "cpu,cpuacct")] if controllers else [root, root / "unified"]:
+                group = base / path.strip("/")
+                limits += [_quota_of(folder) for folder in (group, *group.parents) if folder.is_relative_to(base)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _quota_of(group: Path) -> float | None:
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # the file is missing, or the quota is "max"
+            quota, period = map(int, " ".join((group / name).read_text() for name in names).split())
+            if quota > 0:
+                return quota / period
+    return None
+
+
+def set_threads(threads: int | None = None, local_world_size: int = 1) -> int:
+    """Set and return the number of threads that torch uses in this process; None selects it automatically.
 
     The automatic value is OMP_NUM_THREADS if it is set, and otherwise an equal share of the cores for each process on
     this machine. torchrun sets OMP_NUM_THREADS to 1 if the user has not set it; that value is ignored.
     """
-    if threads < 0:
-        raise UserError(f"threads={threads} must be at least 0. Use 0 to divide the cores equally among the processes.")
-    if threads == 0:
+    if threads is None:
         wish = os.environ.get("OMP_NUM_THREADS", "")
         by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and local_world_size > 1 and wish == "1"
         if wish.isdigit() and int(wish) > 0 and not by_torchrun:
