@@ -20,6 +20,8 @@ def has_bf16(device: torch.device) -> bool:
     """Return whether the hardware supports bf16 products: CUDA from sm_80, CPUs with AVX512-BF16, AMX or Arm BF16."""
     if device.type == "cuda":
         return bool(torch.cuda.get_device_capability(device) >= (8, 0)) and torch.version.cuda is not None
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # also if ATEN_CPU_CAPABILITY makes a better CPU look like it
+        return False
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     if any(getattr(torch.cpu, probe, bool)() for probe in probes):
         return True

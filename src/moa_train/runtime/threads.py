@@ -233,6 +233,12 @@ class AdaptiveThreads:
         """Start the next unit now, after something else was done."""
         self._last = time.perf_counter()
 
+    def pin(self, threads: int | None) -> None:
+        """Use a fixed number of threads for a while, or, if it is None, the adaptive number again."""
+        self.adapts = threads is None
+        torch.set_num_threads(threads or self._used.get(self._kind, self.most))
+        self.restart()
+
     def tick(self, items: float) -> None:
         """Note that a unit of work of ``items`` items is complete."""
         if not self.adapts:
