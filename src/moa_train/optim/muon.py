@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moa_train.optim.eager import eager
+
 Coefficients = tuple[float, float, float]
 
 
+@eager
 class BatchedMuon(torch.optim.Muon):
     """torch's Muon with the same state and results, but it orthogonalizes all matrices of one shape at once.
 
