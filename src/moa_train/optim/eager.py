@@ -6,7 +6,6 @@ from typing import TypeVar
 import torch
 from torch.optim import Optimizer
 
-
 Kind = TypeVar("Kind", bound=type[Optimizer])
 
 
