@@ -102,7 +102,11 @@ class DataConfig:
     name: str = knob("digits", "data set", plugins=DATASETS, fixed=True)
     root: str | None = knob(None, "folder of the data set (default: data/NAME; required for imagenet and folder)")
     image_size: Any = knob(32, "image size in pixels: one number, or [height, width]", fixed=True)
-    download: bool = knob(False, "download the data set (cifar10, cifar100) if root does not hold it")
+    download: bool | None = knob(
+        None,
+        "download the data set (cifar10, cifar100) if root does not hold it (default: only if root is not set)",
+    )
+    url: str | None = knob(None, "address to download from, such as a mirror (default: that of the publisher)")
     val_fraction: float = knob(
         0.0, "fraction of the training images to hold out as the validation split", least=0, most=0.5, fixed=True
     )
@@ -221,7 +225,7 @@ class OptimConfig:
     momentum: float = knob(0.9, "momentum of SGD and Muon", least=0, below=1)
     muon_precision: str = knob(
         "auto",
-        "name=muon: precision of the orthogonalization; auto: measured (see runtime.deterministic)",
+        "name=muon: precision of the orthogonalization; auto: measured, unless the run is deterministic",
         options=("auto", "bf16", "fp32"),
     )
     clip: str = knob(
@@ -351,8 +355,8 @@ class RuntimeConfig:
     timeout: float = knob(600.0, "seconds to wait for another rank before the run fails", above=0)
     threads: Any = knob(
         "auto",
-        "CPU threads per rank; auto: at most the CPU cores of this machine / ranks on it, and fewer while other "
-        "processes use them (fixed with runtime.deterministic=true)",
+        "CPU threads per rank; auto: the CPU cores of this machine / ranks on it, and fewer while other processes "
+        "use them, unless the run is deterministic",
     )
     seed: int = knob(
         0,
