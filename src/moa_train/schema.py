@@ -319,7 +319,9 @@ class TrackingConfig:
 class RuntimeConfig:
     """Hardware and numerics."""
 
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N; auto: CUDA if available")
+    device: str = knob(
+        "auto", "auto, cpu, cuda, cuda:N, xpu (Intel) or mps (Apple); auto: an accelerator if there is one"
+    )
     precision: str = knob(
         "auto",
         "training precision; auto: on a GPU, bf16 if the hardware supports it; on a CPU, measured",
@@ -417,7 +419,9 @@ class EvalConfig:
     root: str | None = knob(None, "folder of the data set, if it is not where it was during training")
     batch_size: int | None = knob(None, "examples per forward pass (default: as in training)", least=1)
     workers: int | None = knob(None, "processes that decode image files (default: as in training)", least=0)
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N; auto: CUDA if available")
+    device: str = knob(
+        "auto", "auto, cpu, cuda, cuda:N, xpu (Intel) or mps (Apple); auto: an accelerator if there is one"
+    )
     precision: str | None = knob(None, "precision (default: runtime.eval_precision of the run)", options=PRECISIONS)
     command: bool = knob(False, "print the commands that produced these weights instead of evaluating them")
     code: list[str] = knob(

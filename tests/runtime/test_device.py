@@ -24,6 +24,37 @@ def test_cpu_and_auto_always_work():
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def simulate(monkeypatch: pytest.MonkeyPatch, kind: str, count: int) -> None:
+    """Let torch report accelerators."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "expected"),
+    [
+        ("cuda", "auto", "cuda:0"),
+        ("xpu", "auto", "xpu:0"),
+        ("xpu", "xpu:1", "xpu:1"),
+        ("mps", "auto", "mps"),
+        ("mps", "cpu", "cpu"),
+        ("mtia", "auto", "cpu"),  # a kind that was never tried
+    ],
+)
+def test_auto_selects_the_accelerator_that_torch_reports(monkeypatch, kind, name, expected):
+    simulate(monkeypatch, kind, 2)
+    assert pick_device(name) == torch.device(expected)
+
+
+def test_an_accelerator_of_another_kind_is_an_error(monkeypatch):
+    simulate(monkeypatch, "mps", 1)
+    with pytest.raises(UserError, match=r"device=cuda, but .* sees no CUDA device\. Options: auto, cpu, mps"):
+        pick_device("cuda")
+    with pytest.raises(UserError, match="device=mps supports one process, and 2 were started"):
+        pick_device("mps", 1, 2)
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", ""])
 def test_unknown_devices_are_rejected_with_the_options(name):
     with pytest.raises(UserError, match="Options: auto, cpu, cuda, cuda:0"):
@@ -82,9 +113,7 @@ def test_every_process_uses_its_own_gpu():
 )
 def test_a_process_with_one_visible_gpu_uses_it(monkeypatch, visible, local_rank, expected):
     """As with srun --gpus-per-task=1, here for 8 processes on a machine; the GPUs are simulated."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    simulate(monkeypatch, "cuda", visible)
     if expected is None:
         with pytest.raises(UserError, match="--nproc-per-node 2"):
             pick_device("cuda", local_rank, 8)

@@ -21,7 +21,8 @@ from moa_train.interfaces import Classifier
 from moa_train.model.attention import BiasedAttention
 from moa_train.model.layers import DropPath
 from moa_train.optim.muon import BatchedMuon, orthogonalize
-from moa_train.runtime.precision import Precision
+from moa_train.runtime.device import KINDS
+from moa_train.runtime.precision import Precision, has_bf16
 from moa_train.schema import RunConfig
 
 Times = Mapping[str, float]
@@ -132,7 +133,9 @@ def apply(choices: Choices, config: RunConfig, state: TrainState) -> RunConfig:
         setattr(getattr(config, section), name, value)
     state.precision = Precision.resolve(config.runtime.precision, state.precision.device)
     set_kernels(state.model, config)
-    dtypes = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    device = state.precision.device
+    fixed = torch.bfloat16 if device.type in ("cpu", "cuda") or has_bf16(device) else torch.float32
+    dtypes = {"auto": fixed, "bf16": torch.bfloat16, "fp32": torch.float32}
     for optimizer in state.optimizer.parts:
         if isinstance(optimizer, BatchedMuon):
             optimizer.dtype = dtypes[config.optim.muon_precision]
@@ -193,7 +196,7 @@ class Clock:
         return best
 
     def _wait(self) -> None:
-        if self.device.type != "cpu":
+        if self.device.type in KINDS:
             torch.accelerator.synchronize(self.device)
 
 

@@ -71,7 +71,7 @@ def evaluate(
             batch = next(iterator, None)  # a rank may have one batch less than another
             if batch is not None:
                 faults.point("evaluate.batch")
-                batch = batch.to(distributed.device, non_blocking=True)
+                batch = batch.to(distributed.device, non_blocking=distributed.device.type == "cuda")
                 for name, counted in _count(model, batch, transform, metrics, autocast).items():
                     sums[name] = sums.get(name, 0) + counted
                 samples += len(batch)

@@ -14,6 +14,7 @@ from moa_train.interfaces import Batch
 from moa_train.optim.ema import AveragedWeights
 from moa_train.optim.optimizers import Optimizers
 from moa_train.runtime import faults
+from moa_train.runtime.device import has_float64
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.seed import reseed
@@ -114,8 +115,10 @@ class TrainStep:
 
     def _loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         """Return the contribution of a micro-batch to the loss of the global batch, and its logits."""
-        batch = copy_aside(batch, self.distributed.device)
-        images, targets = self.transform(batch, step)
+        device = self.distributed.device
+        if has_float64(device):
+            batch = copy_aside(batch, device)
+        images, targets = (tensor.to(device) for tensor in self.transform(batch, step))
         if self.on_inputs:
             self.on_inputs(images)
             self.on_inputs = None
@@ -210,7 +213,7 @@ def copy_aside(batch: Batch, device: torch.device) -> Batch:
     on the current stream from now on waits for it.
     """
     if device.type != "cuda":
-        return batch.to(device, non_blocking=True)
+        return batch.to(device)
     current, aside = torch.cuda.current_stream(device), _stream_for_copies(device)
     with torch.cuda.stream(aside):
         copy = batch.to(device, non_blocking=True)

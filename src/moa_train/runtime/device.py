@@ -11,13 +11,16 @@ import torch
 
 from moa_train.runtime.errors import UserError
 
+KINDS = ("cuda", "xpu", "mps")
+"""Kinds of accelerators: GPUs of NVIDIA and AMD, of Intel, and of Apple."""
+
 
 def pick_device(name: str = "auto", local_rank: int = 0, local_world_size: int = 1) -> torch.device:
-    """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` to this process's device, and make it torch's current device.
+    """Resolve ``auto``, ``cpu``, ``cuda``, ``xpu``, ``mps`` or ``cuda:1`` to a device, and make it current.
 
-    ``auto`` selects CUDA if a GPU is visible, and otherwise the CPU. If several processes run on a machine, each uses
-    the GPU of its local rank, or its only visible GPU, as with ``srun --gpus-per-task=1``. `Distributed` checks that
-    no two processes share a GPU.
+    ``auto`` selects an accelerator if one is visible, and otherwise the CPU. If several processes run on a machine,
+    each uses the GPU of its local rank, or its only visible GPU, as with ``srun --gpus-per-task=1``. `Distributed`
+    checks that no two processes share a GPU.
 
     Raises:
         UserError: the device does not exist.
@@ -25,19 +28,28 @@ def pick_device(name: str = "auto", local_rank: int = 0, local_world_size: int =
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         # Set before the allocator is first used. Expandable segments avoid fragmentation when tensor sizes vary.
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    found = torch.accelerator.current_accelerator(check_available=True)
+    seen = found.type if found is not None and found.type in KINDS else None
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = seen or "cpu"
     if name == "cpu":
         return torch.device("cpu")
     kind, _, index = name.partition(":")
-    if kind != "cuda" or (index and not index.isdigit()):
-        raise UserError(f"device={name} is not known. Options: auto, cpu, cuda, cuda:0, cuda:1, ...")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind not in KINDS or (index and not index.isdigit()):
+        raise UserError(f"device={name} is not known. Options: auto, cpu, cuda, cuda:0, cuda:1, ..., xpu, mps.")
+    count = torch.accelerator.device_count() if kind == seen else 0
     if count == 0:
-        raise UserError(f"device={name}, but torch {torch.__version__} sees no CUDA device. Options: auto, cpu.")
+        raise UserError(
+            f"device={name}, but torch {torch.__version__} sees no {kind.upper()} device. "
+            f"Options: auto, cpu{f', {seen}' if seen else ''}."
+        )
+    if kind == "mps":
+        if local_world_size > 1:
+            raise UserError(f"device=mps supports one process, and {local_world_size} were started. Use device=cpu.")
+        return torch.device("mps")
     if index and local_world_size > 1:
         raise UserError(
-            f"device={name} would put all {local_world_size} processes on one GPU. Use device=cuda, which gives each "
+            f"device={name} would put all {local_world_size} processes on one GPU. Use device={kind}, which gives each "
             "process its own GPU (CUDA_VISIBLE_DEVICES selects which)."
         )
     number = int(index) if index else 0 if count == 1 else local_rank
@@ -47,9 +59,14 @@ def pick_device(name: str = "auto", local_rank: int = 0, local_world_size: int =
             f"{max(number, local_world_size - 1)}, but the machine has {count} GPU(s), numbered 0 to {count - 1}. "
             f"Use --nproc-per-node {count} or device=cpu."
         )
-    device = torch.device("cuda", number)
-    torch.cuda.set_device(device)
+    device = torch.device(kind, number)
+    torch.accelerator.set_device_index(number)
     return device
+
+
+def has_float64(device: torch.device) -> bool:
+    """Return whether a device has float64. Apple's GPUs do not, and neither do many of Intel's."""
+    return device.type in ("cpu", "cuda")
 
 
 def available_cores() -> int:
@@ -111,8 +128,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: of tensors on a GPU, or the resident set size of this process on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    """Return the peak memory in bytes: of tensors on a GPU with its own memory, else of this process (resident)."""
+    if device.type in ("cuda", "xpu"):
+        return int(torch.accelerator.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
