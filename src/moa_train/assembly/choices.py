@@ -23,7 +23,7 @@ from moa_train.model.layers import DropPath
 from moa_train.optim.muon import BatchedMuon, orthogonalize
 from moa_train.runtime.device import KINDS
 from moa_train.runtime.precision import Precision, has_bf16
-from moa_train.schema import RunConfig
+from moa_train.schema import RunConfig, image_shape
 
 Times = Mapping[str, float]
 """Seconds by candidate."""
@@ -253,7 +253,7 @@ class Block:
         module = modules.get(names[1]) if len(names) > 1 else None
         if module is None:
             return None
-        height, width = image_size if isinstance(image_size, list | tuple) else (image_size, image_size)
+        height, width = image_shape(image_size)
         seen: list[Tensor] = []
 
         def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -261,14 +261,15 @@ class Block:
             raise _Stop
 
         handle = module.register_forward_pre_hook(stop)
-        device = next(model.parameters()).device
+        device, was_training = next(model.parameters()).device, model.training
         try:
             with torch.no_grad():
-                model(torch.rand(1, 3, height, width, device=device))
+                model.eval()(torch.rand(1, 3, height, width, device=device))
         except _Stop:
             pass
         finally:
             handle.remove()
+            model.train(was_training)
         return cls(copy.deepcopy(module), seen[0]) if seen and isinstance(seen[0], Tensor) else None
 
     def inputs(self, images: int, *, grad: bool) -> Tensor:
