@@ -53,5 +53,9 @@ $(READY): pyproject.toml
 	@test -e $(READY) || $(PYTHON) -m venv --clear $(VENV) || { \
 		echo "error: '$(PYTHON) -m venv' failed. On Debian and Ubuntu, run: apt install python3-venv" >&2; exit 1; }
 	@rm -f $(READY)
-	@$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@again='Run the same make command again: finished downloads are not repeated.'; \
+	trap 'echo "error: The setup was interrupted. '"$$again"'" >&2; exit 130' INT TERM; \
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]' || { \
+		echo "error: The setup failed; the reason is above. Without a network, pip needs PIP_INDEX_URL=MIRROR. $$again" >&2; \
+		exit 1; }
 	@touch $(READY)

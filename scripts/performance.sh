@@ -5,13 +5,13 @@
 #
 # The instruction set avx2 makes a better CPU look like one that has neither AVX-512 nor bf16.
 set -eu
-data=$1 output=$2
+data=$1 output=$2 program=moa-bench
 mkdir -p "$output"
 bench() {
     name=$1
     shift
     echo "$(date +%T) $name"
-    moa-bench "$@" --json "$output/$name.json" > "$output/$name.txt"
+    "$program" "$@" --json "$output/$name.json" > "$output/$name.txt"
 }
 swin=timm/swin_tiny_patch4_window7_224
 small="$swin:img_size=32,patch_size=4,window_size=4,embed_dim=96,depths=(2,2),num_heads=(3,6),mlp_ratio=2.0,drop_path_rate=0.0"
@@ -28,8 +28,6 @@ bench step-224-fp32 step model=moa_t data=imagenet --batch 8 --precision fp32 --
     --against "$swin" --isa avx2 native
 bench step-224-bf16 step model=moa_t data=imagenet --batch 8 --precision bf16 --rounds 3 --seconds 0.1 --against "$swin"
 echo "$(date +%T) the default command, as on a CPU with AVX2"
-{
-    time -p env ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
-        moa-train "run_dir=$output/digits" tracking.progress=plain
-} > "$output/digits.txt" 2>&1
+export ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+(time -p moa-train "run_dir=$output/digits" tracking.progress=plain) > "$output/digits.txt" 2>&1
 date +%T
