@@ -1,6 +1,6 @@
 """What is chosen, given measurements; no test depends on how fast this machine is."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from moa_train.assembly import choices
 from moa_train.assembly.choices import Choices, Clock, apply, choose, decide, fastest
 from moa_train.assembly.training import build_state
+from moa_train.data.dataset import open_split
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.state import TrainState
 from moa_train.model.attention import BiasedAttention
@@ -18,6 +19,7 @@ from moa_train.optim.muon import BatchedMuon
 from moa_train.runtime.precision import Precision
 from moa_train.schema import RunConfig
 
+IN_MEMORY = set(choices.DEFAULTS) - {"data.workers"}
 OPEN = {"runtime.precision": "auto", "runtime.deterministic": "false"}
 
 
@@ -62,7 +64,7 @@ def test_choices_on_a_cpu_without_bf16_instructions() -> None:
 
 def test_what_the_user_has_set_is_not_measured(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     wanted: list[str] = []
-    monkeypatch.setattr(choices, "measure", lambda config, state, keys, kept: wanted.extend(keys) or {})
+    monkeypatch.setattr(choices, "measure", lambda config, state, keys, *rest: wanted.extend(keys) or {})
     config = tiny({**OPEN, "optim.muon_precision": "bf16", "engine.eval_batch_size": 8})
     choose(config, state_of(config))
     assert set(wanted) == set(choices.DEFAULTS) - {"optim.muon_precision", "engine.eval_batch_size"}
@@ -78,8 +80,8 @@ def test_deterministic_runs_measure_nothing(tiny: Callable[..., Any], monkeypatc
 @pytest.mark.parametrize(
     ("changes", "keys"),
     [
-        ({"model.drop_path": 0.1}, set(choices.DEFAULTS)),
-        ({"model.drop_path": 0}, set(choices.DEFAULTS) - {"runtime.stochastic_depth"}),
+        ({"model.drop_path": 0.1}, IN_MEMORY),
+        ({"model.drop_path": 0}, IN_MEMORY - {"runtime.stochastic_depth"}),
         ({"optim.name": "adamw", "runtime.precision": "fp32", "model.drop_path": 0},
          {"runtime.attention", "runtime.eval_attention", "engine.eval_batch_size"}),
         ({"model.name": "resnet", "model.depths": "[1,1,1,1]", "model.embed_dim": 64, "model.patch_size": 1,
@@ -94,7 +96,7 @@ def test_everything_that_applies_is_measured_without_a_trace(
     state = state_of(config)
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
     generator = torch.get_rng_state()
-    chosen = choose(config, state)
+    chosen = choose(config, state, open_split(config.data, "train"))
     assert set(chosen.values) == keys
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.model.state_dict().items())
@@ -129,7 +131,7 @@ def test_a_resume_keeps_the_choices_that_affect_numbers(
 ) -> None:
     slow: dict[str, str] = {}
 
-    def measured(config: RunConfig, state: TrainState, wanted: list[str], kept: Mapping[str, Any]) -> Any:
+    def measured(config: RunConfig, state: TrainState, wanted: list[str], *rest: Any) -> Any:
         candidates = {"optim.muon_precision": ("fp32", "bf16"), "engine.eval_batch_size": ("4", "16")}
         return {
             key: {name: 9.0 if name == slow.get(key) else 1.0 for name in names}
@@ -154,7 +156,23 @@ def test_a_resume_keeps_the_choices_that_affect_numbers(
 def test_choices_of_another_kind_of_device_are_not_kept(tiny: Callable[..., Any]) -> None:
     config = tiny({**OPEN, "runtime.precision": "fp32"})
     recorded = Choices("cuda", {"optim.muon_precision": "nothing"}).as_dict()
-    assert choose(config, state_of(config), recorded)["optim.muon_precision"] in ("fp32", "bf16")
+    assert choose(config, state_of(config), recorded=recorded)["optim.muon_precision"] in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("read", "step", "cores", "workers"),
+    [(2e-3, 300e-3, 2, 1), (2e-3, 1e-3, 8, 2), (9e-3, 1e-3, 4, 4), (9e-3, 1e-3, 16, 8), (1e-3, 1e-3, 1, 1)],
+)
+def test_there_are_as_many_workers_as_keep_up_with_the_training(
+    read: float, step: float, cores: int, workers: int
+) -> None:
+    assert decide({"data.workers": choices.time_workers(read, step, cores)})[0] == {"data.workers": workers}
+
+
+def test_workers_are_chosen_for_images_in_files(tiny: Callable[..., Any], make_classes: Callable[[int], Path]) -> None:
+    config = tiny({**OPEN, "data.name": "folder", "data.root": make_classes(3), "data.val_fraction": 0})
+    chosen = choose(config, state_of(config), open_split(config.data, "train"))
+    assert 1 <= chosen["data.workers"] <= 8
 
 
 class Simulated(Clock):

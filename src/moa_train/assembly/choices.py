@@ -5,23 +5,29 @@ first block, its largest matrix and its image size: `measure` takes the times, i
 `decide` is a function from times to choices. A choice that the user has made is not measured.
 """
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moa_train.data.file_source import FileSource
+from moa_train.data.image import EncodedImage
+from moa_train.data.source import Source
 from moa_train.engine.state import TrainState
 from moa_train.interfaces import Classifier
 from moa_train.model.attention import BiasedAttention
 from moa_train.model.layers import DropPath
 from moa_train.optim.muon import BatchedMuon, orthogonalize
-from moa_train.runtime.device import KINDS
+from moa_train.runtime.device import KINDS, available_cores
+from moa_train.runtime.errors import UserError
 from moa_train.runtime.precision import Precision, has_bf16
 from moa_train.schema import RunConfig, image_shape
 
@@ -38,9 +44,10 @@ DEFAULTS = {
     "runtime.eval_attention": "auto",
     "runtime.stochastic_depth": "auto",
     "engine.eval_batch_size": None,
+    "data.workers": None,
 }
 """The settings that may be chosen by measurement, with the value that leaves the choice to it."""
-KEPT = tuple(key for key in DEFAULTS if key != "engine.eval_batch_size")
+KEPT = tuple(key for key in DEFAULTS if key not in ("engine.eval_batch_size", "data.workers"))
 """Choices that a resume keeps, because the numbers of a training depend on them."""
 EVAL_BATCHES = (4, 16, 64, 256)
 
@@ -83,7 +90,7 @@ def decide(times: Mapping[str, Times]) -> tuple[dict[str, Any], dict[str, float]
     gains: dict[str, float] = {}
     for key, seconds in times.items():
         best = fastest(seconds)
-        values[key] = int(best) if key == "engine.eval_batch_size" else best
+        values[key] = best if key in KEPT else int(best)
         gains[key] = round(max(seconds.values()) / seconds[best], 2)
     return values, gains
 
@@ -97,12 +104,15 @@ def fastest(seconds: Times) -> str:
     return best
 
 
-def choose(config: RunConfig, state: TrainState, recorded: Mapping[str, Any] | None = None) -> Choices:
+def choose(
+    config: RunConfig, state: TrainState, source: Source | None = None, recorded: Mapping[str, Any] | None = None
+) -> Choices:
     """Measure what the configuration leaves open, and return the choices.
 
     Args:
         config: the configuration. With ``runtime.deterministic``, nothing is measured.
         state: model and optimizer, whose shapes are measured on copies.
+        source: training images; those in files need workers.
         recorded: choices of an earlier start, as `Choices.as_dict` returns them, which a resume on the same kind of
             device keeps where numbers depend on them.
     """
@@ -114,7 +124,7 @@ def choose(config: RunConfig, state: TrainState, recorded: Mapping[str, Any] | N
     wanted = [key for key in DEFAULTS if is_open(config, key) and key not in kept]
     started = time.process_time()
     with torch.random.fork_rng(devices=[]):
-        times = measure(config, state, wanted, kept)
+        times = measure(config, state, wanted, kept, source)
     values, gains = decide(times)
     return Choices(device.type, {**kept, **values}, gains, time.process_time() - started)
 
@@ -200,7 +210,9 @@ class Clock:
             torch.accelerator.synchronize(self.device)
 
 
-def measure(config: RunConfig, state: TrainState, wanted: list[str], kept: Mapping[str, Any]) -> dict[str, Times]:
+def measure(
+    config: RunConfig, state: TrainState, wanted: list[str], kept: Mapping[str, Any], source: Source | None
+) -> dict[str, Times]:
     """Return the seconds of all candidates for each wanted setting that can be measured within its share of time."""
     device, times = state.precision.device, dict[str, Times]()
     if "optim.muon_precision" in wanted:
@@ -208,7 +220,11 @@ def measure(config: RunConfig, state: TrainState, wanted: list[str], kept: Mappi
     if device.type == "cpu":  # on GPUs, rules from measurements on them choose (docs/GPU.md)
         block = Block.of(state.model, config.data.image_size)
         if block is not None:
-            times |= time_block(block, config, wanted, kept)
+            per_image, taken = time_block(block, config, wanted, kept)
+            times |= taken
+            if "data.workers" in wanted and isinstance(source, FileSource):
+                step = per_image * (len(state.model.layer_names()) if isinstance(state.model, Classifier) else 1)
+                times["data.workers"] = time_workers(time_files(source), step, available_cores())
     return {key: seconds for key, seconds in times.items() if seconds}
 
 
@@ -235,6 +251,20 @@ def time_muon(state: TrainState, clock: Clock) -> Times:
             return clock.race(calls)
         except (RuntimeError, TypeError):  # a device without bf16
             return {"fp32": clock.once(calls["fp32"]), "bf16": float("inf")}
+
+
+def time_files(source: FileSource, count: int = 4) -> float:
+    """Return the CPU time of reading and decoding an image."""
+    started = time.process_time()
+    for index in range(0, len(source), max(1, len(source) // count)):
+        with contextlib.suppress(UserError, OSError):  # the loader reports unreadable images
+            EncodedImage(Path(source.name(index)).read_bytes(), source.decoding).decode()
+    return (time.process_time() - started) / min(count, len(source))
+
+
+def time_workers(read: float, step: float, cores: int) -> Times:
+    """Return the seconds per image for each number of workers, given those of reading and of a training step."""
+    return {str(workers): max(read / workers, step) for workers in range(1, min(8, cores) + 1)}
 
 
 @dataclass
@@ -298,8 +328,14 @@ class _Stop(Exception):  # noqa: N818 it is no error
     """Raised to leave a model at its first block."""
 
 
-def time_block(block: Block, config: RunConfig, wanted: list[str], kept: Mapping[str, Any]) -> dict[str, Times]:
-    """Time a block of the model in training and in evaluation, with its own attention and stochastic depth."""
+def time_block(
+    block: Block, config: RunConfig, wanted: list[str], kept: Mapping[str, Any]
+) -> tuple[float, dict[str, Times]]:
+    """Time a block of the model in training and in evaluation, with its own attention and stochastic depth.
+
+    Returns:
+        The seconds per image in training, and the seconds of all candidates.
+    """
     clock, times = Clock(torch.device("cpu"), 0.08), dict[str, Times]()
     attention, drops = block.layers(BiasedAttention), block.layers(DropPath)
 
@@ -313,7 +349,7 @@ def time_block(block: Block, config: RunConfig, wanted: list[str], kept: Mapping
     one = block.inputs(1, grad=True)
     single = min(clock.once(lambda: train(one, "fp32")) for _ in range(2))
     if single > 0.06:
-        return {}  # a large model on a slow machine: the rules of the hardware choose
+        return single, {}  # a large model on a slow machine: the rules of the hardware choose
     images = int(min(max(1.0, 0.008 / single), config.engine.micro_batch_size or config.engine.batch_size))
     x = block.inputs(images, grad=True)
 
@@ -344,8 +380,8 @@ def time_block(block: Block, config: RunConfig, wanted: list[str], kept: Mapping
             times["runtime.stochastic_depth"] = clock.race(
                 {method: partial(train, x, name, kernel, method) for method in ("select", "mask")}
             )
-    times |= _time_evaluation(block, config, wanted, single if not both else both[best] / images)
-    return times
+    per_image = both[best] / images if both else single
+    return per_image, times | _time_evaluation(block, config, wanted, per_image)
 
 
 def _time_evaluation(block: Block, config: RunConfig, wanted: list[str], per_image: float) -> dict[str, Times]:

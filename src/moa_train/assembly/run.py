@@ -88,7 +88,7 @@ def build_run(
     # With a checkpoint, the initial weights are no longer needed, and their file may be gone.
     state = build_state(config, len(train.classes), schedule.peak, precision, fresh=newest is None)
     recorded = store.at(newest).state.get("choices") if newest is not None else None
-    choices = Choices(**distributed.on_main(lambda: choose(config, state, recorded).as_dict()))
+    choices = Choices(**distributed.on_main(lambda: choose(config, state, train, recorded).as_dict()))
     record: dict[str, Any] = {"config": to_dict(config), "choices": choices.as_dict(), **training_record(train)}
     record["measured"] = measurement(config, choice, sources)
     starts: list[dict[str, Any]] = []
