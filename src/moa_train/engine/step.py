@@ -213,7 +213,7 @@ def copy_aside(batch: Batch, device: torch.device) -> Batch:
     on the current stream from now on waits for it.
     """
     if device.type != "cuda":
-        return batch.to(device)
+        return batch.to(device, non_blocking=False)
     current, aside = torch.cuda.current_stream(device), _stream_for_copies(device)
     with torch.cuda.stream(aside):
         copy = batch.to(device, non_blocking=True)

@@ -24,7 +24,7 @@ ROUNDS = 2
 """Turns of each number of threads in a trial whose result is not clear."""
 CLEAR = 1.3
 """A ratio of times that ends a trial early, and a change of the time of a unit after which a trial is due."""
-HYSTERESIS = 1.03
+HYSTERESIS = 1.05
 """A number of threads must be this much faster to replace the current one."""
 LOAD_CHANGE = 0.3
 """Change in the number of cores that other processes use, after which a trial is due."""
@@ -249,8 +249,8 @@ class AdaptiveThreads:
             before = controller.current
             controller.after(Unit(now - self._last, items), now, self._load(now))
             self._set(controller.threads)
-            if controller.current != before:
-                self.say(f"{self._kind}: {before} -> {controller.current} threads, which is faster at this load")
+            if controller.current != before and self._kind == "train":
+                self.say(f"Training uses {controller.current} instead of {before} threads: it is faster at this load.")
         self._last = time.perf_counter()
 
     @contextmanager
