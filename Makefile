@@ -1,7 +1,7 @@
 # Development commands. Run `make` without a target to list them.
 #
 #   PYTHON=python3.12   Python interpreter (3.11 or newer) with which .venv is created
-#   ARGS='key=value'    arguments of the command, e.g. make train ARGS='model=moa_t data=cifar100 data.download=true'
+#   ARGS='key=value'    arguments of the command, e.g. make train ARGS='model=moa_t data=cifar100'
 
 PYTHON ?= python3
 ARGS ?=
@@ -20,7 +20,7 @@ help: ## list the commands
 train: $(READY) ## set up .venv, train a small MOA on handwritten digits (a minute on 2 cores)
 	@$(BIN)/moa-train $(ARGS)
 	@printf '%s\n' '  next     source $(BIN)/activate' \
-		'  then     moa-train model=moa_t data=cifar100 data.download=true, moa-train --help, README.md'
+		'  then     moa-train model=moa_t data=cifar100, moa-train --help, README.md'
 
 test: lint ## set up .venv, run all checks and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -53,5 +53,9 @@ $(READY): pyproject.toml
 	@test -e $(READY) || $(PYTHON) -m venv --clear $(VENV) || { \
 		echo "error: '$(PYTHON) -m venv' failed. On Debian and Ubuntu, run: apt install python3-venv" >&2; exit 1; }
 	@rm -f $(READY)
-	@$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@again='Run the same make command again: finished downloads are not repeated.'; \
+	trap 'echo "error: The setup was interrupted. '"$$again"'" >&2; exit 130' INT TERM; \
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]' || { \
+		echo "error: The setup failed; the reason is above. Without a network, pip needs PIP_INDEX_URL=MIRROR. $$again" >&2; \
+		exit 1; }
 	@touch $(READY)

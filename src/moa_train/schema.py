@@ -28,6 +28,7 @@ from moa_train.plugins import (
 from moa_train.runtime.errors import UserError, check_all, choose, nearest
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+KERNELS = ("auto", "fused", "plain")
 COMPILE_MODES = ("auto", "blocks", "model", "false")
 SPLITS = ("train", "val", "test")
 
@@ -104,7 +105,11 @@ class DataConfig:
     name: str = knob("digits", "data set", plugins=DATASETS, fixed=True)
     root: str | None = knob(None, "folder of the data set (default: data/NAME; required for imagenet and folder)")
     image_size: Any = knob(32, "image size in pixels: one number, or [height, width]", fixed=True)
-    download: bool = knob(False, "download the data set (cifar10, cifar100) if root does not hold it")
+    download: bool | None = knob(
+        None,
+        "download the data set (cifar10, cifar100) if root does not hold it (default: only if root is not set)",
+    )
+    url: str | None = knob(None, "address to download from, such as a mirror (default: that of the publisher)")
     val_fraction: float = knob(
         0.0, "fraction of the training images to hold out as the validation split", least=0, most=0.5, fixed=True
     )
@@ -222,6 +227,11 @@ class OptimConfig:
     betas: list[float] = knob([0.9, 0.999], "AdamW: decay rates of the two moments", least=0, below=1)
     eps: float = knob(1e-8, "AdamW: term added to the denominator", above=0)
     momentum: float = knob(0.9, "momentum of SGD and Muon", least=0, below=1)
+    muon_precision: str = knob(
+        "auto",
+        "name=muon: precision of the orthogonalization; auto: measured, unless the run is deterministic",
+        options=("auto", "bf16", "fp32"),
+    )
     clip: str = knob(
         "norm",
         "gradient clipping. norm: by the norm of all gradients; value: of every entry; none: no clipping",
@@ -324,13 +334,29 @@ class TrackingConfig:
 class RuntimeConfig:
     """Hardware and numerics."""
 
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N; auto: CUDA if available")
-    precision: str = knob("auto", "training precision; auto: bf16 if the hardware supports it", options=PRECISIONS)
+    device: str = knob(
+        "auto", "auto, cpu, cuda, cuda:N, xpu (Intel) or mps (Apple); auto: an accelerator if there is one"
+    )
+    precision: str = knob(
+        "auto",
+        "training precision; auto: on a GPU, bf16 if the hardware supports it; on a CPU, measured",
+        options=PRECISIONS,
+    )
     eval_precision: str = knob(
         "fp32", "evaluation precision; fp32 gives the same counts for any batch size", options=PRECISIONS
     )
     matmul: str = knob(
         "tf32", "precision of fp32 matrix products on CUDA: ieee, or tf32 (10-bit mantissa)", options=("ieee", "tf32")
+    )
+    attention: str = knob(
+        "auto", "attention kernel in training: PyTorch's fused one or plain products; auto: measured", options=KERNELS
+    )
+    eval_attention: str = knob("auto", "attention kernel in evaluation; auto: measured", options=KERNELS)
+    stochastic_depth: str = knob(
+        "auto",
+        "drop residual branches with a mask, or select the samples that keep them and compute only those; auto: "
+        "measured",
+        options=("auto", "mask", "select"),
     )
     channels_last: bool = knob(False, "use the channels_last memory format for images and convolutions")
     compile: Any = knob(
@@ -345,10 +371,16 @@ class RuntimeConfig:
         options=("default", "reduce-overhead", "max-autotune"),
     )
     deterministic: bool = knob(
-        False, "use only deterministic kernels: runs are reproducible bit for bit, but slower on CUDA"
+        False,
+        "use only deterministic kernels, and fixed choices in place of measured ones: runs are reproducible bit for "
+        "bit, but slower",
     )
     timeout: float = knob(600.0, "seconds to wait for another rank before the run fails", above=0)
-    threads: int = knob(0, "CPU threads per rank; 0: CPU cores of this machine / ranks on it", least=0)
+    threads: Any = knob(
+        "auto",
+        "CPU threads per rank; auto: the CPU cores of this machine / ranks on it, and fewer while other processes "
+        "use them, unless the run is deterministic",
+    )
     seed: int = knob(
         0,
         "random seed for data order, augmentation, initialization and dropout",
@@ -436,7 +468,9 @@ class EvalConfig:
     root: str | None = knob(None, "folder of the data set, if it is not where it was during training")
     batch_size: int | None = knob(None, "examples per forward pass (default: as in training)", least=1)
     workers: int | None = knob(None, "processes that decode image files (default: as in training)", least=0)
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N; auto: CUDA if available")
+    device: str = knob(
+        "auto", "auto, cpu, cuda, cuda:N, xpu (Intel) or mps (Apple); auto: an accelerator if there is one"
+    )
     precision: str | None = knob(None, "precision (default: runtime.eval_precision of the run)", options=PRECISIONS)
     command: bool = knob(False, "print the commands that produced these weights instead of evaluating them")
     code: list[str] = knob(
@@ -569,6 +603,15 @@ def compile_mode(choice: Any) -> str:
     return mode
 
 
+def thread_count(choice: Any) -> int | None:
+    """Return ``runtime.threads`` as a number, or None for auto, for which older versions wrote 0."""
+    if choice in ("auto", 0):
+        return None
+    if not isinstance(choice, int) or isinstance(choice, bool) or choice < 1:
+        raise UserError(f"runtime.threads={choice} must be auto or a number of threads, 1 or more.")
+    return choice
+
+
 def image_shape(image_size: Any) -> tuple[int, int]:
     """Return ``data.image_size`` as (height, width), in pixels."""
     height, width = _sides(image_size)
@@ -608,7 +651,9 @@ def validate(config: Any) -> None:
     """
     checks: list[Callable[[], object]] = [partial(_check_value, *setting) for setting in knobs(config)]
     if isinstance(config, RunConfig):
-        checks += [partial(compile_mode, config.runtime.compile), partial(_check_rules, config)]
+        runtime = config.runtime
+        checks += [partial(compile_mode, runtime.compile), partial(thread_count, runtime.threads)]
+        checks.append(partial(_check_rules, config))
     check_all(checks)
     if isinstance(config, RunConfig):
         check_all(partial(kind.args, name, values, key) for kind, name, values, key in parts(config))

@@ -7,6 +7,7 @@ from moa_train.assembly import inputs
 from moa_train.assembly.inputs import build_train_loader, build_train_transform, open_splits
 from moa_train.data.augment import Normalize
 from moa_train.data.dataset import open_split
+from moa_train.data.digits import Digits
 from moa_train.runtime.distributed import Distributed
 
 ALONE = Distributed(0, 0, 1, 1, torch.device("cpu"))
@@ -54,6 +55,7 @@ def test_rank_0_downloads_the_data_before_the_other_ranks_open_it(tiny, monkeypa
         def on_main(self, function):  # rank 0 runs the function, this rank waits
             events.append("waited")
 
+    monkeypatch.setattr(Digits, "downloads", True)
     monkeypatch.setattr(inputs, "open_split", lambda config, split: events.append(split) or open_split(config, split))
     for download, expected in ((True, ["waited", "train"]), (False, ["train"])):
         config = tiny()

@@ -28,10 +28,19 @@ def test_there_is_a_table_per_case_with_all_candidates_and_ratios(job):
     names = [row.what for row in tables[0].rows]
     assert names == [
         "custom", "custom checkpointing", peer, "matrix product of 2048", "custom / custom checkpointing",
-        f"custom / {peer}",
+        f"custom / {peer}", "custom / custom checkpointing, per MAC", f"custom / {peer}, per MAC",
     ]  # fmt: skip
-    assert [row.what for row in tables[2].rows] == ["custom", peer, "matrix product of 2048", f"custom / {peer}"]
+    assert [row.what for row in tables[2].rows] == [
+        "custom",
+        peer,
+        "matrix product of 2048",
+        f"custom / {peer}",
+        f"custom / {peer}, per MAC",
+    ]
     plainly, again, other = tables[0].rows[:3]
+    assert 0 < plainly.facts["optimizer %"] < 100
+    ratio, per_mac = tables[2].rows[-2:]
+    assert per_mac.values == [ratio.values[0] * tables[2].rows[0].facts["GMACs"] / tables[2].rows[1].facts["GMACs"]]
     assert plainly.facts["MiB"] > again.facts["MiB"] > 0
     assert other.facts["GMACs"] == pytest.approx(
         0.037, rel=0.1

@@ -26,8 +26,9 @@ def test_parts_are_reported_as_tables_and_json(monkeypatch, capsys, tmp_path: Pa
     assert [table["part"] for table in result["tables"]] == ["checkpoint", "step"]
     assert result["threads"] == 1
     assert f"torch {result['versions']['torch']}" in shown
+    ratios = ["moa_micro / moa-train/vit_b_16", "moa_micro / moa-train/vit_b_16, per MAC"]
     names = [row["what"] for row in result["tables"][1]["rows"]]
-    assert names == ["moa_micro", "moa-train/vit_b_16", "matrix product of 2048", "moa_micro / moa-train/vit_b_16"]
+    assert names == ["moa_micro", "moa-train/vit_b_16", "matrix product of 2048", *ratios]
     assert all(name in shown for name in names)
     assert f"wrote {file}" in shown
 

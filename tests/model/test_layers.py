@@ -111,10 +111,10 @@ def test_skipping_dropped_samples_changes_no_value_and_no_gradient(rate):
 @pytest.mark.parametrize(("size", "bias"), [((8, 8), (2, 16, 16)), ((7, 9), (6 * 2, 16, 16))])
 def test_bias_and_mask_do_not_grow_with_the_batch(size, bias):
     shapes = []
-    attention = WindowAttention(StagePlan(0, size, 8, 1, 2, 4, False), ModelConfig())
-    attention.attend = lambda q, k, v, bias: shapes.append(tuple(bias.shape)) or attend(q, k, v, bias)
+    layer = WindowAttention(StagePlan(0, size, 8, 1, 2, 4, False), ModelConfig())
+    layer.attend = lambda q, k, v, bias: shapes.append(tuple(bias.shape)) or attend(q, k, v, bias)
     for batch in (1, 5):
-        attention(torch.randn(batch, *size, 8))
+        layer(torch.randn(batch, *size, 8))
     assert shapes == [bias, bias]
 
 

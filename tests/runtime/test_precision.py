@@ -93,3 +93,11 @@ def test_fp16_skips_updates_with_infinite_gradients():
     precision.scaler.step(optimizer)
     precision.scaler.update()
     assert torch.equal(weight, torch.ones_like(weight))
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_gpus_of_amd_are_asked_for_bf16(monkeypatch, supported):
+    """torch for AMD calls its devices cuda, has no CUDA version, and numbers capabilities in another way."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    assert has_bf16(torch.device("cuda")) == supported

@@ -24,6 +24,7 @@ from moa_train.interfaces import Batch
 from moa_train.plugins import short_name
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
+from moa_train.runtime.threads import AdaptiveThreads
 from moa_train.schema import RunConfig
 from moa_train.tracking.console import EvaluationProgress
 from moa_train.tracking.tracker import Tracker
@@ -37,17 +38,24 @@ def build_evaluation(
     stream: TextIO | None = None,
     record: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
     views: Views | None = None,
+    threads: AdaptiveThreads | None = None,
 ) -> Callable[[nn.Module], Evaluation | None]:
     """Return a function that evaluates a model on ``source``; its result is None if ``stop`` requested a stop.
 
     Rank 0 shows the progress on ``stream`` (default: standard output). ``record`` receives the logits of every batch.
-    ``views`` averages over views of each image (default: only the center crop).
+    ``views`` averages over views of each image (default: only the center crop). ``threads`` counts the batches.
     """
     views = views or Views.plan("none", config, source)
     title, style = f"evaluating {source.describe()['name']}", config.tracking.progress
     progress = EvaluationProgress(title, style=style, stream=stream) if distributed.is_main else lambda done, of: None
     precision = Precision.resolve(config.runtime.eval_precision, distributed.device)
-    evaluation = partial(
+
+    def advance(done: int, rounds: int) -> None:
+        progress(done, rounds)
+        if threads is not None:
+            threads.tick(1)
+
+    run = partial(
         evaluate,
         batches=build_eval_loader(views.config, views.source, distributed, stop),
         transform=views.transform,
@@ -55,10 +63,15 @@ def build_evaluation(
         autocast=precision.evaluation,
         distributed=distributed,
         stop=stop,
-        advance=progress,
+        advance=advance,
         record=record,
     )
-    return lambda model: evaluation(views.wrap(model))
+
+    def evaluation(model: nn.Module) -> Evaluation | None:
+        with threads.doing("evaluation") if threads is not None else nullcontext():
+            return run(views.wrap(model))
+
+    return evaluation
 
 
 def measurement(config: RunConfig, split: str, sources: Mapping[str, Source]) -> dict[str, Any]:
@@ -88,12 +101,13 @@ def build_validation(
     distributed: Distributed,
     stop: Callable[[], bool],
     tracker: Tracker,
+    threads: AdaptiveThreads,
 ) -> Callable[[], Evaluation | None]:
     """Return a function that evaluates the state of a run, with the EMA weights if there are any.
 
     Loggers, if there are any, show the confusion matrix and the most confident mistakes.
     """
-    build = partial(build_evaluation, config, source, distributed, stop)
+    build = partial(build_evaluation, config, source, distributed, stop, threads=threads)
     build()  # raises errors before the training starts
     shown = config.tracking.mistakes if config.tracking.loggers else 0
 

@@ -13,6 +13,7 @@ from moa_train.data.order import Order
 from moa_train.data.source import Source
 from moa_train.data.tree import compare_classes
 from moa_train.interfaces import Batch
+from moa_train.plugins import DATASETS
 from moa_train.runtime.device import available_cores
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
@@ -22,7 +23,8 @@ from moa_train.schema import DataConfig, EngineConfig, RunConfig
 def open_splits(config: RunConfig, distributed: Distributed) -> tuple[dict[str, Source], str]:
     """Open all splits of the data set, and return them with the split that selects the best checkpoint (or "none")."""
     data = config.data
-    if data.download:  # one rank downloads the data before the others open it
+    downloads = getattr(DATASETS.load(data.name), "may_download", None)
+    if downloads is not None and downloads(data):  # one rank downloads the data before the others open it
         distributed.on_main(lambda: len(open_split(data, "train")))
     sources = {split: open_split(data, split) for split in available_splits(data)}
     if "val" in sources and not len(sources["val"]):  # the classes are too small for this fraction

@@ -44,7 +44,10 @@ def report(run: Run, distributed: Distributed) -> str | None:
         run.model.load_state_dict(checkpoint.tensors("ema" if state.ema is not None else "model"))
         stop, source = trainer.stop, run.sources[run.final_split]
         recorder = Recorder()
-        result = build_evaluation(run.config, source, distributed, lambda: stop.requested, record=recorder)(run.model)
+        evaluation = build_evaluation(
+            run.config, source, distributed, lambda: stop.requested, record=recorder, threads=trainer.threads
+        )
+        result = evaluation(run.model)
         if result is None:
             return None
         predictions = recorder.gather(distributed)

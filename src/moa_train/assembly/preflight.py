@@ -252,7 +252,7 @@ def time_evaluation(run: Run, distributed: Distributed) -> float:
     count = min(EVALUATED * distributed.world_size, len(source))
     part = source.subset(np.linspace(0, len(source) - 1, count).astype(np.int64), split)
     began = time.perf_counter()
-    result = build_validation(config, part, trainer.state, distributed, lambda: False, Tracker())()
+    result = build_validation(config, part, trainer.state, distributed, lambda: False, Tracker(), trainer.threads)()
     assert result is not None
     return max(distributed.gather_objects(time.perf_counter() - began)) / count
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moa_train.assembly.choices import Choices, apply, choose
 from moa_train.assembly.commands import command
 from moa_train.assembly.evaluation import build_validation, measurement
 from moa_train.assembly.inputs import build_train_loader, open_splits, validation_split
+from moa_train.assembly.process import adaptive_threads
 from moa_train.assembly.timeline import build_plan, build_schedule
 from moa_train.assembly.training import build_state, build_train_step
 from moa_train.assembly.validation import check_batch_size, check_config, check_same_data, resolve, training_record
@@ -45,6 +47,7 @@ class Run:
     final_split: str
     """The split that the finished run reports: test if it exists, otherwise the validation split or "none"."""
     loader: TrainLoader
+    choices: Choices
 
 
 def build_run(
@@ -74,7 +77,6 @@ def build_run(
     sources, choice = open_splits(config, distributed)
     train = sources["train"]
     check_batch_size(config, len(train))
-    loader = build_train_loader(config, train, distributed, lambda: stop.requested)
 
     length = len(train) * config.augment.repeats
     schedule, to_steps = build_schedule(config, length)
@@ -86,7 +88,9 @@ def build_run(
     newest = distributed.on_main(lambda: getattr(store.newest(until=config.replay), "step", None))
     # With a checkpoint, the initial weights are no longer needed, and their file may be gone.
     state = build_state(config, len(train.classes), schedule.peak, precision, fresh=newest is None)
-    record: dict[str, Any] = {"config": to_dict(config), **training_record(train)}
+    recorded = store.at(newest).state.get("choices") if newest is not None else None
+    choices = Choices(**distributed.on_main(lambda: choose(config, state, train, recorded).as_dict()))
+    record: dict[str, Any] = {"config": to_dict(config), "choices": choices.as_dict(), **training_record(train)}
     record["measured"] = measurement(config, choice, sources)
     starts: list[dict[str, Any]] = []
     restarted = None
@@ -97,10 +101,14 @@ def build_run(
         state.nonfinite, state.lr_factor = rolled_back.nonfinite, rolled_back.lr_factor
     record["origin"] = [*starts, {**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}]
 
+    config = apply(choices, config, state)
+    threads = adaptive_threads(config.runtime, distributed)
+    loader = build_train_loader(config, train, distributed, lambda: stop.requested)
     train_step = build_train_step(
         config, train, state, weak_from=weak_from, total_steps=plan.total_steps, distributed=distributed
     )
     tracker = Tracker() if config.replay is not None else _build_tracker(config, run_dir, plan, state.step, distributed)
+    threads.say = tracker.say
     if restarted:
         tracker.say(restarted)
     if state.step == 0 and config.tracking.images and distributed.is_main:
@@ -109,7 +117,9 @@ def build_run(
         train_step.ratios = UpdateRatios(state.model, plan.log.due)
     validation = None
     if choice != "none":
-        validation = build_validation(config, sources[choice], state, distributed, lambda: stop.requested, tracker)
+        validation = build_validation(
+            config, sources[choice], state, distributed, lambda: stop.requested, tracker, threads
+        )
 
     engine, best_by = config.engine, short_name(config.engine.best_by)
     trainer = Trainer(
@@ -136,9 +146,10 @@ def build_run(
         stop=stop,
         distributed=distributed,
         record=record,
+        threads=threads,
         metadata={"format": "1", **{name: json.dumps(value) for name, value in record.items()}},
     )
-    return Run(config, trainer, state.model, sources, "test" if "test" in sources else choice, loader)
+    return Run(config, trainer, state.model, sources, "test" if "test" in sources else choice, loader, choices)
 
 
 def _restore(

@@ -138,6 +138,8 @@ def banner(run: Run, distributed: Distributed, changed: list[str]) -> str:
         else "no evaluation: the last weights are reported",
         "run": config.run_dir,
     }
+    if chosen := run.choices.describe():
+        rows["chosen"] = chosen
     if trainer.state.step:
         rows["resumed"] = f"at step {trainer.state.step}" + "".join(f"; changed {change}" for change in changed)
     return block("moa-train", rows)
@@ -148,6 +150,7 @@ def write_record(run: Run, run_dir: Path, origin: dict[str, Any]) -> None:
     write_whole(run_dir / "config.json", json.dumps(to_dict(run.config), indent=2) + "\n")
     data, root = {split: source.describe() for split, source in run.sources.items()}, run.config.data.root
     if isinstance(root, FromEnvironment):
-        for facts in data.values():
-            facts["root"] = str(facts.get("root", "")).replace(root, root.expression)
-    provenance.write(run_dir, {**origin, "data": data, "first_step": run.trainer.state.step})
+        for source in data.values():
+            source["root"] = str(source.get("root", "")).replace(root, root.expression)
+    facts = {"data": data, "choices": run.choices.as_dict(), "first_step": run.trainer.state.step}
+    provenance.write(run_dir, {**origin, **facts})

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moa_train.assembly.inputs import open_splits
 from moa_train.assembly.run import Run, build_run
+from moa_train.assembly.training import build_compiled
 from moa_train.assembly.validation import check_config
 from moa_train.bench import plain
 from moa_train.bench.job import Job
@@ -47,6 +48,7 @@ def training(config: RunConfig, steps: int) -> RunConfig:
     config.run_dir = config.resume = config.replay = config.init = config.engine.stop_after = None
     config.schedule.duration, config.schedule.warmup, config.augment.weak_for = f"{steps} steps", "0%", "0%"
     config.engine.eval_split, config.engine.ema_decay = "none", 0.0
+    config.runtime.threads = torch.get_num_threads()  # a number that follows the load would differ between candidates
     config.tracking.progress, config.tracking.profile_steps = "plain", 0
     return config
 
@@ -104,9 +106,9 @@ class BareLoop:
     def __init__(self, run: Run) -> None:
         self.run, step = run, run.trainer.train_step
         model, self.optimizer = copy.deepcopy((run.model, run.trainer.state.optimizer))
-        self.model: nn.Module = cast(nn.Module, torch.compile(model)) if run.config.runtime.compile else model
         self.device, self.passes = run.trainer.distributed.device, step.micro_batches
-        self.precision = Precision.resolve(run.config.runtime.precision, self.device)
+        self.model = build_compiled(run.config, model, run.trainer.plan.total_steps, self.device)
+        self.precision = run.trainer.state.precision
         self.transform, self.clip = step.transform, step.clip
         self.batches = run.loader.batches(0)
 

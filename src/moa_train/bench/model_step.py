@@ -1,7 +1,8 @@
 """Benchmark training steps (forward, loss, backward, clipping, optimizer) and inference, interleaved with other models.
 
-Every model runs in the same plain loop on the same images. The tables also report the peak memory of a step and its
-MFU: its speed relative to a matrix product of the same dtype, which is also measured in every round.
+Every model runs in the same plain loop on the same images. Our models use the kernels that a run would choose on this
+machine. The tables also report the peak memory of a step, the share of the optimizer in its time, and its MFU: its
+speed relative to a matrix product of the same dtype, which is also measured in every round.
 """
 
 import copy
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from moa_train.assembly.choices import apply, choose
 from moa_train.assembly.training import build_state
 from moa_train.bench import memory, plain
 from moa_train.bench.job import Job
@@ -68,7 +70,10 @@ def _ours(job: Job, config: RunConfig, recomputing: bool) -> Entrant:
     config.model.checkpointing, config.engine.ema_decay = recomputing, 0.0
 
     def build(precision: Precision) -> tuple[nn.Module, Optimizers]:
-        state = build_state(config, job.num_classes, RATE, precision, fresh=False)
+        chosen = copy.deepcopy(config)
+        chosen.runtime.precision = chosen.runtime.eval_precision = precision.name
+        state = build_state(chosen, job.num_classes, RATE, precision, fresh=False)
+        apply(choose(chosen, state), chosen, state)
         return state.model, state.optimizer
 
     with torch.device("meta"):
@@ -109,7 +114,7 @@ def _compare(job: Job, entrants: list[Entrant], mode: str, precision: Precision,
     side = 8192 if device.type == "cuda" else 2048
     matrix = torch.randn(side, side, dtype=precision.dtype, device=device)
     measures = {"matrix product": timed(lambda: matrix @ matrix, device, least_seconds=job.seconds)}
-    needed = {}
+    needed, updates = {}, dict[str, list[float]]()
     for entrant in entrants:
         before = memory.allocated(device)
         model, optimizer = entrant.build(precision)
@@ -119,6 +124,9 @@ def _compare(job: Job, entrants: list[Entrant], mode: str, precision: Precision,
         if mode == "train":
             inputs = [(images, targets)]
             step = partial(plain.update, called, optimizer, inputs, passes=1, precision=precision, clip=clip)
+            step()
+            alone = timed(partial(plain.optimize, model, optimizer), device, least_seconds=job.seconds)
+            updates[entrant.name] = [alone() for _ in range(3)]
         measures[entrant.name] = timed(step, device, least_seconds=job.seconds)
         if not entrant.compiled or device.type == "cuda":  # on a CPU, memory inside compiled code cannot be tracked
             alive = [model.state_dict(), [part.state for part in optimizer.parts], images, targets]
@@ -131,9 +139,14 @@ def _compare(job: Job, entrants: list[Entrant], mode: str, precision: Precision,
         taken = seconds[entrant.name]
         achieved = Row.rate("", taken, 2e-9 * entrant.macs * batch * (3 if mode == "train" else 1), "GFLOP/s")
         facts = {"ms": 1e3 * median(taken), "MFU %": 100 * achieved.over(reference).median}
+        if entrant.name in updates:
+            facts["optimizer %"] = 100 * median(updates[entrant.name]) / median(taken)
         if entrant.name in needed:
             facts["MiB"] = needed[entrant.name] / 2**20
         rows.append(Row.rate(entrant.name, taken, batch, "images/s", GMACs=entrant.macs / 1e9, **facts))
     ratios = [rows[0].over(other) for other in rows[1:]]
+    for entrant, ratio in zip(entrants[1:], list(ratios), strict=True):
+        more = entrants[0].macs / entrant.macs
+        ratios.append(Row(f"{ratio.what}, per MAC", "ratio", [more * value for value in ratio.values]))
     title = f"{mode}, {precision.name}, batch {batch}, {size[0]} x {size[1]}, {job.num_classes} classes"
     return Table("step", title + (f", {config.optim.name}" if mode == "train" else ""), [*rows, reference, *ratios])

@@ -34,6 +34,14 @@ def update(
     optimizer.zero_grad()
 
 
+def optimize(model: nn.Module, optimizer: Optimizers) -> None:
+    """Perform the optimizer's part of an update, with gradients equal to the weights."""
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def predict(model: nn.Module, images: Tensor, precision: Precision) -> Tensor:
     """Return the logits (B, K) of a model in eval mode."""
     with torch.inference_mode(), precision.autocast():

@@ -26,7 +26,7 @@ from moa_train.bench.timing import alternate, synchronize
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals
-from moa_train.schema import RunConfig, from_dict, to_dict
+from moa_train.schema import RunConfig, from_dict, thread_count, to_dict
 
 WARMUP = 5
 """Steps before the measurement starts."""
@@ -36,7 +36,7 @@ def prepare(job: Job) -> Callable[[], Iterator[Table]]:
     """Check that the threads or GPUs and the batch can be shared, and return the function that yields one table."""
     ranks, batch = job.ranks, job.config.engine.batch_size
     cuda = job.device.type == "cuda"
-    shared = torch.cuda.device_count() if cuda else job.config.runtime.threads or torch.get_num_threads()
+    shared = torch.cuda.device_count() if cuda else thread_count(job.config.runtime.threads) or torch.get_num_threads()
     if shared < ranks:
         raise UserError(
             f"--ranks {ranks} requires as many {'GPUs' if cuda else 'CPU threads'}, but there are only {shared}."

@@ -66,7 +66,6 @@ def run(
     """
     store = ConfigStore.instance()
     store.store(name=f"{config_name}_schema", node=schema)
-    store.store(group="hydra/help", name=f"{config_name}_help", node={})
 
     def checked(config: DictConfig) -> None:
         # This runs inside Hydra's task, so that Hydra still handles --help and --cfg.
@@ -94,9 +93,10 @@ def run(
             if not root.is_dir():
                 raise UserError(f"--config-dir {root}: there is no such folder.")
         if {"--help", "-h"} & set(arguments):
-            text = _help(schema, examples, _own_settings(arguments, config_name))
-            store.store(group="hydra/help", name=f"{config_name}_help", node=text)
-        elif not {"--hydra-help", "--shell-completion", "-sc"} & set(arguments):
+            # Hydra would compose every option of every group for its help, which takes a second.
+            print(_help(schema, examples, _own_settings(arguments, config_name), config_roots(arguments)))
+            return None
+        if not {"--hydra-help", "--shell-completion", "-sc"} & set(arguments):
             check_overrides(arguments, schema)
             if sweep.requested(arguments):
                 if multirun is None:
@@ -231,8 +231,13 @@ ELSEWHERE = {
 """What other trainers call some settings."""
 
 
+def _options(group: str, roots: Sequence[Path]) -> list[str]:
+    """Return the options of a group: the names of the files in its folders."""
+    return sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")})
+
+
 def _check_option(group: str, option: Any, roots: Sequence[Path]) -> None:
-    options = sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")})
+    options = _options(group, roots)
     if option is None and group in OPTIONAL:
         return
     if str(option) not in options:
@@ -309,15 +314,12 @@ OPTIONS = """Options:
   --cfg job                                   print the composed configuration and exit
   --version                                   print the version and exit
 """
-GROUPS_HELP = """Groups (GROUP=OPTION), each a folder of conf/:
-
-$APP_CONFIG_GROUPS
-"""
+GROUPS_HELP = "Groups (GROUP=OPTION), each a folder of conf/:\n\n"
 WIDTH, INDENT = 120, 46
 """Columns of the help, and the one where descriptions start."""
 
 
-def _help(schema: type, examples: str, own: Sequence[tuple[str, Any, str]]) -> dict[str, str]:
+def _help(schema: type, examples: str, own: Sequence[tuple[str, Any, str]], roots: Sequence[Path]) -> str:
     lines: list[str] = []
     section = ""
     for key, item, value in knobs(schema()):
@@ -339,9 +341,9 @@ def _help(schema: type, examples: str, own: Sequence[tuple[str, Any, str]]) -> d
     settings = "Settings (KEY=VALUE) with their defaults" + (
         ". Groups change some defaults; --cfg job shows the result.\n" if grouped else ":\n"
     )
-    above, below = (text.replace("$", "$$") for text in (examples, "\n".join(lines)))  # $ is special in the template
-    blocks = [usage, f"{above}\n", OPTIONS, *([GROUPS_HELP] if grouped else []), settings + below, ""]
-    return {"app_name": Path(sys.argv[0]).name, "header": "", "footer": "", "template": "\n".join(blocks)}
+    groups = "".join(f"{group}: {', '.join(_options(group, roots))}\n" for group in sorted(GROUPS))
+    blocks = [usage, f"{examples}\n", OPTIONS, *([f"{GROUPS_HELP}{groups}\n"] if grouped else [])]
+    return "\n".join([*blocks, settings + "\n".join(lines)])
 
 
 def _entry(key: str, value: Any, text: str) -> list[str]:

@@ -1,7 +1,9 @@
 """moa-bench: measure speed and memory, alone or against other libraries."""
 
 import argparse
+import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +31,7 @@ PARTS = {
     "loop": "the training loop, with logging and background checkpoints, compared with a bare loop",
     "checkpoint": "time to save (and how long training waits for it), verify and restore a checkpoint",
     "ranks": "several processes compared with one that has all their threads; on CUDA, GPUs compared with one",
+    "load": "training next to 0, 1 and 2 busy processes, with a number of threads that follows the load and fixed ones",
     "start": "time from starting moa-train to the first step, compared with imports and building the model",
 }
 
@@ -42,6 +45,7 @@ Examples:
   moa-bench step model=moa_t data=imagenet --batch 8 --against timm/swin_tiny_patch4_window7_224
   moa-bench step model=moa_t data=cifar100 --batch 64 --precision bf16 fp32 --compile off on --mode infer
   moa-bench step data=cifar100 --against timm/swin_tiny_patch4_window7_224:img_size=32,patch_size=1,window_size=4
+  moa-bench step experiment=cifar100_cpu --precision fp32 --isa avx2 avx512
   moa-bench input data=imagenet data.root=/data/imagenet --batch 64 --against timm torchvision
   moa-bench loop checkpoint model=moa_t data=imagenet data.root=/data/imagenet engine.micro_batch_size=64"""
 
@@ -144,6 +148,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--ranks", type=_count, default=2, metavar="COUNT", help="ranks: number of processes (default: 2)"
     )
+    result.add_argument(
+        "--isa", nargs="+", default=[], choices=ISAS,
+        help="measure with each of these instruction sets in turn; a CPU that has more looks like one that has less",
+    )  # fmt: skip
     result.add_argument("--config-dir", type=path, metavar="DIR", help="folder with your own recipes, as in moa-train")
     result.add_argument(
         "--json", type=path, metavar="FILE", help="file for the results (default: outputs/bench-TIME.json)"
@@ -184,10 +192,44 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, overrides
 
 
+ISAS = {
+    "native": {},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "avx512": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
+    "avx512_bf16": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
+}
+"""Environment variables that make torch, oneDNN and MKL use no more than an instruction set of x86 processors."""
+
+
+def bench_isas(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Measure each instruction set in its own process, one after the other, and return the exit code."""
+    place = arguments.index("--isa")
+    rest = [*arguments[:place], *arguments[place + 1 + len(options.isa) :]]
+    if "--json" in rest:
+        del rest[rest.index("--json") : rest.index("--json") + 2]
+    for isa in options.isa:
+        print(f"{'' if isa == options.isa[0] else chr(10)}instruction set {isa}", flush=True)
+        path = options.json.with_name(f"{options.json.stem}-{isa}{options.json.suffix}")
+        command = [sys.executable, "-m", "moa_train.cli.bench", *rest, "--json", str(path)]
+        if code := subprocess.run(command, env={**os.environ, **ISAS[isa]}).returncode:
+            return code
+    return Exit.FINISHED
+
+
 def main() -> None:
     """Entry point."""
     try:
         options, overrides = read(sys.argv[1:])
+        if options.isa:
+            sys.exit(bench_isas(options, sys.argv[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(Exit.USER_ERROR)

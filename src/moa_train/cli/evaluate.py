@@ -33,7 +33,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
         raise UserError(f"output={config.output}: there is no folder {Path(config.output).parent}.")
     from moa_train.assembly.evaluation import build_evaluation
     from moa_train.assembly.outcome import describe
-    from moa_train.assembly.process import set_up_process
+    from moa_train.assembly.process import adaptive_threads, set_up_process
     from moa_train.assembly.trained import Trained
     from moa_train.assembly.views import Views
     from moa_train.engine.find_weights import find_weights
@@ -72,7 +72,16 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
             if config.report and source.in_memory and distributed.is_main:
                 preload()
             # Standard output is for the JSON only.
-            result = build_evaluation(run, source, distributed, stream=sys.stderr, record=recorder, views=views)(model)
+            evaluation = build_evaluation(
+                run,
+                source,
+                distributed,
+                stream=sys.stderr,
+                record=recorder,
+                views=views,
+                threads=adaptive_threads(run.runtime, distributed),
+            )
+            result = evaluation(model)
             predictions = recorder.gather(distributed)
     if not distributed.is_main:
         return

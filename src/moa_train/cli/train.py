@@ -16,7 +16,7 @@ EXAMPLES = """moa-train: train, resume or fine-tune a MOA-Transformer or a basel
 
 Examples:
   moa-train                                              train on handwritten digits: offline, about a minute
-  moa-train model=moa_b data=cifar100 data.download=true
+  moa-train model=moa_b data=cifar100                    downloads the data once
   moa-train model=moa_t data=imagenet data.root=/data/imagenet
   torchrun --nproc-per-node 8 -m moa_train.cli.train model=moa_t data=imagenet data.root=/data/imagenet
   moa-train resume=outputs/RUN                           resume a stopped run

@@ -1,17 +1,16 @@
 """CIFAR-10 and CIFAR-100 from their archives (Krizhevsky 2009).
 
 The archives are the binary versions (records of label bytes and pixels), because the Python versions are pickles.
-They are read without extraction, and only if they have the MD5 published on
-https://www.cs.toronto.edu/~kriz/cifar.html.
+They are read without extraction, and only if they have the SHA-256 recorded here.
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moa_train.data.dataset import DataSet
+from moa_train.data.download import download
 from moa_train.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,14 +27,14 @@ class Archive:
 
     Attributes:
         url: address of the archive.
-        md5: its MD5.
+        sha256: its SHA-256.
         splits: members that hold the records of each split.
         names: member that lists the classes.
         label_bytes: number of bytes before the pixels; the last one is the class.
     """
 
     url: str
-    md5: str
+    sha256: str
     splits: dict[str, tuple[str, ...]]
     names: str
     label_bytes: int
@@ -69,13 +68,15 @@ class Cifar(DataSet):
             pack_tree(tree, root, split, Decoding.of(self.config))
         elif (root / archive.filename).is_file():
             pack_archive(archive, root / archive.filename, root)
-        elif self.config.download:
-            pack_archive(archive, fetch(archive, root), root)
+        elif self.may_download(self.config):
+            download(self.config.url or archive.url, root / archive.filename, archive.sha256)
+            pack_archive(archive, root / archive.filename, root)
         else:
+            forbidden = "data.download=false forbids a download. " if self.config.download is False else ""
             raise UserError(
                 f"{root} does not hold {self.name}: no pack-{split}.npy, no folder {split}/CLASS/, no "
-                f"{archive.filename}. Add data.download=true to download it, or set data.root to a folder that holds "
-                "one of them."
+                f"{archive.filename}. {forbidden}Add data.download=true to download it to this folder, or set "
+                "data.root to a folder that holds one of them."
             )
         return read_pack(root, split, f"{self.name}/{split}", self.image_size)
 
@@ -88,7 +89,7 @@ class Cifar10(Cifar):
     num_classes = 10
     archive = Archive(
         url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        md5="c32a1d4ab5d03f1284b67883e8d87530",
+        sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
         splits={
             "train": tuple(f"cifar-10-batches-bin/data_batch_{part}.bin" for part in range(1, 6)),
             "test": ("cifar-10-batches-bin/test_batch.bin",),
@@ -106,41 +107,18 @@ class Cifar100(Cifar):
     num_classes = 100
     archive = Archive(
         url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-        md5="03b5dce01913d631647c71ecec9e9cb8",
+        sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
         splits={"train": ("cifar-100-binary/train.bin",), "test": ("cifar-100-binary/test.bin",)},
         names="cifar-100-binary/fine_label_names.txt",
         label_bytes=2,
     )
 
 
-def fetch(archive: Archive, root: Path) -> Path:
-    """Download an archive into ``root``.
-
-    Raises:
-        UserError: there is no network, or the downloaded file is not the archive. The message says which file to
-            download and where to put it.
-    """
-    from torchvision.datasets.utils import download_url
-
-    partial = root / f".{archive.filename}.{os.getpid()}"
-    try:
-        download_url(archive.url, str(root), partial.name, archive.md5)
-        partial.replace(root / archive.filename)  # only a complete download gets the final name
-    except (OSError, RuntimeError) as error:  # no network, or a wrong MD5
-        raise UserError(
-            f"{archive.url} could not be downloaded ({error}). Download it on another machine (MD5 {archive.md5}) and "
-            f"copy it to {root / archive.filename}. The next run will use it."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return root / archive.filename
-
-
 def pack_archive(archive: Archive, path: Path, root: Path) -> None:
     """Write the packs of both splits of an archive.
 
     Raises:
-        UserError: the file does not have the archive's MD5.
+        UserError: the file does not have the archive's SHA-256.
     """
     import tarfile
 
@@ -149,11 +127,11 @@ def pack_archive(archive: Archive, path: Path, root: Path) -> None:
     from moa_train.data.pack import write_pack
 
     with path.open("rb") as file:
-        md5 = hashlib.file_digest(file, "md5").hexdigest()
-    if md5 != archive.md5:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != archive.sha256:
         raise UserError(
-            f"{path} has MD5 {md5}, expected {archive.md5}: the file is damaged or not the archive. Delete it and "
-            f"download {archive.url}."
+            f"{path} has SHA-256 {digest}, expected {archive.sha256}: the file is damaged or not the archive. "
+            f"Delete it and download {archive.url}."
         )
     with tarfile.open(path) as tar:
         classes = _member(tar, archive.names).decode().split()

@@ -48,8 +48,8 @@ class DataSet(ABC):
         num_classes: number of classes if it is known without opening the data.
         holds_out_by_name: whether ``data.hold_out=name`` applies, if the images have names.
         needs_root: whether ``data.root`` must be given.
-        downloads: whether `read` obeys ``data.download=true`` (``self.config.download``). Rank 0 then reads train
-            before the other ranks start to read.
+        downloads: whether `read` can download the data set; `may_download` returns whether it should. Rank 0 then
+            reads train before the other ranks start to read.
         config: the section ``data`` of the configuration.
         name: name of the data set, or of your class without its import path.
         root: folder of the data set, ``data.root`` or by default data/NAME.
@@ -83,6 +83,14 @@ class DataSet(ABC):
                 f"data.download=true: {config.name} cannot be downloaded. "
                 + ("Set data.root to your copy." if cls.needs_root else "Remove data.download.")
             )
+        if config.url and not cls.downloads:
+            raise UserError(f"data.url={config.url}: {config.name} cannot be downloaded. Remove data.url.")
+
+    @classmethod
+    def may_download(cls, config: DataConfig) -> bool:
+        """Return whether missing data is to be downloaded: if requested, or by default to the default folder."""
+        wanted = config.root is None if config.download is None else config.download
+        return cls.downloads and wanted
 
     def splits(self) -> list[str]:
         """Return the splits that the data set itself has, some of train, val and test, without opening them."""

@@ -76,7 +76,7 @@ def evaluate(
                 batch, iterator, incomplete = None, iter(()), True
             if batch is not None:
                 faults.point("evaluate.batch")
-                batch = batch.to(distributed.device, non_blocking=True)
+                batch = batch.to(distributed.device, non_blocking=distributed.device.type == "cuda")
                 for name, counted in _count(model, batch, transform, metrics, autocast, record).items():
                     sums[name] = sums.get(name, 0) + counted
                 samples += len(batch)

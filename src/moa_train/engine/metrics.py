@@ -5,6 +5,7 @@ from torch import Tensor
 
 from moa_train.interfaces import Metric
 from moa_train.plugins import METRICS, short_name
+from moa_train.runtime.device import has_float64
 from moa_train.schema import EngineConfig
 
 
@@ -45,7 +46,8 @@ class Loss:
 
     def count(self, logits_BK: Tensor, labels_B: Tensor) -> Tensor:
         """Return the sum over a batch, float64."""
-        return torch.nn.functional.cross_entropy(logits_BK, labels_B, reduction="sum").double()
+        total = torch.nn.functional.cross_entropy(logits_BK, labels_B, reduction="sum")
+        return (total if has_float64(total.device) else total.cpu()).double()
 
     def value(self, totals: Tensor, samples: int) -> float:
         """Return the mean."""

@@ -9,11 +9,11 @@ from moa_train.interfaces import Batch
 
 
 class Prefetcher(Iterator[Batch]):
-    """Iterate over batches on the device. `ahead` starts the copy of the next batch during the current step.
+    """Iterate over batches. `ahead` starts the copy of the next batch to a GPU during the current step.
 
-    On a GPU, batches are copied on a separate stream, at the same time as the work that is queued on the current
-    stream. On other devices, `ahead` does nothing. A batch that was copied ahead but is not used is dropped. Loaders
-    derive batches from the step, so a later session reads it again.
+    Batches are copied on a separate stream, at the same time as the work that is queued on the current stream. On other
+    devices, `ahead` does nothing, and batches stay on the host. A batch that was copied ahead but is not used is
+    dropped. Loaders derive batches from the step, so a later session reads it again.
     """
 
     def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
@@ -26,7 +26,7 @@ class Prefetcher(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self._stream is None:
-            return next(self._batches).to(self._device, non_blocking=True)
+            return next(self._batches)
         self.ahead()
         batch, self._next = self._next, None
         if isinstance(batch, Exception):

@@ -17,6 +17,7 @@ from moa_train.optim.schedule import Schedule
 from moa_train.runtime.device import peak_memory
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.signals import StopSignals
+from moa_train.runtime.threads import AdaptiveThreads
 from moa_train.tracking.meters import Speed
 from moa_train.tracking.tracker import Tracker
 
@@ -55,6 +56,7 @@ class Trainer:
     distributed: Distributed
     record: dict[str, Any]
     metadata: dict[str, str]
+    threads: AdaptiveThreads = field(default_factory=AdaptiveThreads)
     speed: Speed = field(default_factory=Speed)
     stopping: bool = False
     saved_step: int = 0
@@ -84,6 +86,7 @@ class Trainer:
                 self._handle_nonfinite()
                 self.tracker.advance(state.step)
                 self.speed.tick(self.batch_size)
+                self.threads.tick(self.batch_size)
                 if plan.log.due(state.step) or state.step == plan.total_steps:
                     self._log(lr)  # the host waits for the device here, and not in other steps
                 self.store.poll()  # raises if a background save has failed
@@ -179,3 +182,4 @@ class Trainer:
                 self.state.step, self.state.tensors(), state, metadata=self.metadata, score=score, background=True
             )
         self.speed.restart()
+        self.threads.restart()

@@ -24,15 +24,20 @@ class BiasedAttention(nn.Module):
     """
 
     relative_position_index: Tensor
+    kernel = "auto"
+    eval_kernel = "auto"
 
     def __init__(self, heads: int, grid: tuple[int, int], *, published_layout: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.grid = grid
-        self.attend = attend  # an attribute, so that report.attention can record its arguments
         table_RRN = torch.zeros(2 * grid[0] - 1, 2 * grid[1] - 1, heads)
         self.relative_position_bias_table = nn.Parameter(table_RRN.flatten(0, 1) if published_layout else table_RRN)
         self.register_buffer("relative_position_index", relative_position_index(*grid), persistent=published_layout)
+
+    def attend(self, q_GNLD: Tensor, k_GNLD: Tensor, v_GNLD: Tensor, bias: Tensor) -> Tensor:
+        """Call `attend` with the kernel that `choose_kernels` set for training or for evaluation."""
+        return attend(q_GNLD, k_GNLD, v_GNLD, bias, self.kernel if self.training else self.eval_kernel)
 
     def position_bias(self, like: Tensor) -> Tensor:
         """Look up the bias (N, L, L) and return it in the dtype of ``like``.
@@ -55,13 +60,13 @@ def relative_position_index(height: int, width: int) -> Tensor:
     return down_LL * (2 * width - 1) + right_LL
 
 
-def attend(q_GNLD: Tensor, k_GNLD: Tensor, v_GNLD: Tensor, bias: Tensor) -> Tensor:
+def attend(q_GNLD: Tensor, k_GNLD: Tensor, v_GNLD: Tensor, bias: Tensor, kernel: str = "auto") -> Tensor:
     """Return ``softmax(q kᵀ / √D + bias) v`` (G, N, L, D); ``bias`` is (N, L, L), or (G, N, L, L) if it contains masks.
 
-    This function chooses the kernel: FlexAttention in compiled code, otherwise PyTorch's fused attention, or plain
-    matrix products where they are faster. Measurements: docs/GPU.md for CUDA, docs/MODEL.md for CPUs.
+    ``kernel`` is fused (PyTorch's attention), plain (matrix products) or auto: FlexAttention in compiled code,
+    otherwise fused, or plain where a rule expects it to be faster. Measurements: docs/GPU.md, docs/MODEL.md.
     """
-    if flex_pays(q_GNLD, bias):
+    if kernel == "auto" and flex_pays(q_GNLD, bias):
         from torch.nn.attention.flex_attention import flex_attention
 
         bias_NLL = bias.float()  # the gradient is summed over groups in this dtype
@@ -70,7 +75,7 @@ def attend(q_GNLD: Tensor, k_GNLD: Tensor, v_GNLD: Tensor, bias: Tensor) -> Tens
         )
         assert isinstance(out_GNLD, Tensor)
         return out_GNLD
-    if fused_pays(q_GNLD, bias):
+    if kernel == "fused" or (kernel == "auto" and fused_pays(q_GNLD, bias)):
         return F.scaled_dot_product_attention(q_GNLD, k_GNLD, v_GNLD, aligned(bias if bias.dim() == 4 else bias[None]))
     # Autocast would promote the softmax and the scores, which are the largest tensor of the model, to fp32.
     with torch.autocast(q_GNLD.device.type, enabled=False):

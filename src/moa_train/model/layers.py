@@ -140,6 +140,8 @@ class DropPath(nn.Module):
     """
 
     keep: Tensor
+    method = "auto"
+    """mask, select, or auto: select on a CPU."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -151,14 +153,14 @@ class DropPath(nn.Module):
         """Return ``branch(x)`` for ``x`` (B, ...), with zeros for the samples whose branch is dropped."""
         if not self.active:
             return branch(x)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if self.selects(x):
             return self.select(branch, x)
         update = branch(x)
         return update * self.mask(update) / self.keep.to(update.dtype)
 
     def add(self, branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Return ``x + branch(x)`` for ``x`` (B, ...); samples whose branch is dropped do not change."""
-        if not self.active or torch.compiler.is_compiling() or x.device.type == "cpu":
+        if not self.active or torch.compiler.is_compiling() or self.selects(x):
             return x + self(branch, x)
         update = branch(x)
         return torch.addcmul(x, update, self.mask(update), value=1 / (1 - self.rate))  # a single kernel
@@ -167,6 +169,12 @@ class DropPath(nn.Module):
     def active(self) -> bool:
         """Whether branches may be dropped. A compiled graph serves all drop rates, so it always draws a mask."""
         return self.training and (torch.compiler.is_compiling() or self.rate > 0)
+
+    def selects(self, x: Tensor) -> bool:
+        """Return whether to compute the branch only for the samples that keep it. Compiled code always masks."""
+        if torch.compiler.is_compiling():
+            return False
+        return x.device.type == "cpu" if self.method == "auto" else self.method == "select"
 
     def mask(self, update: Tensor) -> Tensor:
         """Draw 1 for each sample that keeps the branch and 0 for the others: (B, 1, ...)."""

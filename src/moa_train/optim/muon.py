@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moa_train.optim.eager import eager
+
 Coefficients = tuple[float, float, float]
 
 
+@eager
 class BatchedMuon(torch.optim.Muon):
     """torch's Muon with the same state and results, but it orthogonalizes all matrices of one shape at once.
 
@@ -20,6 +23,8 @@ class BatchedMuon(torch.optim.Muon):
 
     _step_supports_amp_scaling = True  # torch's GradScaler checks this
     found_inf: Tensor | None = None
+    dtype = torch.bfloat16
+    """Format of the orthogonalization."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -49,21 +54,27 @@ class BatchedMuon(torch.optim.Muon):
             by_shape[parameter.shape].append(index)
         for shape, indices in by_shape.items():
             update_NAB = orthogonalize(
-                torch.stack([ahead[i] for i in indices]), group["ns_coefficients"], group["ns_steps"], group["eps"]
+                torch.stack([ahead[i] for i in indices]),
+                group["ns_coefficients"],
+                group["ns_steps"],
+                group["eps"],
+                self.dtype,
             )
             step = group["lr"] * 0.2 * max(shape) ** 0.5
             same = [parameters[i] for i in indices]
             torch._foreach_add_(same, list((made * update_NAB.to(same[0].dtype)).unbind()), alpha=-step)
 
 
-def orthogonalize(x_NAB: Tensor, coefficients: Coefficients, iterations: int, eps: float) -> Tensor:
-    """Return approximately U V^T for each matrix U S V^T of a stack, in bf16, by quintic Newton-Schulz iterations.
+def orthogonalize(
+    x_NAB: Tensor, coefficients: Coefficients, iterations: int, eps: float, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Return approximately U V^T for each matrix U S V^T of a stack, by quintic Newton-Schulz iterations in ``dtype``.
 
     Each iteration maps every singular value s of the normalized matrix to a s + b s^3 + c s^5.
     """
     a, b, c = coefficients
     is_tall = x_NAB.shape[1] > x_NAB.shape[2]
-    x_NAB = x_NAB.mT.bfloat16() if is_tall else x_NAB.bfloat16()
+    x_NAB = x_NAB.mT.to(dtype) if is_tall else x_NAB.to(dtype)
     x_NAB = x_NAB / x_NAB.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(iterations):
         gram_NAA = x_NAB @ x_NAB.mT

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from moa_train.optim.eager import eager
 from moa_train.optim.groups import ParameterGroup, parameter_groups, split_matrices
 from moa_train.optim.muon import BatchedMuon
 from moa_train.plugins import OPTIMIZERS
@@ -65,26 +66,39 @@ def create_optimizer(config: OptimConfig, model: nn.Module, lr: float) -> Optimi
     return Optimizers(optimizers)
 
 
+@eager
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW."""
+
+
+@eager
+class NAdam(torch.optim.NAdam):
+    """torch's NAdam."""
+
+
+@eager
+class SGD(torch.optim.SGD):
+    """torch's SGD."""
+
+
 # An optimizer is a function of the configuration, the bare model, its parameter groups and the learning rate that
 # returns one torch optimizer, or several over disjoint parameters. Your own has the same form.
 
 
 def adamw(config: OptimConfig, model: nn.Module, groups: list[ParameterGroup], lr: float) -> Optimizer:
     """Return AdamW (Loshchilov and Hutter 2019)."""
-    return torch.optim.AdamW(groups, lr=lr, betas=_betas(config), eps=config.eps, **_fused(groups))
+    return AdamW(groups, lr=lr, betas=_betas(config), eps=config.eps, **_fused(groups))
 
 
 def nadamw(config: OptimConfig, model: nn.Module, groups: list[ParameterGroup], lr: float) -> Optimizer:
     """Return AdamW with Nesterov momentum."""
-    return torch.optim.NAdam(
-        groups, lr=lr, betas=_betas(config), eps=config.eps, decoupled_weight_decay=True, foreach=True
-    )
+    return NAdam(groups, lr=lr, betas=_betas(config), eps=config.eps, decoupled_weight_decay=True, foreach=True)
 
 
 def sgd(config: OptimConfig, model: nn.Module, groups: list[ParameterGroup], lr: float) -> Optimizer:
     """Return SGD with Nesterov momentum, where weight decay is part of the gradient."""
     momentum = config.momentum
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, **_fused(groups))
+    return SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, **_fused(groups))
 
 
 def muon(config: OptimConfig, model: nn.Module, groups: list[ParameterGroup], lr: float) -> list[Optimizer]:

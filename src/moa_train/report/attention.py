@@ -111,9 +111,9 @@ def recording(model: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
         return own(q, k, v, bias)
 
     for layer in layers:
-        layer.attend = partial(record, layer, layer.attend)
+        layer.attend = partial(record, layer, layer.attend)  # type: ignore[method-assign] # hides the method
     try:
         yield weights
     finally:
         for layer in layers:
-            layer.attend = attend
+            del layer.attend  # the method of the class is visible again

@@ -1,5 +1,6 @@
 """Choose the device and the number of threads of a process, and measure its memory."""
 
+import contextlib
 import math
 import os
 import resource
@@ -10,13 +11,16 @@ import torch
 
 from moa_train.runtime.errors import UserError
 
+KINDS = ("cuda", "xpu", "mps")
+"""Kinds of accelerators: GPUs of NVIDIA and AMD, of Intel, and of Apple."""
+
 
 def pick_device(name: str = "auto", local_rank: int = 0, local_world_size: int = 1) -> torch.device:
-    """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` to this process's device, and make it torch's current device.
+    """Resolve ``auto``, ``cpu``, ``cuda``, ``xpu``, ``mps`` or ``cuda:1`` to a device, and make it current.
 
-    ``auto`` selects CUDA if a GPU is visible, and otherwise the CPU. If several processes run on a machine, each uses
-    the GPU of its local rank, or its only visible GPU, as with ``srun --gpus-per-task=1``. `Distributed` checks that
-    no two processes share a GPU.
+    ``auto`` selects an accelerator if one is visible, and otherwise the CPU. If several processes run on a machine,
+    each uses the GPU of its local rank, or its only visible GPU, as with ``srun --gpus-per-task=1``. `Distributed`
+    checks that no two processes share a GPU.
 
     Raises:
         UserError: the device does not exist.
@@ -24,19 +28,28 @@ def pick_device(name: str = "auto", local_rank: int = 0, local_world_size: int =
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         # Set before the allocator is first used. Expandable segments avoid fragmentation when tensor sizes vary.
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    found = torch.accelerator.current_accelerator(check_available=True)
+    seen = found.type if found is not None and found.type in KINDS else None
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = seen or "cpu"
     if name == "cpu":
         return torch.device("cpu")
     kind, _, index = name.partition(":")
-    if kind != "cuda" or (index and not index.isdigit()):
-        raise UserError(f"device={name} is not known. Options: auto, cpu, cuda, cuda:0, cuda:1, ...")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind not in KINDS or (index and not index.isdigit()):
+        raise UserError(f"device={name} is not known. Options: auto, cpu, cuda, cuda:0, cuda:1, ..., xpu, mps.")
+    count = torch.accelerator.device_count() if kind == seen else 0
     if count == 0:
-        raise UserError(f"device={name}, but torch {torch.__version__} sees no CUDA device. Options: auto, cpu.")
+        raise UserError(
+            f"device={name}, but torch {torch.__version__} sees no {kind.upper()} device. "
+            f"Options: auto, cpu{f', {seen}' if seen else ''}."
+        )
+    if kind == "mps":
+        if local_world_size > 1:
+            raise UserError(f"device=mps supports one process, and {local_world_size} were started. Use device=cpu.")
+        return torch.device("mps")
     if index and local_world_size > 1:
         raise UserError(
-            f"device={name} would put all {local_world_size} processes on one GPU. Use device=cuda, which gives each "
+            f"device={name} would put all {local_world_size} processes on one GPU. Use device={kind}, which gives each "
             "process its own GPU (CUDA_VISIBLE_DEVICES selects which)."
         )
     number = int(index) if index else 0 if count == 1 else local_rank
@@ -46,31 +59,55 @@ def pick_device(name: str = "auto", local_rank: int = 0, local_world_size: int =
             f"{max(number, local_world_size - 1)}, but the machine has {count} GPU(s), numbered 0 to {count - 1}. "
             f"Use --nproc-per-node {count} or device=cpu."
         )
-    device = torch.device("cuda", number)
-    torch.cuda.set_device(device)
+    device = torch.device(kind, number)
+    torch.accelerator.set_device_index(number)
     return device
+
+
+def has_float64(device: torch.device) -> bool:
+    """Return whether a device has float64. Apple's GPUs do not, and neither do many of Intel's."""
+    return device.type in ("cpu", "cuda")
 
 
 def available_cores() -> int:
     """Return the number of cores that this process may use, according to its CPU affinity and any container quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):  # cgroups are unavailable, or the quota is "max"
-        pass
-    return max(1, cores)
+    return max(1, min(cores, math.ceil(cpu_quota() or cores)))
 
 
-def set_threads(threads: int = 0, local_world_size: int = 1) -> int:
-    """Set and return the number of threads that torch uses in this process; 0 selects it automatically.
+def cpu_quota(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Return the number of cores that control groups (versions 1 and 2) allow this process, or None without a limit.
+
+    The limits of all groups that contain this process apply. In a container, its own group is usually the root.
+    """
+    limits = []
+    with contextlib.suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            for base in [root / name for name in ("cpu", "cpu,cpuacct")] if controllers else [root, root / "unified"]:
+                group = base / path.strip("/")
+                limits += [_quota_of(folder) for folder in (group, *group.parents) if folder.is_relative_to(base)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _quota_of(group: Path) -> float | None:
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # the file is missing, or the quota is "max"
+            quota, period = map(int, " ".join((group / name).read_text() for name in names).split())
+            if quota > 0:
+                return quota / period
+    return None
+
+
+def set_threads(threads: int | None = None, local_world_size: int = 1) -> int:
+    """Set and return the number of threads that torch uses in this process; None selects it automatically.
 
     The automatic value is OMP_NUM_THREADS if it is set, and otherwise an equal share of the cores for each process on
     this machine. torchrun sets OMP_NUM_THREADS to 1 if the user has not set it; that value is ignored.
     """
-    if threads < 0:
-        raise UserError(f"threads={threads} must be at least 0. Use 0 to divide the cores equally among the processes.")
-    if threads == 0:
+    if threads is None:
         wish = os.environ.get("OMP_NUM_THREADS", "")
         by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and local_world_size > 1 and wish == "1"
         if wish.isdigit() and int(wish) > 0 and not by_torchrun:
@@ -91,8 +128,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: of tensors on a GPU, or the resident set size of this process on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    """Return the peak memory in bytes: of tensors on a GPU with its own memory, else of this process (resident)."""
+    if device.type in ("cuda", "xpu"):
+        return int(torch.accelerator.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

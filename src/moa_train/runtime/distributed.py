@@ -91,7 +91,7 @@ class Distributed:
             self._watch = self._watch_peers(store, timeout)
             if cuda:
                 _refuse_shared_gpu(store, chosen, rank)
-            backend, bound = ("nccl", chosen) if cuda else ("gloo", None)
+            backend, bound = ("nccl", chosen) if cuda else ("xccl" if chosen.type == "xpu" else "gloo", None)
             dist.init_process_group(
                 backend, timeout=limit, device_id=bound, store=store, rank=rank, world_size=world_size
             )

@@ -17,9 +17,23 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Return whether the hardware supports bf16 products: CUDA from sm_80, CPUs with AVX512-BF16, AMX or Arm BF16."""
+    """Return whether the hardware supports bf16 products.
+
+    These are NVIDIA's GPUs from sm_80, AMD's, CPUs with AVX512-BF16, AMX or Arm BF16, and other devices that do not
+    refuse a product.
+    """
     if device.type == "cuda":
-        return bool(torch.cuda.get_device_capability(device) >= (8, 0)) and torch.version.cuda is not None
+        if torch.version.cuda is None:  # torch for AMD
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        one = torch.ones(1, 1, device=device)
+        try:
+            return (one.bfloat16() @ one.bfloat16()).dtype == torch.bfloat16
+        except (RuntimeError, TypeError):
+            return False
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # also if ATEN_CPU_CAPABILITY makes a better CPU look like it
+        return False
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     if any(getattr(torch.cpu, probe, bool)() for probe in probes):
         return True
@@ -39,7 +53,7 @@ class Precision:
     def resolve(cls, name: str, device: torch.device) -> Self:
         """Resolve ``auto``, or check that the device supports the given precision.
 
-        ``auto`` selects bf16 if the hardware supports it, and otherwise fp16 on a GPU and fp32 on a CPU.
+        ``auto`` selects bf16 if the hardware supports it, and otherwise fp16 with CUDA and fp32 elsewhere.
 
         Raises:
             UserError: the device does not support the precision. The message lists those that it supports.
@@ -48,13 +62,15 @@ class Precision:
         if name == "auto":
             name = "bf16" if bf16 else "fp16" if cuda else "fp32"
         if name == "fp16" and not cuda:
-            raise UserError("precision=fp16 requires a GPU. On a CPU, the options are auto, bf16 and fp32.")
+            raise UserError("precision=fp16 requires a GPU and CUDA. Elsewhere, the options are auto, bf16 and fp32.")
         if name == "bf16" and not bf16:
             if cuda:
                 raise UserError(
                     "precision=bf16 requires a GPU of compute capability 8.0 or higher; "
                     f"{torch.cuda.get_device_name(device)} does not support it. Options: auto, fp16, fp32."
                 )
+            if device.type != "cpu":
+                raise UserError(f"precision=bf16: {device.type} does not support it here. Options: auto, fp32.")
             log.warning("precision=bf16: This CPU has no bf16 instructions, so fp32 would be faster.")
         return cls(name, device, torch.amp.GradScaler(device.type, enabled=name == "fp16"))
 

@@ -7,6 +7,8 @@ import random
 import numpy as np
 import torch
 
+from moa_train.runtime.device import KINDS
+
 
 def key_seed(*parts: int | str) -> int:
     """Hash a name such as ``(seed, "mixup", step, micro)`` to 63 bits, which also fit into an int64 tensor.
@@ -32,6 +34,8 @@ def reseed(device: torch.device, *parts: int | str) -> None:
         torch.cuda.init()
         index = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.default_generators[index].manual_seed(seed)
+    elif device.type in KINDS:
+        torch.get_device_module(device).manual_seed(seed)
 
 
 def seed_everything(seed: int) -> None:

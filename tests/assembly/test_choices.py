@@ -1,0 +1,206 @@
+"""What is chosen, given measurements; no test depends on how fast this machine is."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moa_train.assembly import choices
+from moa_train.assembly.choices import Choices, Clock, apply, choose, decide, fastest
+from moa_train.assembly.training import build_state
+from moa_train.data.dataset import open_split
+from moa_train.engine.checkpoint import CheckpointStore
+from moa_train.engine.state import TrainState
+from moa_train.model.attention import BiasedAttention
+from moa_train.model.layers import DropPath
+from moa_train.optim.muon import BatchedMuon
+from moa_train.runtime.precision import Precision
+from moa_train.schema import RunConfig
+
+IN_MEMORY = set(choices.DEFAULTS) - {"data.workers"}
+OPEN = {"runtime.precision": "auto", "runtime.deterministic": "false"}
+
+
+def state_of(config: RunConfig) -> TrainState:
+    return build_state(config, 10, 1e-3, Precision.resolve("fp32", torch.device("cpu")), fresh=True)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"),
+    [
+        ({"fp32": 1.0, "bf16": 0.5}, "bf16"),
+        ({"fp32": 1.0, "bf16": 31.0}, "fp32"),
+        ({"fp32": 1.0, "bf16": 0.98}, "fp32"),  # not worth a format with fewer digits
+        ({"4": 1.0, "16": 0.7, "64": 0.69}, "16"),  # not worth more memory
+        ({"4": 1.0, "16": 0.98, "64": 0.95}, "64"),
+        ({"plain": 1.0}, "plain"),
+    ],
+)
+def test_the_fastest_is_chosen_and_ties_go_to_the_first(seconds: dict[str, float], best: str) -> None:
+    assert fastest(seconds) == best
+
+
+def test_choices_on_a_cpu_without_bf16_instructions() -> None:
+    values, gains = decide(
+        {
+            "optim.muon_precision": {"fp32": 2.1e-3, "bf16": 66.2e-3},
+            "runtime.precision": {"fp32": 0.06e-3, "bf16": 1.1e-3},
+            "runtime.attention": {"plain": 8.0e-3, "fused": 9.1e-3},
+            "runtime.stochastic_depth": {"select": 7.7e-3, "mask": 8.3e-3},
+            "engine.eval_batch_size": {"4": 0.2e-3, "16": 0.14e-3, "64": 0.15e-3},
+        }
+    )
+    assert values == {
+        "optim.muon_precision": "fp32",
+        "runtime.precision": "fp32",
+        "runtime.attention": "plain",
+        "runtime.stochastic_depth": "select",
+        "engine.eval_batch_size": 16,
+    }
+    assert gains["optim.muon_precision"] == 31.52
+
+
+def test_what_the_user_has_set_is_not_measured(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[str] = []
+    monkeypatch.setattr(choices, "measure", lambda config, state, keys, *rest: wanted.extend(keys) or {})
+    config = tiny({**OPEN, "optim.muon_precision": "bf16", "engine.eval_batch_size": 8})
+    choose(config, state_of(config))
+    assert set(wanted) == set(choices.DEFAULTS) - {"optim.muon_precision", "engine.eval_batch_size"}
+
+
+def test_deterministic_runs_measure_nothing(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "measure", lambda *arguments: pytest.fail("measured"))
+    config = tiny({"runtime.precision": "auto"})
+    chosen = choose(config, state_of(config))
+    assert (chosen.values, chosen.describe()) == ({}, "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"model.drop_path": 0.1}, IN_MEMORY),
+        ({"model.drop_path": 0}, IN_MEMORY - {"runtime.stochastic_depth"}),
+        ({"optim.name": "adamw", "runtime.precision": "fp32", "model.drop_path": 0},
+         {"runtime.attention", "runtime.eval_attention", "engine.eval_batch_size"}),
+        ({"model.name": "resnet", "model.depths": "[1,1,1,1]", "model.embed_dim": 64, "model.patch_size": 1,
+          "model.drop_path": 0, "model.dropout": 0, "optim.name": "sgd"},
+         {"runtime.precision", "engine.eval_batch_size"}),
+    ],
+)  # fmt: skip
+def test_everything_that_applies_is_measured_without_a_trace(
+    tiny: Callable[..., Any], changes: dict[str, Any], keys: set[str]
+) -> None:
+    config = tiny({**OPEN, **changes})
+    state = state_of(config)
+    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    generator = torch.get_rng_state()
+    chosen = choose(config, state, open_split(config.data, "train"))
+    assert set(chosen.values) == keys
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in state.model.parameters())
+    filled = apply(chosen, config, state)
+    assert filled.runtime.precision in ("fp32", "bf16")
+    assert chosen.describe().endswith("s of CPU time")
+
+
+def test_choices_reach_the_model_and_the_optimizer(tiny: Callable[..., Any]) -> None:
+    config = tiny({**OPEN, "model.drop_path": 0.1})
+    state = state_of(config)
+    values = {
+        "runtime.precision": "bf16",
+        "optim.muon_precision": "fp32",
+        "runtime.attention": "fused",
+        "runtime.eval_attention": "plain",
+        "runtime.stochastic_depth": "mask",
+        "engine.eval_batch_size": 16,
+    }
+    filled = apply(Choices("cpu", values), config, state)
+    assert state.precision.name == "bf16"
+    assert (filled.engine.eval_batch_size, config.engine.eval_batch_size) == (16, None)
+    attention = [module for module in state.model.modules() if isinstance(module, BiasedAttention)]
+    assert {(module.kernel, module.eval_kernel) for module in attention} == {("fused", "plain")}
+    assert {module.method for module in state.model.modules() if isinstance(module, DropPath)} == {"mask"}
+    assert [part.dtype for part in state.optimizer.parts if isinstance(part, BatchedMuon)] == [torch.float32]
+
+
+def test_a_resume_keeps_the_choices_that_affect_numbers(
+    train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow: dict[str, str] = {}
+
+    def measured(config: RunConfig, state: TrainState, wanted: list[str], *rest: Any) -> Any:
+        candidates = {"optim.muon_precision": ("fp32", "bf16"), "engine.eval_batch_size": ("4", "16")}
+        return {
+            key: {name: 9.0 if name == slow.get(key) else 1.0 for name in names}
+            for key, names in candidates.items()
+            if key in wanted
+        }
+
+    monkeypatch.setattr(choices, "measure", measured)
+    slow.update({"optim.muon_precision": "fp32", "engine.eval_batch_size": "4"})
+    settings = {"runtime__deterministic": "false", "engine__stop_after": "4 steps"}
+    assert train(tmp_path / "run", **settings) == 0
+    slow.update({"optim.muon_precision": "bf16", "engine.eval_batch_size": "16"})
+    assert train(tmp_path / "run", resume=True, engine__stop_after="8 steps") == 0
+    store = CheckpointStore(tmp_path / "run")
+    recorded = [checkpoint.state["choices"]["values"] for checkpoint in (store.at(4), store.newest()) if checkpoint]
+    assert recorded == [
+        {"optim.muon_precision": "bf16", "engine.eval_batch_size": 16},
+        {"optim.muon_precision": "bf16", "engine.eval_batch_size": 4},
+    ]
+
+
+def test_choices_of_another_kind_of_device_are_not_kept(tiny: Callable[..., Any]) -> None:
+    config = tiny({**OPEN, "runtime.precision": "fp32"})
+    recorded = Choices("cuda", {"optim.muon_precision": "nothing"}).as_dict()
+    assert choose(config, state_of(config), recorded=recorded)["optim.muon_precision"] in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("read", "step", "cores", "workers"),
+    [(2e-3, 300e-3, 2, 1), (2e-3, 1e-3, 8, 2), (9e-3, 1e-3, 4, 4), (9e-3, 1e-3, 16, 8), (1e-3, 1e-3, 1, 1)],
+)
+def test_there_are_as_many_workers_as_keep_up_with_the_training(
+    read: float, step: float, cores: int, workers: int
+) -> None:
+    assert decide({"data.workers": choices.time_workers(read, step, cores)})[0] == {"data.workers": workers}
+
+
+def test_workers_are_chosen_for_images_in_files(tiny: Callable[..., Any], make_classes: Callable[[int], Path]) -> None:
+    config = tiny({**OPEN, "data.name": "folder", "data.root": make_classes(3), "data.val_fraction": 0})
+    chosen = choose(config, state_of(config), open_split(config.data, "train"))
+    assert 1 <= chosen["data.workers"] <= 8
+
+
+class Simulated(Clock):
+    """A clock whose time only the candidates advance."""
+
+    time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    def candidate(self, name: str, seconds: list[float], calls: list[str]) -> Callable[[], None]:
+        def call() -> None:
+            calls.append(name)
+            self.time += seconds.pop(0) if len(seconds) > 1 else seconds[0]
+
+        return call
+
+
+def test_a_race_ends_in_time_and_gives_up_hopeless_candidates() -> None:
+    clock, calls = Simulated(torch.device("cpu"), 0.1), list[str]()
+    steady = {"a": [0.03, 0.01], "b": [0.03, 0.02], "c": [5.0]}
+    times = clock.race({name: clock.candidate(name, seconds, calls) for name, seconds in steady.items()})
+    assert times == pytest.approx({"a": 0.03, "b": 0.03, "c": 5.0})  # the time was over after the first calls
+    calls.clear()
+    steady = {"a": [0.03, 0.01], "b": [0.03, 0.02], "c": [0.11]}
+    clock.seconds = 0.3
+    times = clock.race({name: clock.candidate(name, seconds, calls) for name, seconds in steady.items()})
+    assert times == pytest.approx({"a": 0.01, "b": 0.02, "c": 0.11})
+    assert calls.count("c") == 1
+    assert 3 <= calls.count("a") <= 9
+    assert clock.race({"only": lambda: pytest.fail("called")}) == {}
