@@ -17,7 +17,7 @@ READY := $(VENV)/ready
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-train: $(READY) ## set up .venv, train a small MOA on handwritten digits (a minute on 2 cores)
+train: $(READY) ## set up .venv, train a small MOA on handwritten digits (a minute or two on 2 cores)
 	@$(BIN)/moa-train $(ARGS)
 	@printf '%s\n' '  next     source $(BIN)/activate' \
 		'  then     moa-train model=moa_t data=cifar100, moa-train --help, README.md'
