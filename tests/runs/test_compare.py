@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -249,3 +250,16 @@ def test_the_command(sweep, tmp_path, capsys):
             command.main(arguments)
         assert left.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_full_disk_is_an_error(sweep, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as left:
+            command.main([str(sweep), "--html", str(tmp_path / "page.html")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert left.value.code == 2
+    assert "page.html cannot be written: File too large. Free some space" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

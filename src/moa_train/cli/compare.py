@@ -5,8 +5,8 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from moa_train.runtime.command_line import path
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
@@ -29,29 +29,29 @@ def parser() -> argparse.ArgumentParser:
         prog="moa-compare", description=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run folder, or folder of runs such as a sweep"
+        "runs", nargs="+", type=path, metavar="RUN", help="run folder, or folder of runs such as a sweep"
     )
     result.add_argument("--split", help="split of the final results (default: test if there is one)")
     result.add_argument(
         "--metric", help="metric that ranks the runs (default: the one that chooses the best checkpoint)"
     )
-    result.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves and tables")
-    result.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    result.add_argument("--html", type=path, metavar="FILE", help="write a page with curves and tables")
+    result.add_argument("--json", type=path, metavar="FILE", help="write all numbers")
     return result
 
 
 def run(options: argparse.Namespace) -> int:
     """Compare runs, print and write the result, and return the exit code."""
-    for path in (options.html, options.json):
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.absolute().parent}.")
+    for file in (options.html, options.json):
+        if file and not file.absolute().parent.is_dir():
+            raise UserError(f"{file}: there is no folder {file.absolute().parent}.")
     from moa_train.runs.compare import compare
     from moa_train.runs.read import read_runs
     from moa_train.runs.text import as_text
     from moa_train.runtime.files import write_whole
 
     runs, notes = read_runs(options.runs)
-    ranked = any(not (path / "config.json").is_file() for path in options.runs)
+    ranked = any(not (run / "config.json").is_file() for run in options.runs)
     report = compare(runs, split=options.split, metric=options.metric, ranked=ranked, notes=notes)
     if options.html:
         from moa_train.runs.html import as_html

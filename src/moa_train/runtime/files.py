@@ -77,5 +77,6 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error.strerror}. Free some space or fix the permissions, then resume the run."
+            f"{path} cannot be written: {error.strerror}. Free some space or fix the permissions, then repeat "
+            "the command; resume a run that had started."
         ) from error
