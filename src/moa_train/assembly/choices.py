@@ -7,6 +7,7 @@ first block, its largest matrix and its image size: `measure` takes the times, i
 
 import contextlib
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -123,8 +124,14 @@ def choose(
     kept = {key: value for key, value in kept.items() if key in KEPT and is_open(config, key)}
     wanted = [key for key in DEFAULTS if is_open(config, key) and key not in kept]
     started = time.process_time()
-    with torch.random.fork_rng(devices=[]):
-        times = measure(config, state, wanted, kept, source)
+    # With several threads, the CPU time would include waiting for each other, which depends on other processes.
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with torch.random.fork_rng(devices=[]):
+            times = measure(config, state, wanted, kept, source)
+    finally:
+        torch.set_num_threads(threads)
     values, gains = decide(times)
     return Choices(device.type, {**kept, **values}, gains, time.process_time() - started)
 
@@ -172,7 +179,7 @@ class Clock:
     device: torch.device
     seconds: float
     hopeless: float = 3.0
-    """A candidate whose first call takes this many times as long as the fastest is not called again."""
+    """A candidate that takes this many times as long as the fastest is not called again."""
 
     def once(self, call: Callable[[], object]) -> float:
         """Return the seconds of one call, the device's work included."""
@@ -189,20 +196,22 @@ class Clock:
     def race(self, candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         """Return the shortest time of each candidate, or nothing unless there are two.
 
-        The first call of each only warms it up, unless the time is over.
+        The first call of each is a warmup: it compiles kernels and allocates memory. It counts only if the time is over
+        before the second call.
         """
         if len(candidates) < 2:
             return {}
         end = self.now() + self.seconds
         best = {name: self.once(call) for name, call in candidates.items()}
-        limit = self.hopeless * min(best.values())
-        running = {name: call for name, call in candidates.items() if best[name] <= limit}
+        running = dict(candidates)
         for turn in range(8):
             for name, call in running.items():
                 if self.now() > end or len(running) < 2:
                     return best
                 taken = self.once(call)
                 best[name] = taken if turn == 0 else min(best[name], taken)
+            limit = self.hopeless * min(best.values())
+            running = {name: call for name, call in running.items() if best[name] <= limit}
         return best
 
     def _wait(self) -> None:
@@ -216,7 +225,7 @@ def measure(
     """Return the seconds of all candidates for each wanted setting that can be measured within its share of time."""
     device, times = state.precision.device, dict[str, Times]()
     if "optim.muon_precision" in wanted:
-        times["optim.muon_precision"] = time_muon(state, Clock(device, 0.04))
+        times["optim.muon_precision"] = time_muon(state, Clock(device, 0.06))
     if device.type == "cpu":  # on GPUs, rules from measurements on them choose (docs/GPU.md)
         block = Block.of(state.model, config.data.image_size)
         if block is not None:
@@ -229,7 +238,7 @@ def measure(
 
 
 def time_muon(state: TrainState, clock: Clock) -> Times:
-    """Time an iteration of Newton-Schulz on the largest matrix of Muon, reduced to the cost of about 128 x 512."""
+    """Time an iteration of Newton-Schulz on Muon's largest matrices, at most four of at most 128 x 512."""
     matrices = [
         parameter
         for part in state.optimizer.parts
@@ -239,11 +248,12 @@ def time_muon(state: TrainState, clock: Clock) -> Times:
     ]
     if not matrices:
         return {}
-    rows, columns = sorted(max((tuple(matrix.shape) for matrix in matrices), key=lambda shape: min(shape) * max(shape)))
-    rows, columns = min(rows, 128), min(columns, 512)
-    x_1AB = torch.randn(1, rows, columns, device=clock.device)
+    largest = max((tuple(matrix.shape) for matrix in matrices), key=math.prod)
+    count = min(4, sum(tuple(matrix.shape) == largest for matrix in matrices))
+    rows, columns = sorted(largest)
+    x_NAB = torch.randn(count, min(rows, 128), min(columns, 512), device=clock.device)
     calls = {
-        name: partial(orthogonalize, x_1AB, (3.4445, -4.7750, 2.0315), 1, 1e-7, dtype)
+        name: partial(orthogonalize, x_NAB, (3.4445, -4.7750, 2.0315), 1, 1e-7, dtype)
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
     with torch.no_grad():
@@ -336,7 +346,7 @@ def time_block(
     Returns:
         The seconds per image in training, and the seconds of all candidates.
     """
-    clock, times = Clock(torch.device("cpu"), 0.08), dict[str, Times]()
+    clock, times = Clock(torch.device("cpu"), 0.16), dict[str, Times]()
     attention, drops = block.layers(BiasedAttention), block.layers(DropPath)
 
     def train(x: Tensor, precision: str, kernel: str = "auto", method: str = "auto") -> None:
@@ -350,7 +360,11 @@ def time_block(
     single = min(clock.once(lambda: train(one, "fp32")) for _ in range(2))
     if single > 0.06:
         return single, {}  # a large model on a slow machine: the rules of the hardware choose
-    images = int(min(max(1.0, 0.008 / single), config.engine.micro_batch_size or config.engine.batch_size))
+    images, most = 1, config.engine.micro_batch_size or config.engine.batch_size
+    taken = single
+    while taken < 0.008 and images < most:  # with few images, the overhead of calls would decide
+        images = min(4 * images, most)
+        taken = clock.once(partial(train, block.inputs(images, grad=True), "fp32"))
     x = block.inputs(images, grad=True)
 
     formats = [kept.get("runtime.precision", config.runtime.precision)]
@@ -377,7 +391,7 @@ def time_block(
             drop.rate = sum(rates) / len(rates)
             drop.keep.fill_(1 - drop.rate)
         if drops:
-            times["runtime.stochastic_depth"] = clock.race(
+            times["runtime.stochastic_depth"] = Clock(clock.device, 0.06).race(
                 {method: partial(train, x, name, kernel, method) for method in ("select", "mask")}
             )
     per_image = both[best] / images if both else single
