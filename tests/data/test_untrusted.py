@@ -176,8 +176,8 @@ def test_limits_hold_before_memory_is_taken(peak: Callable[..., float]) -> None:
     few = Decoding(max_pixels=11_999_999)
     for name, data in {**bombs, "tile": tiff(20_000), "larger tile": tiff(46_000)}.items():
         assert peak(partial(refuse, data, "pixels are more than data.max_pixels", few)) < 1, name
-    for name, data in bombs.items():
-        assert peak(EncodedImage(data).decode) > 30, name  # what the limit saves
+    # Blocks of a decoder may come from memory that the process already has; some decoders need new memory.
+    assert max(peak(EncodedImage(data).decode) for data in bombs.values()) > 30
 
 
 def test_the_limit_on_pixels_is_a_setting(tmp_path: Path) -> None:

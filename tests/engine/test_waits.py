@@ -145,8 +145,10 @@ def test_every_kind_of_wait_is_counted():
 
 @pytest.mark.parametrize(("optimizer", "clip"), [("adamw", "norm"), ("muon", "value"), ("sgd", "none")])
 def test_the_host_waits_where_it_needs_numbers_and_nowhere_else(
-    tiny: Callable[..., Any], tmp_path: Path, optimizer: str, clip: str
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, clip: str
 ) -> None:
+    for module in ("step", "metrics"):  # ``meta`` stands for a CUDA GPU here
+        monkeypatch.setattr(f"moa_train.engine.{module}.has_float64", lambda device: True)
     config = tiny({**EVERYTHING, "optim.name": optimizer, "optim.clip": clip})
     alone = Distributed(0, 0, 1, 1, torch.device("meta"))
     run = build_run(config, run_dir=tmp_path, distributed=alone, stop=StopSignals())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moa_train.interfaces import Batch, Batches, Metric
 from moa_train.runtime import faults
+from moa_train.runtime.device import copies_overlap
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.signals import StopRequestedError
 
@@ -76,7 +77,7 @@ def evaluate(
                 batch, iterator, incomplete = None, iter(()), True
             if batch is not None:
                 faults.point("evaluate.batch")
-                batch = batch.to(distributed.device, non_blocking=distributed.device.type == "cuda")
+                batch = batch.to(distributed.device, non_blocking=copies_overlap(distributed.device))
                 for name, counted in _count(model, batch, transform, metrics, autocast, record).items():
                     sums[name] = sums.get(name, 0) + counted
                 samples += len(batch)

@@ -14,7 +14,7 @@ from moa_train.interfaces import Batch
 from moa_train.optim.ema import AveragedWeights
 from moa_train.optim.optimizers import Optimizers
 from moa_train.runtime import faults
-from moa_train.runtime.device import has_float64
+from moa_train.runtime.device import copies_overlap, has_float64
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.seed import reseed
@@ -148,7 +148,7 @@ class TrainStep:
         """Return the contribution of a micro-batch to the loss of the global batch, and its logits."""
         device = self.distributed.device
         if has_float64(device):
-            batch = batch.to(device, non_blocking=device.type == "cuda")
+            batch = batch.to(device, non_blocking=copies_overlap(device))
         images, targets = (tensor.to(device) for tensor in self.transform(batch, step))
         if self.on_inputs:
             self.on_inputs(images, targets)

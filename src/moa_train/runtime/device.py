@@ -69,6 +69,11 @@ def has_float64(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
 
 
+def copies_overlap(device: torch.device) -> bool:
+    """Return whether copies to a device may overlap with work of the host. On Intel's and Apple's, this is untested."""
+    return device.type not in ("xpu", "mps")
+
+
 def available_cores() -> int:
     """Return the number of cores that this process may use, according to its CPU affinity and any container quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
