@@ -161,11 +161,11 @@ def test_the_host_waits_where_it_needs_numbers_and_nowhere_else(
     run.trainer.tracker.close()
     assert waits.copies > 100
     assert +waits.at == {
-        0: 2,  # the logged images, and the norm of the first gradient; later norms are read two steps late
-        3: 4,  # the three sums of the evaluation, and the meters for the checkpoint
+        0: 3,  # the logged images, their targets, and the first gradient's norm; later norms are read two steps late
+        3: 7,  # the evaluation's three sums and three tensors of its mistakes, and the meters for the checkpoint
         4: 1,  # a log row
-        6: 4,  # evaluation and checkpoint
-        7: 4,  # the last log row, and evaluation
+        6: 7,  # evaluation and checkpoint
+        7: 7,  # the last log row, and evaluation
     }
 
 
