@@ -34,7 +34,7 @@ def _body(report: Report) -> Iterator[str]:
     yield "<h2>Curves</h2>"
     yield _curves(report)
     if report.comparisons:
-        yield f"<h2>Differences to {_name(report, 0)}</h2>"
+        yield f"<h2>Differences from {_name(report, 0)}</h2>"
         yield from (_difference(report, place) for place in range(len(report.comparisons)))
     if groups[0].settings:
         yield "<h2>Settings that differ</h2>"

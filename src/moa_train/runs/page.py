@@ -19,7 +19,7 @@ th, td { padding: 0.3rem 0.8rem 0.3rem 0; border-bottom: 1px solid var(--line); 
   white-space: nowrap; }
 th { color: var(--quiet); font-weight: 500; vertical-align: bottom; }
 th.name, td.name, th.text, td.text { text-align: left; }
-td.name { white-space: normal; overflow-wrap: anywhere; min-width: min(12rem, 38vw); }
+td.name { white-space: normal; overflow-wrap: anywhere; min-width: min(14rem, 48vw); }
 .mark { display: inline-block; position: relative; padding-left: 1.2em; }
 .mark::before { content: ""; position: absolute; left: 0; top: 0.38em; width: 0.8em; height: 0.8em; border-radius: 2px;
   background: var(--mark); }
