@@ -1,6 +1,7 @@
 """A training session: what it prints, and what it refuses."""
 
 import shlex
+import shutil
 import threading
 
 import pytest
@@ -26,6 +27,19 @@ def test_printed_commands_can_be_pasted(train, tmp_path, capsys):
     program, argument = shlex.split(resume)
     assert program == "moa-train"
     assert argument == "resume='" + str(run_dir).replace("'", "\\'") + "'"  # Hydra's quotes
+
+
+def test_the_next_command_evaluates_a_split_that_exists(train, make_classes, tmp_path, capsys):
+    def printed(run_dir, **changes):
+        assert train(run_dir, schedule__duration="1 step", schedule__warmup=0, **changes) == 0
+        return [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("  next ")]
+
+    root = make_classes(2)
+    shutil.rmtree(root / "test")
+    folder = {"data__name": "folder", "data__root": root, "data__val_fraction": 0, "data__image_size": 8}
+    changes = {**folder, "data__limit": "null", "engine__batch_size": 8, "data__workers": 0}
+    assert printed(tmp_path / "run", **changes) == [["moa-eval", f"ckpt={tmp_path}/run", "split=val"]]
+    assert printed(tmp_path / "digits") == [["moa-eval", f"ckpt={tmp_path}/digits"]]
 
 
 def test_printed_commands_allow_the_own_code_of_the_run(tiny):

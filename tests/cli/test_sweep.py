@@ -89,6 +89,19 @@ def test_mistakes(tmp_path, monkeypatch, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("search", [[], ["sweep.trials=2"]])
+def test_a_setting_that_every_run_needs_can_be_swept(search):
+    config, _, swept = parsing.check([*TINY, *search, "data=folder", "data.root=a,b"], "train")
+    assert (config.data.root, config.sweep.trials) == ("a", len(search) * 2)
+    assert [override.key_or_group for override in swept] == ["data.root"]
+
+
+def test_an_error_of_all_runs_is_not_attributed_to_one(tmp_path):
+    with pytest.raises(UserError, match=r"^engine\.batch_size=16 .*engine\.micro_batch_size=3") as error:
+        parsing.check([*TINY, "engine.micro_batch_size=3", "optim.lr=1,2"], "train")
+    assert "in the run" not in str(error.value)
+
+
 def test_only_a_sweep_that_exists_can_be_continued(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="There is no sweep in nowhere to continue"):
@@ -136,6 +149,8 @@ def test_a_killed_sweep_continues_where_it_was(tmp_path):
     )
     code, _ = interrupt(signal.SIGKILL, *grid, cwd=tmp_path, when=second / "checkpoints" / "step-00000003")
     assert code == -signal.SIGKILL
+    while status(second) == "running":  # the kernel closes the pipe of a killed process before it releases its lock
+        time.sleep(0.01)
     assert [status(run) for run in (first, second, third)] == ["finished", "stopped", "waiting"]
     before = (first / "result.json").stat().st_mtime_ns
     done = sweep("sweep.dir=all", cwd=tmp_path)

@@ -80,6 +80,21 @@ def test_links_that_lead_nowhere_are_shown(root: Path) -> None:
     assert (report.ignored["train"], report.ignored["val"], report.clean) == (1, 1, False)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_links_with_the_suffix_of_an_image_are_shown_once(root: Path, workers: int) -> None:
+    for split in ("train", "val", "test"):
+        pack(root, split, root)
+    image, circle = root / "train" / "ant" / "001.png", root / "val" / "bee" / "000.png"
+    for path, target in {image: "/nowhere/001.png", circle: circle.name}.items():
+        path.unlink()
+        path.symlink_to(target)
+    (root / "test" / "cat" / "002.png").write_bytes(b"no image")
+    report = check(root, workers)
+    assert report.broken == [str(image), str(circle)]
+    assert [message.split(":")[0] for message in report.unreadable] == [f"{root}/test/cat/002.png"]
+    assert (report.stale, report.clean, sum(report.ignored.values())) == ([], False, 0)
+
+
 def pack(root: Path, split: str, out: Path) -> None:
     pack_tree(scan(root / split), out, split)
 

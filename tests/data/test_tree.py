@@ -39,6 +39,7 @@ def test_what_is_no_image_is_left_out_and_counted(tmp_path: Path) -> None:
             tmp_path,
             "a/1.JPG",
             "a/deeper/2.Png",
+            "a/deeper/3.jfif",
             "a/.3.jpg",
             "a/notes.txt",
             "a/.cache/4.jpg",
@@ -48,7 +49,7 @@ def test_what_is_no_image_is_left_out_and_counted(tmp_path: Path) -> None:
         )
     )
     assert tree.classes == ["a"]
-    assert [tree.path(row).name for row in range(len(tree.files))] == ["1.JPG", "2.Png"]
+    assert [tree.path(row).name for row in range(len(tree.files))] == ["1.JPG", "2.Png", "3.jfif"]
     assert tree.ignored == 4  # not looked into: hidden folders
 
 

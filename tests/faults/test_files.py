@@ -263,3 +263,14 @@ def test_a_folder_without_write_permission_is_reported(tmp_path, tmp_path_factor
     assert "Permission denied" in said
     assert "Traceback" not in said
     assert str(target) in said
+
+
+@pytest.mark.fault(12)
+@pytest.mark.parametrize("command", ["run_dir={}/run", "-m optim.lr=1e-3,2e-3 sweep.dir={}/run"])
+def test_a_current_folder_without_write_permission_is_no_obstacle(tmp_path, command, inject):
+    here = tmp_path / "here"
+    here.mkdir(mode=0o555)
+    inject()
+    short = TINY.replace("'18 steps'", "'1 step'")
+    Job(f"{short} {command.format(tmp_path)}", tmp_path, places=[here], obedient=True).ended(0)
+    assert len(list((tmp_path / "run").rglob("result.json"))) == (2 if "-m" in command else 1)

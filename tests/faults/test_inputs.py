@@ -279,7 +279,7 @@ def test_evaluation_takes_the_classes_that_are_there_and_says_where_it_looked(tm
         assert sum(part[count] for part in parts) == whole[count]
     (root / "test" / "digit2").rename(root / "test" / "digit3")
     said = Job(f"ckpt={run} root={root}", tmp_path, module=EVALUATE).ended(2)
-    assert "the data has 1 (digit3" in said
+    assert "the data has 1 (digit3). The model does not know digit3. Set root=" in said
     (tmp_path / "train").mkdir()
     assert f"folder has only train in {tmp_path}." in Job(f"ckpt={run} root=.", tmp_path, module=EVALUATE).ended(2)
     said = Job(f"ckpt={run} root=moved", tmp_path, module=EVALUATE).ended(2)

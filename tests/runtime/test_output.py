@@ -1,7 +1,10 @@
 """Output that fails, in real processes: the reader has exited, the stream is closed, or the disk is full."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -53,3 +56,25 @@ def test_a_reader_that_goes_away_ends_neither_training_nor_evaluation(tmp_path, 
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "result.json").is_file()
     assert (tmp_path / "val.json").is_file()
+
+
+def test_a_ctrl_c_that_also_ends_the_reader_saves_and_exits_with_75(tmp_path):
+    """As in ``moa-train | tee log``."""
+    words = RUN.replace("2steps", "100000steps").split()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moa_train.cli.train", *words, "tracking.log_every=1"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "Error" not in errors
+    assert (tmp_path / "run" / "checkpoints" / "last" / "manifest.json").is_file()

@@ -61,7 +61,7 @@ def report(run: Run, distributed: Distributed) -> str | None:
         rows = {
             "result": describe(result, run.final_split),
             **rows,
-            "next": command("moa-eval", run.config, ckpt=run_dir),
+            "next": evaluation_command(run, run_dir),
         }
     title, total = "done", trainer.plan.total_steps
     if state.step < total:
@@ -84,6 +84,12 @@ def describe(result: Evaluation, split: str) -> str:
     return ", ".join(metrics)
 
 
+def evaluation_command(run: Run, ckpt: Path) -> str:
+    """Return the command that evaluates a run or a checkpoint on the split that the run reports."""
+    split = {"split": run.final_split} if run.final_split == "val" else {}  # moa-eval's default is test
+    return command("moa-eval", run.config, ckpt=ckpt, **split)
+
+
 def final_checkpoint(run: Run) -> Checkpoint:
     """Return the checkpoint with the final weights: the best one or, if none was selected, the last one.
 
@@ -95,7 +101,7 @@ def final_checkpoint(run: Run) -> Checkpoint:
         return store.at(state.best["step"] if state.best else state.step)
     except CheckpointError as error:
         valid = {found.step: found.path for found in (store.best(), store.newest()) if found is not None}
-        remedies = ["\n  " + command("moa-eval", run.config, ckpt=path) for _, path in sorted(valid.items())]
+        remedies = ["\n  " + evaluation_command(run, path) for _, path in sorted(valid.items())]
         score = ""
         if state.best:
             score = f", the best one ({trainer.best_by} {state.best[trainer.best_by]:.4g} on {trainer.eval_split}),"

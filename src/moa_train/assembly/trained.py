@@ -130,11 +130,18 @@ class Trained:
             return align(source, classes)
         # Published weights do not name their classes, so only the number of classes can be compared.
         if named or len(classes) != len(source.classes):
+            unknown = [name for name in source.classes if name not in classes]
             raise UserError(
-                f"The weights were trained on {len(classes)} classes ({', '.join(classes[:3])}, ...), but the data has "
-                f"{len(source.classes)} ({', '.join(source.classes[:3])}, ...). Set root= to the matching data set."
+                f"The weights were trained on {len(classes)} classes ({_some(classes)}), but the data has "
+                f"{len(source.classes)} ({_some(source.classes)})"
+                + (f". The model does not know {_some(unknown)}" if named else "")
+                + ". Set root= to the matching data set."
             )
         return source
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def described(metadata: dict[str, str], path: Path) -> RunConfig:

@@ -87,21 +87,33 @@ def check(arguments: Sequence[str], config_name: str) -> tuple[RunConfig, list[s
     """Compose and validate all jobs of a grid, or trials at the edges of the search space.
 
     Returns:
-        The configuration of the sweep, the arguments that all jobs share, and the swept overrides.
+        The configuration of the first job, the arguments that all jobs share, and the swept overrides.
 
     Raises:
         UserError: a setting cannot be swept, or a job is invalid.
     """
-    config, shared, swept = _read(arguments, config_name)
-    jobs = list(_corners(*_space(swept))) if config.sweep.trials else _grid(swept)
+    shared, swept = _read(arguments)
+    own, roots = [text for text in arguments if text.startswith(SECTION)], config_roots(arguments)
+    searches = typed(compose(config_name, own, roots)).sweep.trials > 0
+    jobs = list(_corners(*_space(swept))) if searches else _grid(swept)
+
+    def composed(job: Sequence[str]) -> RunConfig:
+        config: RunConfig = typed(compose(config_name, [*filter(is_override, shared), *own, *job], roots))
+        return config
+
+    configs = []
     for job in jobs:
-        overrides = [text for text in [*shared, *job] if is_override(text)]
         try:
-            typed(compose(config_name, overrides, config_roots(arguments)))
+            configs.append(composed(job))
         except UserError as error:
+            try:
+                composed([])
+            except UserError as alone:
+                if str(alone) == str(error):  # it is not due to a swept setting
+                    raise
             line = shlex.join(job)
             raise UserError(f"{error}\nThis error is in the run {line}. No run of the sweep was started.") from error
-    return config, shared, swept
+    return configs[0], shared, swept
 
 
 def _continued(arguments: list[str], before: list[str] | None, folder: Path) -> list[str]:
@@ -140,8 +152,8 @@ def _is_swept(text: str) -> bool:
     return is_override(text) and OverridesParser.create().parse_override(addable(text)).is_sweep_override()
 
 
-def _read(arguments: Sequence[str], config_name: str) -> tuple[RunConfig, list[str], list[Override]]:
-    """Return the configuration of the sweep, the arguments that all jobs share, and the swept overrides.
+def _read(arguments: Sequence[str]) -> tuple[list[str], list[Override]]:
+    """Return the arguments that all jobs share, and the swept overrides.
 
     Raises:
         UserError: a setting cannot be swept.
@@ -158,8 +170,7 @@ def _read(arguments: Sequence[str], config_name: str) -> tuple[RunConfig, list[s
                 f"{override.input_line}: a sweep sets {key} itself. The runs are in the folder of the sweep, "
                 "sweep.dir=FOLDER, and repeating the command continues them."
             )
-    config: RunConfig = typed(compose(config_name, fixed, config_roots(arguments)))
-    return config, [*(text for text in arguments if text not in texts), *shared], swept
+    return [*(text for text in arguments if text not in texts), *shared], swept
 
 
 def _grid(swept: Sequence[Override]) -> list[list[str]]:

@@ -13,7 +13,7 @@ import numpy as np
 from moa_train.data.array_source import ArraySource
 from moa_train.data.image import Decoding, EncodedImage, reading
 from moa_train.data.pack import check_classes, check_origin, is_packed, read_pack, verify_pack
-from moa_train.data.tree import ClassTree, check_plausible, check_split_names, scan, scan_split
+from moa_train.data.tree import ClassTree, check_plausible, check_split_names, is_broken_link, scan, scan_split
 from moa_train.data.watch import map_files
 from moa_train.runtime.errors import UserError
 from moa_train.schema import SPLITS
@@ -102,6 +102,8 @@ def check(
             if isinstance(pixels, _Pixels):
                 equal[pixels.digest].append(item)
                 report.flat += [item.name] if pixels.contrast < MIN_CONTRAST else []
+            elif is_broken_link(item.name):
+                report.broken.append(item.name)
             else:
                 report.unreadable.append(pixels)
             report.images[split or root.name] += 1
@@ -141,7 +143,7 @@ def _split(
     report.broken += tree.broken
     packed = _of_pack(pack, split) if pack is not None else None
     for item, pixels in _of_tree(tree, split, workers, decoding):
-        if packed is not None and next(packed)[1] != pixels:
+        if packed is not None and next(packed)[1] != pixels and isinstance(pixels, _Pixels):
             report.stale.append(item.name)
         yield item, pixels
 

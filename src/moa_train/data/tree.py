@@ -36,7 +36,8 @@ class ClassTree:
     A class is a folder in ``root``; its index is the folder's position among the sorted names. Its samples are the
     files in this folder and its subfolders whose suffix is one of ``IMAGE_SUFFIXES`` (case-insensitive), in sorted
     order. Links to files and folders are followed. Everything else is ignored and counted: hidden files, other
-    suffixes, files next to the class folders, broken links, and links to a folder that contains them.
+    suffixes, files next to the class folders, broken links, and links to a folder that contains them. Only a broken
+    link with the suffix of an image is a sample, so that training reports it instead of silently using fewer images.
 
     Attributes:
         root: folder of the split.
@@ -82,7 +83,7 @@ def scan(root: Path) -> ClassTree:
             + f". Images are expected as {root}/CLASS/NAME.jpg."
         )
     beside = [entry for entry in os.scandir(root) if not _is_folder(entry)]
-    broken = [entry.path for entry in beside if entry.is_symlink() and not Path(entry).exists()]
+    broken = [entry.path for entry in beside if is_broken_link(entry.path)]
     ignored = sum(entry.is_file() for entry in beside) + len(broken)
     files: list[bytes] = []
     labels: list[int] = []
@@ -144,9 +145,14 @@ def _images(root: Path, folder: str, above: list[tuple[int, int]]) -> Iterator[t
         elif _is_image(entry.name):
             yield path, "image"
         else:
-            yield path, "broken" if entry.is_symlink() and not (root / path).exists() else "other"
+            yield path, "broken" if is_broken_link(entry.path) else "other"
     for path in folders:
         yield from _images(root, path, [*above, here])
+
+
+def is_broken_link(path: str) -> bool:
+    """Return whether a path is a link that leads to nothing or to itself."""
+    return os.path.islink(path) and not os.path.exists(path)  # noqa: PTH110, PTH114
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
