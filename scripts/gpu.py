@@ -397,7 +397,8 @@ def layers(part: Part) -> None:
         measure(part, f"stochastic depth {shape}, masked", mask)
     for heads, side in ((3, 14), (12, 14), (16, 4)):
         gather(part, heads, side)
-    statistics = Statistics(create_model(ModelConfig(name="resnet50"), image_size=(64, 64), num_classes=5).to(device))
+    resnet = ModelConfig(name="resnet", depths=[3, 4, 6, 3], embed_dim=64, drop_path=0.0)
+    statistics = Statistics(create_model(resnet, image_size=(64, 64), num_classes=5).to(device))
     measure(part, "statistics of ResNet-50 saved", statistics.save)
     measure(part, "statistics of ResNet-50 restored", partial(statistics.restore, torch.ones((), device=device)))
 
