@@ -236,3 +236,11 @@ def test_a_report_without_matplotlib_is_an_error_before_anything_is_opened(monke
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"needs matplotlib: pip install 'moa-train\[report\]'"):
         evaluate(EvalConfig(ckpt="not looked at", report=True), [])
+
+
+@pytest.mark.parametrize("changed", [{"weights": "model"}, {"tta": "flip"}, {"ckpt": "checkpoints/last"}])
+def test_other_evaluations_keep_the_predictions_of_the_run(copy, changed):
+    """Otherwise, moa-compare would compare this run's flipped images or other weights with those of other runs."""
+    before = (copy / "predictions-test.npz").stat().st_mtime_ns
+    run(**{"ckpt": copy, **changed, **({"ckpt": copy / changed["ckpt"]} if "ckpt" in changed else {})})
+    assert (copy / "predictions-test.npz").stat().st_mtime_ns == before

@@ -93,10 +93,13 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     outcome = {"split": config.split, **result.as_dict(), "weights": str(path), "data": source.describe()}
     outcome |= {"tta": config.tta} if config.tta != "none" else {}
     write(outcome, output, required=bool(config.output))
-    try:
-        predictions.outcomes(source).write(predictions_file(output.parent, config.split))
-    except UserError as error:
-        print(error, file=sys.stderr)
+    # The file in a run folder is what moa-compare tests: the run's own weights, without averaging over views.
+    own = Path(config.ckpt).resolve() == trained.folder.resolve() and (config.weights, config.tta) == ("auto", "none")
+    if own or config.output:
+        try:
+            predictions.outcomes(source).write(predictions_file(output.parent, config.split))
+        except UserError as error:
+            print(error, file=sys.stderr)
     if config.report:
         from moa_train.report.class_map import class_map
         from moa_train.report.evaluation import Evaluated
