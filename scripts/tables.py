@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Run the experiments of tables.yaml, and write their tables into docs/RESULTS.md.
 
-python scripts/tables.py run TABLE [seeds=0,1,2] [key=value ...]    train what is missing, and keep its records
-python scripts/tables.py write                                      write docs/RESULTS.md from these records
+python scripts/tables.py run TABLE[,TABLE...] [seeds=0,1,2] [jobs=1] [key=value ...]
+    Train what is missing, and keep its records. Several jobs at once make use of a GPU, which one small run would not.
+python scripts/tables.py write
+    Write docs/RESULTS.md from these records.
 
 The records of a run (docs/results/RECIPE/ROW-sSEED.json) are kilobytes: its settings, versions, hardware, evaluations
 and result. Every figure between the marks of docs/RESULTS.md comes from them.
@@ -12,9 +14,11 @@ import json
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,10 @@ class Row:
         """Return the place of the run of a seed below ``folder``."""
         return folder / self.recipe / f"{self.name}-s{seed}"
 
+    def record(self, seed: int) -> Path:
+        """Return the file of a seed's records."""
+        return self.path(RECORDS, seed).with_suffix(".json")
+
     def records(self) -> dict[int, dict[str, Any]]:
         """Return the records of all seeds that have been run."""
         found = (RECORDS / self.recipe).glob(f"{self.name}-s*.json")
@@ -56,24 +64,51 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
     }
 
 
-def run(table: str, arguments: list[str]) -> None:
-    """Train every row for every seed, one after the other, and keep the records of finished runs."""
-    if table not in tables():
-        sys.exit(f"error: there is no table {table!r}. Tables: {', '.join(tables())}.")
-    chosen = [text.removeprefix("seeds=") for text in arguments if text.startswith("seeds=")]
-    settings = [text for text in arguments if not text.startswith("seeds=")]
+def run(names: str, arguments: list[str]) -> None:
+    """Train every row for every seed, and keep the records of finished runs."""
+    if unknown := set(names.split(",")) - tables().keys():
+        sys.exit(f"error: there is no table {min(unknown)!r}. Tables: {', '.join(tables())}.")
+    own = {"seeds": "0,1,2,3,4", "jobs": "1"}
+    own |= {key: value for key, _, value in (text.partition("=") for text in arguments) if key in own}
+    settings = [text for text in arguments if text.split("=")[0] not in own]
+    rows = {(row.recipe, row.name): row for name in names.split(",") for row in tables()[name][1]}.values()
+    pending = [(row, int(seed)) for seed in own["seeds"].split(",") for row in rows]  # pairs of a seed soon complete
+    running: dict[subprocess.Popen[bytes], tuple[Row, int]] = {}
+    failed = 0
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(75))
+    try:
+        while running or (pending and not failed):
+            while pending and not failed and len(running) < int(own["jobs"]):
+                row, seed = pending.pop(0)
+                if not row.record(seed).exists():
+                    running[start(row, seed, settings, log=own["jobs"] != "1")] = row, seed
+            for process in [process for process in running if process.poll() is not None]:
+                row, seed = running.pop(process)
+                failed = failed or process.returncode
+                if not process.returncode:
+                    keep(row.path(RUNS, seed), row.record(seed), seed)
+            time.sleep(0.1)
+    finally:
+        for process in running:
+            process.terminate()  # saves a checkpoint
+        for process in running:
+            process.wait()
+    if failed:
+        sys.exit(failed)
+
+
+def start(row: Row, seed: int, settings: list[str], log: bool) -> subprocess.Popen[bytes]:
+    """Start or resume a run; its output goes to this terminal, or to a file next to its folder."""
+    folder = row.path(RUNS, seed)
     launch = shlex.split(os.environ.get("LAUNCH", "moa-train"))
-    for seed in map(int, (chosen or ["0,1,2,3,4"])[-1].split(",")):  # all rows of one seed first: pairs soon complete
-        for row in tables()[table][1]:
-            record, folder = row.path(RECORDS, seed).with_suffix(".json"), row.path(RUNS, seed)
-            if record.exists():
-                continue
-            keys = [f"experiment={row.recipe}", f"runtime.seed={seed}", *row.settings, *settings]
-            command = [*launch, *keys, f"run_dir={folder.relative_to(ROOT)}", "resume=auto"]
-            print(shlex.join(command), flush=True)
-            if code := subprocess.run(command, cwd=ROOT).returncode:
-                sys.exit(code)
-            keep(folder, record, seed)
+    keys = [f"experiment={row.recipe}", f"runtime.seed={seed}", *row.settings, *settings]
+    command = [*launch, *keys, f"run_dir={folder.relative_to(ROOT)}", "resume=auto"]
+    print(shlex.join(command), flush=True)
+    if not log:
+        return subprocess.Popen(command, cwd=ROOT)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".log").open("ab") as file:
+        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
 
 
 def keep(folder: Path, record: Path, seed: int) -> None:
@@ -158,8 +193,8 @@ def _read(path: Path) -> Any:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["run", table, *arguments]:
-            run(table, arguments)
+        case ["run", names, *arguments]:
+            run(names, arguments)
         case ["write"]:
             write()
         case _:

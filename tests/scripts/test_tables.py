@@ -102,7 +102,7 @@ def test_a_table_is_run_recorded_and_written(images, tmp_path, monkeypatch):
         "schedule.duration=2 steps",
     ]
     settings += ["engine.batch_size=4", "schedule.warmup=0%", "runtime.device=cpu", "tracking.log_every=1"]
-    tables.run("small_form", ["seeds=0,1", *settings])
+    tables.run("small_form", ["seeds=0,1", "jobs=2", *settings])
     records = {path: path.stat().st_mtime_ns for path in (tmp_path / "docs" / "results").rglob("*.json")}
     assert len(records) == 4
     assert not any(str(tmp_path) in path.read_text() for path in records)
