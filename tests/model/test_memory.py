@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moa_train.model.registry import create_model
-from moa_train.model.summary import PeakMemory, _without_memory, training_cost
+from moa_train.model.summary import PeakMemory, training_cost
+from moa_train.model.without_memory import WithoutMemory
 from moa_train.schema import MoaConfig, ModelConfig
 
 MOA_T = ModelConfig(drop_path=0.0, moa=MoaConfig(drop_path=0.0))
@@ -130,8 +130,8 @@ def bytes_of_a_step(
     """
     with torch.device("meta"):
         model = create_model(replace(MOA_T, checkpointing=checkpointing), image_size=(size, size), num_classes=1000)
-    with FakeTensorMode(), PeakMemory() as memory:
-        _without_memory(model, "cpu")
+    with WithoutMemory("cpu") as without, PeakMemory() as memory:
+        without.hollow(model)
         forward = plain(model, MOA_T) if straightforward else model
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
         for parameter in model.parameters():

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from moa_train.model.registry import create_model
+from moa_train.model.without_memory import LightMode, WithoutMemory
 from moa_train.schema import ModelConfig
 
 
@@ -56,55 +55,50 @@ def summarize(config: ModelConfig, *, image_size: tuple[int, int], num_classes: 
     Multiply-accumulates are counted by PyTorch's own counter, as half the floating-point operations of all products
     and convolutions.
     """
-    with torch.device("meta"):
+    maps: list[tuple[int, ...]] = []
+    with WithoutMemory(), torch.device("meta"):
         model = create_model(config, image_size=image_size, num_classes=num_classes).eval().requires_grad_(False)
         image_BCHW = torch.empty(1, 3, *image_size)
-    parameters: Counter[tuple[int, str]] = Counter()  # in the model's order
-    for path, parameter in model.named_parameters():
-        parameters[model.part_of(path)] += parameter.numel()
-    macs: Counter[tuple[int, str]] = Counter()
-    for path, count in macs_by_module(model, image_BCHW).items():
-        macs[model.part_of(path)] += count
-    maps: list[tuple[int, ...]] = []
-    if any(stage >= 0 for stage, _ in parameters):
-        with torch.no_grad():
+        with torch.no_grad(), Macs(model) as counted:
+            model(image_BCHW)
+        parameters: Counter[tuple[int, str]] = Counter()  # in the model's order
+        for path, parameter in model.named_parameters():
+            parameters[model.part_of(path)] += parameter.numel()
+        if any(stage >= 0 for stage, _ in parameters):
             maps = [tuple(map_BCHW.shape[1:]) for map_BCHW in model.forward_features(image_BCHW)]
+    macs: Counter[tuple[int, str]] = Counter()
+    for path, count in counted.by_module.items():
+        macs[model.part_of(path)] += count
     return Summary(maps, dict(parameters), {key: macs[key] for key in parameters})
 
 
-def macs_by_module(model: nn.Module, images_BCHW: Tensor) -> Counter[str]:
-    """Return the multiply-accumulates of a forward pass that each module does itself, not those of modules it calls.
+class Macs(LightMode):
+    """Count the multiply-accumulates that each module of a model does itself, not those of modules it calls."""
 
-    PyTorch's own counter reports sums over nested modules, which cannot be taken apart by name: a module may be called
-    by another one than its parent.
-    """
-    own: Counter[str] = Counter()
-    running = [""]  # innermost module last
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.by_module: Counter[str] = Counter()
+        self.running = [""]  # innermost module last; a module may be called by another one than its parent
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(lambda *_, name=name: self.running.append(name))
+            module.register_forward_hook(self.leave)
 
-    def charge() -> None:
-        own[running[-1]] += counter.get_total_flops() // 2 - own.total()
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func.overloadpacket):
+            self.by_module[self.running[-1]] += count(*args, **(kwargs or {}), out_val=result) // 2
+        return result
 
-    def enter(name: str) -> None:
-        charge()
-        running.append(name)
-
-    def leave() -> None:
-        charge()
-        running.pop()
-
-    for name, module in model.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: enter(name))
-        module.register_forward_hook(lambda *_: leave())
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(images_BCHW)
-    return own
+    def leave(self, *_: Any) -> None:
+        """Note that the innermost running module has returned."""
+        self.running.pop()
 
 
 FREE = ("empty", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach")
 """Operations that compute nothing."""
 
 
-class PeakMemory(TorchDispatchMode):
+class PeakMemory(LightMode):
     """Track the bytes of all tensors that are created while it is active: how many are alive, and the peak.
 
     Attributes:
@@ -185,28 +179,17 @@ def training_cost(
         device: "cpu", or "cuda" on a machine that has it.
     """
     config = replace(config, drop_path=0.0, moa=replace(config.moa, drop_path=0.0))
-    with torch.device("meta"):
+    with WithoutMemory(), torch.device("meta"):
         model = create_model(config, image_size=image_size, num_classes=num_classes)
     weights = sum(parameter.numel() for parameter in model.parameters())
-    with FakeTensorMode(), PeakMemory() as memory:
-        _without_memory(model, device)
+    with WithoutMemory(device) as without, PeakMemory() as memory:
+        without.hollow(model)
         images_BCHW = torch.empty(batch_size, 3, *image_size, device=device)
         labels_B = torch.empty(batch_size, dtype=torch.int64, device=device)
         with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             logits_BK = model(images_BCHW)
         nn.functional.cross_entropy(logits_BK.float(), labels_B).backward()
     return TrainingCost(memory.peak + 4 * states * weights, memory.operations, memory.moved)
-
-
-def _without_memory(model: nn.Module, device: str) -> None:
-    """Replace parameters and buffers by fake ones on ``device``, within the active `FakeTensorMode`."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, device=device))
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
 
 
 def _giga(count: int) -> str:
