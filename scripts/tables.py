@@ -41,6 +41,8 @@ class Row:
     recipe: str
     name: str = "base"
     settings: list[str] = field(default_factory=list)
+    split: str = "test"
+    """The images on which the table compares accuracies: test, or the held-out val."""
 
     def path(self, folder: Path, seed: int) -> Path:
         """Return the place of the run of a seed below ``folder``."""
@@ -58,10 +60,14 @@ class Row:
 
 def tables() -> dict[str, tuple[str, list[Row]]]:
     """Return title and rows of every table."""
-    text = (ROOT / "scripts" / "tables.yaml").read_text()
-    return {
-        name: (table["title"], [Row(**row) for row in table["rows"]]) for name, table in yaml.safe_load(text).items()
-    }
+    content = yaml.safe_load((ROOT / "scripts" / "tables.yaml").read_text())
+    return {name: (table["title"], [_row(table, row) for row in table["rows"]]) for name, table in content.items()}
+
+
+def _row(table: dict[str, Any], row: dict[str, Any]) -> Row:
+    """Return a row with what all rows of its table share."""
+    shared = {key: table[key] for key in ("recipe", "split") if key in table}
+    return Row(**{**shared, **row, "settings": [*table.get("settings", []), *row.get("settings", [])]})
 
 
 def run(names: str, arguments: list[str]) -> None:
@@ -148,7 +154,8 @@ def write() -> None:
 def markdown(name: str, title: str, rows: list[Row]) -> str:
     """Return a table in Markdown: mean and standard deviation over seeds, and paired differences from the first row."""
     lines = [f"**{title}**", "", f"`scripts/reproduce.sh {name}`", ""]
-    lines += ["| | seeds | test top-1 (%) | difference, paired by seed | |", "| --- | ---: | ---: | ---: | --- |"]
+    images = {"test": "test", "val": "held-out"}[rows[0].split]
+    lines += [f"| | seeds | {images} top-1 (%) | difference, paired by seed | |", "| --- | ---: | ---: | ---: | --- |"]
     reference = accuracies(rows[0])
     for index, row in enumerate(rows):
         found = accuracies(row)
@@ -158,8 +165,8 @@ def markdown(name: str, title: str, rows: list[Row]) -> str:
 
 
 def accuracies(row: Row) -> dict[int, float]:
-    """Return the top-1 accuracy on the test images by seed."""
-    return {seed: record["result"]["test"]["top1"] for seed, record in row.records().items()}
+    """Return the top-1 accuracy by seed."""
+    return {seed: record["result"][row.split]["top1"] for seed, record in row.records().items()}
 
 
 def mean(values: list[float]) -> str:

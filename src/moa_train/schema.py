@@ -79,6 +79,13 @@ class ModelConfig:
     heads: list[int] = knob([3, 6, 12], "attention heads in each stage", least=1, fixed=True)
     window: int = knob(14, "side of a local window in positions (Table 4)", least=1, fixed=True)
     mlp_ratio: float = knob(4.0, "hidden width of an MLP relative to its input width", above=0, fixed=True)
+    conv: list[str] = knob(
+        [],
+        "where to use 3x3 convolutions, which small data sets profit from. stem: instead of the patch embedding; "
+        "merging: instead of each patch merging; block: depthwise, before each local block; mlp: depthwise, in its MLP",
+        options=("stem", "merging", "block", "mlp"),
+        fixed=True,
+    )
     dropout: float = knob(0.0, "dropout rate after attention and in MLPs", least=0, most=0.99)
     drop_path: float = knob(
         0.1,
@@ -171,6 +178,9 @@ class AugmentConfig:
     ratio: list[float] = knob([0.75, 1.3333], "crop=resized: range of the crop's width / height", above=0)
     interpolation: str = knob("bicubic", "resampling filter for image files", options=("bilinear", "bicubic"))
     flip: float = knob(0.5, "probability of a horizontal flip", least=0, most=1)
+    alternating_flip: bool = knob(
+        False, "flip every image in every other epoch instead of at random, so that two epochs see both versions"
+    )
     randaugment_ops: int = knob(0, "RandAugment: operations per image; 0 disables it; usual: 2", least=0)
     randaugment_magnitude: float = knob(9.0, "RandAugment: mean strength of an operation", least=0, most=10)
     randaugment_std: float = knob(0.5, "RandAugment: standard deviation of the strength", least=0)

@@ -109,6 +109,16 @@ def test_flips_have_the_configured_probability(tiles: Tensor) -> None:
     assert stats.binomtest(int(flipped.sum()), 4000, 0.3).pvalue > 1e-3
 
 
+def test_alternating_flips_show_both_versions_of_every_image(tiles: Tensor) -> None:
+    alternating = plain(alternating_flip=True)
+    first, second, third = (alternating(batch_of(tiles, epoch=epoch)) for epoch in range(3))
+    flipped = (first == Normalize(MEAN, STD)(tiles.flip(3))).flatten(1).all(1)
+    assert 16 <= int(flipped.sum()) <= 48  # of 64
+    assert torch.equal(second, first.flip(3))
+    assert torch.equal(third, first)
+    assert not torch.equal(first, plain(seed=1, alternating_flip=True)(batch_of(tiles)))
+
+
 def test_padded_crops_are_equally_likely() -> None:
     ramp = torch.arange(24 * 24).view(1, 1, 24, 24)  # each value encodes its position
     images = torch.cat((ramp % 256, ramp // 256, torch.ones_like(ramp)), 1).to(torch.uint8)

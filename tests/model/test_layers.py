@@ -2,8 +2,12 @@ import pytest
 import torch
 from torch import nn
 
+from moa_train.interfaces import Classifier
 from moa_train.model.attention import attend
 from moa_train.model.layers import (
+    ConvMerging,
+    ConvStem,
+    DepthwiseConv,
     DropPath,
     LayerNorm,
     LocalBlock,
@@ -13,6 +17,7 @@ from moa_train.model.layers import (
     padding_mask,
     project_patches,
 )
+from moa_train.model.network import MOATransformer
 from moa_train.model.stages import StagePlan
 from moa_train.schema import ModelConfig
 
@@ -33,6 +38,59 @@ def test_merging_concatenates_neighbors_column_by_column():
     merging.norm, merging.reduction = nn.Identity(), nn.Identity()
     x_BHWC = torch.arange(1.0, 7.0, dtype=torch.float64).view(1, 2, 3, 1)
     assert merging(x_BHWC).tolist() == [[[[1, 4, 2, 5], [3, 6, 0, 0]]]]
+
+
+@pytest.mark.parametrize(("patch", "maps"), [(2, (5, 8)), (4, (3, 4)), (8, (2, 2))])
+def test_the_stem_is_a_sequence_of_strided_convolutions(patch, maps):
+    stem = ConvStem(patch, 16).double()
+    images = torch.randn(2, 3, 9, 15, dtype=torch.float64)
+    x_BCHW = images
+    for layer in stem:
+        if hasattr(layer, "weight") and layer.weight.ndim == 2:
+            conv = nn.Conv2d(layer.in_features // 9, layer.out_features, 3, stride=2, padding=1).double()
+            conv.load_state_dict({"weight": layer.weight.view(conv.weight.shape), "bias": layer.bias})
+            x_BCHW = conv(x_BCHW)
+        else:
+            x_BCHW = layer(x_BCHW.movedim(1, -1)).movedim(-1, 1)
+    torch.testing.assert_close(stem(images), x_BCHW.movedim(1, -1))
+    assert stem(images).shape == (2, *maps, 16)
+
+
+def test_convolutional_merging_has_the_shape_of_patch_merging_and_a_matrix_for_muon():
+    x_BHWC = torch.randn(2, 5, 8, 4)
+    assert ConvMerging(4)(x_BHWC).shape == PatchMerging(4)(x_BHWC).shape == (2, 3, 4, 8)
+
+    class Merging(Classifier, ConvMerging):
+        pass
+
+    assert Merging(4).hidden_matrices() == {"1.weight"}
+
+
+def test_a_depthwise_convolution_sums_neighbors_of_the_same_channel():
+    conv = DepthwiseConv(2).double()
+    x_BHWC = torch.randn(1, 4, 5, 2, dtype=torch.float64)
+    expected = x_BHWC + conv.bias
+    for row in range(4):
+        for column in range(5):
+            for dy in (-1, 0, 1):
+                for dx in (-1, 0, 1):
+                    if 0 <= row + dy < 4 and 0 <= column + dx < 5:
+                        near = x_BHWC[0, row + dy, column + dx]
+                        expected[0, row, column] += conv.weight[:, 0, dy + 1, dx + 1] * near
+    torch.testing.assert_close(conv(x_BHWC), expected)
+
+
+@pytest.mark.parametrize(("conv", "reach"), [([], 4), (["stem"], 4), (["block"], 8), (["mlp"], 5)])
+def test_convolutions_cross_the_borders_of_windows(conv, reach):
+    """Without MOA, information stays within a window of 4, unless convolutions pass it on."""
+    config = ModelConfig(embed_dim=8, depths=[1], heads=[2], window=4, patch_size=2, conv=conv)
+    config.moa.enabled = False
+    stage = MOATransformer(config, image_size=(16, 16), num_classes=2).double().layers[0]
+    x_BHWC = torch.randn(1, 8, 8, 8, dtype=torch.float64)
+    changed_BHWC = x_BHWC.clone()
+    changed_BHWC[0, 3, 3, 0] += 1
+    moved_HW = (stage(changed_BHWC) - stage(x_BHWC))[0].abs().amax(-1) > 0
+    assert moved_HW.nonzero().amax(0).tolist() == [reach - 1, reach - 1]
 
 
 def test_padding_mask_marks_positions_outside_of_the_map():

@@ -149,6 +149,8 @@ def kinds(fields: dict, stages: Sequence[StagePlan]) -> Iterator[str]:
         ({"image_size": (8, 8)}, ["Stage 1 (map 1 x 1", "at most 2 stages"]),
         ({"depths": (2, 2)}, ["depths=[2, 2]", "heads=[3, 6, 12]"]),
         ({"mlp_ratio": 0.001}, ["mlp_ratio=0.001"]),
+        ({"patch_size": 6, "conv": ["stem"]}, ["model.conv=[stem]", "patch_size=6", "2, 4, 8 or 16"]),
+        ({"moa_form": "published", "conv": ["mlp"]}, ["model.conv=['mlp']", "moa.form=paper"]),
     ],
 )
 def test_errors_name_the_stage_the_numbers_and_what_would_work(model_config, changes, parts):

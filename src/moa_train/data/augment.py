@@ -33,6 +33,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moa_train.data import photometric
@@ -125,7 +126,7 @@ class BatchAugment:
         ops: list[tuple[str, object, ImageOp]] = [
             ("crop", crop == "pad", self._pad_crop),
             ("crop", crop == "resized", self._resized_crop),
-            ("flip", config.flip, self._flip),
+            ("flip", config.flip and not config.alternating_flip, self._flip),
             ("randaugment", config.randaugment_ops, RandAugment(config, normalize.fill)),
             ("jitter", config.color_jitter, self._jitter),
             ("extra", config.extra, self._extra),
@@ -154,6 +155,8 @@ class BatchAugment:
             for start in range(0, len(batch), at_once):
                 part = slice(start, start + at_once)
                 images = batch.images[part]
+                if self.config.alternating_flip:
+                    images = mirror(images, self._alternate(batch)[part])
                 for name, op in self.ops.items():
                     if strong or name not in STRONG:
                         images = op(images, keys[part])
@@ -177,12 +180,12 @@ class BatchAugment:
         return warp(images, send(np.array(maps, np.float32), images), interpolation="bicubic")
 
     def _flip(self, images: Tensor, keys: Hashes) -> Tensor:
-        flips = uniform(keys, Purpose.FLIP) < self.config.flip
-        order = np.argsort(flips, kind="stable")  # flipped images last: copying a slice is much faster than indexing
-        images = images.index_select(0, send(order, images))
-        flipped = images[len(flips) - flips.sum() :]
-        flipped.copy_(flipped.flip(3))
-        return images.index_select(0, send(np.argsort(order), images))
+        return mirror(images, uniform(keys, Purpose.FLIP) < self.config.flip)
+
+    def _alternate(self, batch: Batch) -> NDArray[np.bool_]:
+        """Return which images to mirror: half of them in the first epoch, the others in the next one, and so on."""
+        first = uniform(sample_keys(self.seed, 0, batch.index.numpy(), 0), Purpose.FLIP) < 0.5
+        return first ^ ((batch.epoch + batch.repeat).numpy() % 2 == 1)
 
     def _jitter(self, images: Tensor, keys: Hashes) -> Tensor:
         factors = 1 + self.config.color_jitter * (2 * uniform(keys[:, None], Purpose.JITTER, np.arange(3)) - 1)
@@ -201,3 +204,12 @@ class BatchAugment:
                 )
             images = result
         return images
+
+
+def mirror(images: Tensor, flips: NDArray[np.bool_]) -> Tensor:
+    """Return new images (B, C, H, W), in which those with True in ``flips`` (B) are flipped horizontally."""
+    order = np.argsort(flips, kind="stable")  # flipped images last: copying a slice is much faster than indexing
+    images = images.index_select(0, send(order, images))
+    flipped = images[len(flips) - flips.sum() :]
+    flipped.copy_(flipped.flip(3))
+    return images.index_select(0, send(np.argsort(order), images))

@@ -7,10 +7,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from moa_train.model.layers import LocalBlock, PatchEmbedding, PatchMerging
+from moa_train.model.layers import ConvMerging, ConvStem, LocalBlock, PatchEmbedding, PatchMerging
 from moa_train.model.moa import MOABlock
 
-BLOCKS: tuple[type[nn.Module], ...] = (LocalBlock, MOABlock, PatchMerging, PatchEmbedding)
+BLOCKS: tuple[type[nn.Module], ...] = (LocalBlock, MOABlock, PatchMerging, ConvMerging, PatchEmbedding, ConvStem)
 
 
 def compile_model(model: nn.Module, mode: str, purpose: str = "default", **options: Any) -> nn.Module:

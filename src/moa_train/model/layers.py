@@ -1,6 +1,7 @@
 """Layers of a local-window Transformer. Feature maps are (B, H, W, C) throughout (suffixes: see `attention`)."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,49 @@ class PatchEmbedding(nn.Module):
         return self.norm(project_patches(images_BHWC, self.proj))
 
 
+class ConvStem(nn.Sequential):
+    """Convert images (B, 3, S, S) to the same maps as `PatchEmbedding` by 3x3 convolutions, each of which halves them.
+
+    Channels double from layer to layer (Xiao et al., "Early convolutions help Transformers see better", 2021; with
+    LayerNorm, which unlike batch normalization treats samples independently).
+    """
+
+    def __init__(self, patch: int, dim: int) -> None:
+        layers: list[nn.Module] = []
+        count = patch.bit_length() - 1
+        widths = [3, *(dim >> left for left in range(count - 1, -1, -1))]
+        for before, after in pairwise(widths):
+            layers += [nn.GELU()] * bool(layers) + [StridedConv(before, after), LayerNorm(after)]
+        super().__init__(*layers)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Convert images (B, 3, H, W) to a feature map (B, H/patch, W/patch, C)."""
+        return super().forward(images_BCHW.permute(0, 2, 3, 1))
+
+
+class StridedConv(nn.Linear):
+    """A 3x3 convolution with stride 2 whose weight is kept as a matrix (C', 9C), so that Muon updates it like one."""
+
+    def __init__(self, dim: int, out: int, bias: bool = True) -> None:
+        super().__init__(9 * dim, out, bias=bias)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """Map (B, H, W, C) to (B, H/2, W/2, C'), rounded up."""
+        kernel = self.weight.unflatten(1, (-1, 3, 3))
+        return F.conv2d(x_BHWC.permute(0, 3, 1, 2), kernel, self.bias, stride=2, padding=1).permute(0, 2, 3, 1)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """A 3x3 convolution of each channel, added to its input: (B, H, W, C) in and out."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """Add a weighted sum of each position's neighbors."""
+        return x_BHWC + super().forward(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
 class PatchMerging(nn.Module):
     """Halve the map and double its channels: concatenate 2x2 neighbors, LayerNorm(4C), Linear 4C -> 2C.
 
@@ -64,6 +108,13 @@ class PatchMerging(nn.Module):
         x_BHWC = pad_to_multiple(x_BHWC, 2)
         x_BHWC = rearrange(x_BHWC, "b (h row) (w col) c -> b h w (col row c)", row=2, col=2)
         return self.reduction(self.norm(x_BHWC))
+
+
+class ConvMerging(nn.Sequential):
+    """Halve the map and double its channels by LayerNorm and a 3x3 convolution; (B, H, W, C) to (B, H/2, W/2, 2C)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(LayerNorm(dim), StridedConv(dim, 2 * dim, bias=False))
 
 
 class WindowAttention(BiasedAttention):
@@ -119,11 +170,13 @@ class WindowAttention(BiasedAttention):
 
 
 class MLP(nn.Sequential):
-    """Two linear layers with GELU between them, on the last dimension."""
+    """Two linear layers with GELU between them, on the last dimension; with ``conv``, also a depthwise convolution."""
 
-    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+    def __init__(self, dim: int, hidden: int, dropout: float, conv: bool = False) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
+        if conv:
+            self.conv = DepthwiseConv(hidden)
         self.gelu = nn.GELU()
         self.dropout1 = nn.Dropout(dropout)
         self.fc2 = nn.Linear(hidden, dim)
@@ -203,14 +256,17 @@ class LocalBlock(nn.Module):
 
     def __init__(self, stage: StagePlan, config: ModelConfig, *, drop_path: float) -> None:
         super().__init__()
+        self.conv = DepthwiseConv(stage.dim) if "block" in config.conv else None
         self.norm1 = LayerNorm(stage.dim)
         self.attn = WindowAttention(stage, config)
         self.norm2 = LayerNorm(stage.dim)
-        self.mlp = MLP(stage.dim, int(stage.dim * config.mlp_ratio), config.dropout)
+        self.mlp = MLP(stage.dim, int(stage.dim * config.mlp_ratio), config.dropout, conv="mlp" in config.conv)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """Mix positions within windows, then channels; (B, H, W, C) in and out."""
+        if self.conv is not None:
+            x_BHWC = self.conv(x_BHWC)
         x_BHWC = self.drop_path.add(lambda x_BHWC: self.attn(self.norm1(x_BHWC)), x_BHWC)
         return self.drop_path.add(lambda x_BHWC: self.mlp(self.norm2(x_BHWC)), x_BHWC)
 
@@ -219,12 +275,15 @@ class LocalStage(nn.Module):
     """Local blocks, followed by downsampling to the next stage (except in the last stage)."""
 
     def __init__(
-        self, stage: StagePlan, blocks: Sequence[nn.Module], downsample: PatchMerging | None, *, checkpointing: bool
+        self, stage: StagePlan, blocks: Sequence[nn.Module], downsample: nn.Module | None, config: ModelConfig
     ) -> None:
         super().__init__()
         self.map_size = stage.map_size
         self.window = stage.window
-        self.checkpointing = checkpointing
+        self.checkpointing = config.checkpointing
+        # Convolutions mix neighboring windows, and padding would be computed in every layer.
+        divides = all(side % self.window == 0 for side in self.map_size)
+        self.stacked = divides and not {"block", "mlp"} & set(config.conv)
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
 
@@ -232,15 +291,13 @@ class LocalStage(nn.Module):
         """Apply all blocks, but not the downsampling: (B, H, W, C) in and out.
 
         Unlike Swin's windows, these do not shift, so they are stacked once for all local blocks: in a map that is one
-        window wide, every window is contiguous and can be cut out without a copy. A map that needs padding is not
-        stacked, because the padding would then be computed in every layer.
+        window wide, every window is contiguous and can be cut out without a copy.
         """
-        stacked = all(side % self.window == 0 for side in self.map_size)
-        if stacked:
+        if self.stacked:
             x_BHWC = rearrange(x_BHWC, "b (h y) (w x) c -> b (h w y) x c", y=self.window, x=self.window)
         for block in self.blocks:
             x_BHWC = self.run(block, x_BHWC)
-        if stacked:
+        if self.stacked:
             pattern = "b (h w y) x c -> b (h y) (w x) c"
             x_BHWC = rearrange(x_BHWC, pattern, h=self.map_size[0] // self.window, y=self.window)
         return self.run(self.global_attention, x_BHWC)

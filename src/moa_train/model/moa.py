@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moa_train.model.attention import BiasedAttention
-from moa_train.model.layers import MLP, DropPath, LayerNorm, LocalStage, PatchMerging, pad_to_multiple, project_patches
+from moa_train.model.layers import MLP, DropPath, LayerNorm, LocalStage, pad_to_multiple, project_patches
 from moa_train.model.stages import StagePlan
 from moa_train.schema import ModelConfig
 
@@ -77,11 +77,10 @@ class MOAStage(LocalStage):
         stage: StagePlan,
         blocks: Sequence[nn.Module],
         moa: MOABlock,
-        downsample: PatchMerging,
-        *,
-        checkpointing: bool,
+        downsample: nn.Module,
+        config: ModelConfig,
     ) -> None:
-        super().__init__(stage, blocks, downsample, checkpointing=checkpointing)
+        super().__init__(stage, blocks, downsample, config)
         self.moa = moa
 
     def global_attention(self, x_BHWC: Tensor) -> Tensor:

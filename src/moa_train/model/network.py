@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from moa_train.interfaces import Classifier
-from moa_train.model.layers import LocalBlock, LocalStage, PatchEmbedding, PatchMerging
+from moa_train.model.layers import ConvMerging, ConvStem, LocalBlock, LocalStage, PatchEmbedding, PatchMerging
 from moa_train.model.moa import MOABlock, MOAStage
 from moa_train.model.published_block import PublishedStage
 from moa_train.model.stages import StagePlan, plan_stages
@@ -30,7 +30,8 @@ class MOATransformer(Classifier, nn.Module):
         self.image_size = image_size
         self.stages = tuple(stages)
         layers = build_stages(config, stages)
-        self.patch_embed = PatchEmbedding(config.patch_size, stages[0].dim)
+        embedding = ConvStem if "stem" in config.conv else PatchEmbedding
+        self.patch_embed = embedding(config.patch_size, stages[0].dim)
         self.pos_drop = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(stages[-1].dim)
@@ -107,12 +108,13 @@ def build_stages(config: ModelConfig, stages: list[StagePlan]) -> list[LocalStag
         blocks = [LocalBlock(stage, config, drop_path=next(local_rates)) for _ in range(stage.depth)]
         if stage.moa and config.moa.form == "published":
             return PublishedStage(stage, blocks, config, drop_path=next(moa_rates))
-        downsample = None if stage is stages[-1] else PatchMerging(stage.dim)
+        merging = ConvMerging if "merging" in config.conv else PatchMerging
+        downsample = None if stage is stages[-1] else merging(stage.dim)
         if not stage.moa:
-            return LocalStage(stage, blocks, downsample, checkpointing=config.checkpointing)
+            return LocalStage(stage, blocks, downsample, config)
         moa = MOABlock(stage, config, drop_path=next(moa_rates))
         assert downsample is not None, "the last stage has no MOA block"
-        return MOAStage(stage, blocks, moa, downsample, checkpointing=config.checkpointing)
+        return MOAStage(stage, blocks, moa, downsample, config)
 
     return [build_stage(stage) for stage in stages]
 

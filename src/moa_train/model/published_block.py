@@ -50,7 +50,7 @@ class PublishedStage(LocalStage):
     """A stage that ends with the published MOA block; parameter names and their order match the published weights."""
 
     def __init__(self, stage: StagePlan, blocks: Sequence[nn.Module], config: ModelConfig, *, drop_path: float) -> None:
-        super().__init__(stage, blocks, None, checkpointing=config.checkpointing)
+        super().__init__(stage, blocks, None, config)
         self.glb_attn = PublishedAttention(stage, config)
         self.post_conv = nn.Conv2d(stage.dim, stage.dim, kernel_size=3, padding=1)
         self.norm1 = LayerNorm(stage.dim)

@@ -38,6 +38,7 @@ def plan_stages(config: ModelConfig, image_size: tuple[int, int]) -> list[StageP
     check_image(image_size, config.patch_size)
     check_lists(depths, heads)
     check_mlp(config)
+    _check_conv(config)
     stages = [
         StagePlan(
             index=index,
@@ -97,6 +98,16 @@ def check_mlp(config: ModelConfig) -> None:
     """Raise `UserError` if the hidden layers of the MLPs would have no channels."""
     if int(config.mlp_ratio * config.embed_dim) < 1:
         raise UserError(f"mlp_ratio={config.mlp_ratio} leaves the MLP no channels.")
+
+
+def _check_conv(config: ModelConfig) -> None:
+    patch = config.patch_size
+    if "stem" in config.conv and (patch < 2 or patch & (patch - 1)):
+        raise UserError(f"model.conv=[stem] halves the image repeatedly: patch_size={patch} must be 2, 4, 8 or 16.")
+    if config.conv and config.moa.form == "published":
+        raise UserError(
+            f"model.conv={list(config.conv)} changes the published architecture. Use model.moa.form=paper, or conv=[]."
+        )
 
 
 def check_heads(where: str, dim: int, heads: int) -> None:
