@@ -226,8 +226,8 @@ class AdaptiveThreads:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The current number of threads by kind of work."""
-        return {kind: controller.threads for kind, controller in self._controllers.items()}
+        """The chosen number of threads by kind of work, which differs from the number in use during a trial."""
+        return {kind: controller.current for kind, controller in self._controllers.items()}
 
     def restart(self) -> None:
         """Start the next unit now, after something else was done."""
