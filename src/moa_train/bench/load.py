@@ -37,6 +37,12 @@ TURN = 4.0
 """Shortest duration of a measurement in seconds."""
 ENOUGH = 0.9
 """Share of the speed of the best number of threads that makes another number good enough."""
+BUSY_LOOP = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:  # ends also if moa-bench is killed
+    sum(range(10**6))
+"""
 MANY = 10**6
 """More steps than a measurement takes."""
 
@@ -146,7 +152,7 @@ def busy_processes() -> Iterator[Callable[[int], None]]:
 
     def keep_busy(count: int) -> None:
         while len(processes) < count:
-            processes.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            processes.append(subprocess.Popen([sys.executable, "-c", BUSY_LOOP]))
         while len(processes) > count:
             process = processes.pop()
             process.kill()

@@ -49,12 +49,12 @@ def prepare(job: Job) -> Callable[[], Iterator[Table]]:
     config = job.config
     precisions = [Precision.resolve(name, job.device) for name in job.precisions or [config.runtime.precision]]
     batches = job.batches or [config.engine.micro_batch_size or config.engine.batch_size]
-    ours = {recomputing: _ours(job, config, recomputing) for recomputing in job.checkpointings}
-    theirs = [_theirs(job, text) for text in job.against if "/" in text]
+    ours = {recomputing: our_model(job, config, recomputing) for recomputing in job.checkpointings}
+    theirs = [peer_model(job, text) for text in job.against if "/" in text]
 
     def measure() -> Iterator[Table]:
         for mode, precision, batch in product(job.modes, precisions, batches):
-            chosen = list(ours.values()) if mode == "train" else [_ours(job, config, False)]
+            chosen = list(ours.values()) if mode == "train" else [our_model(job, config, False)]
             entrants = [
                 replace(entrant, name=f"{entrant.name} compiled" if compiled else entrant.name, compiled=compiled)
                 for group in (chosen, theirs)
@@ -65,7 +65,8 @@ def prepare(job: Job) -> Callable[[], Iterator[Table]]:
     return measure
 
 
-def _ours(job: Job, config: RunConfig, recomputing: bool) -> Entrant:
+def our_model(job: Job, config: RunConfig, recomputing: bool) -> Entrant:
+    """Return the configured model with its optimizer."""
     config = copy.deepcopy(config)
     config.model.checkpointing, config.engine.ema_decay = recomputing, 0.0
 
@@ -82,10 +83,11 @@ def _ours(job: Job, config: RunConfig, recomputing: bool) -> Entrant:
     return Entrant(config.model.title + (" checkpointing" if recomputing else ""), build, macs)
 
 
-def _theirs(job: Job, text: str) -> Entrant:
+def peer_model(job: Job, text: str) -> Entrant:
+    """Return the model of a peer with a slash in its name, with fused AdamW."""
     if text.startswith("moa-train/"):
         option = text.removeprefix("moa-train/")
-        return replace(_ours(job, job.compose([*job.overrides, f"model={option}"]), False), name=text)
+        return replace(our_model(job, job.compose([*job.overrides, f"model={option}"]), False), name=text)
 
     def build(precision: Precision) -> tuple[nn.Module, Optimizers]:
         model = build_peer(text, job.num_classes).to(precision.device)

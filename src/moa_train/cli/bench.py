@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PARTS = {
     "step": "training and inference steps of models: speed, memory, share of peak performance (MFU)",
+    "trace": "training steps on a CPU: time of each kind of operation and of each part of the model",
     "input": "input pipelines on one core, for training and evaluation: images/s in total and per stage",
     "loop": "the training loop, with logging and background checkpoints, compared with a bare loop",
     "checkpoint": "time to save (and how long training waits for it), verify and restore a checkpoint",
@@ -50,7 +51,7 @@ Examples:
   moa-bench loop checkpoint model=moa_t data=imagenet data.root=/data/imagenet engine.micro_batch_size=64"""
 
 MODES = ("train", "infer")
-IMAGELESS = {"step", "checkpoint"}
+IMAGELESS = {"step", "trace", "checkpoint"}
 """Parts that do not read the data set's images."""
 
 _OVERRIDE = re.compile(r"[+~]*[\w./@]+=")
@@ -130,17 +131,17 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--against", nargs="+", default=[], metavar="PEER",
-        help="step: timm/NAME, torchvision/NAME or moa-train/OPTION, each optionally followed by :KEY=VALUE,...; "
+        help="step, trace: timm/NAME, torchvision/NAME or moa-train/OPTION, optionally followed by :KEY=VALUE,...; "
         "input: timm or torchvision (default: none)",
     )  # fmt: skip
     result.add_argument("--mode", nargs="+", default=MODES, choices=MODES, help="step, input: modes (default: both)")
     result.add_argument(
         "--batch", nargs="+", type=_count, default=[], metavar="SIZE",
-        help="step, input: images per forward pass (default: as configured)",
+        help="step, trace, input: images per forward pass (default: as configured)",
     )  # fmt: skip
     result.add_argument(
         "--precision", nargs="+", default=[], choices=PRECISIONS, metavar="NAME",
-        help="step: auto, bf16, fp16 or fp32 (default: as configured)",
+        help="step, trace: auto, bf16, fp16 or fp32 (default: as configured)",
     )  # fmt: skip
     switch: dict[str, Any] = {"nargs": "+", "default": ["off"], "choices": ("off", "on")}
     result.add_argument("--compile", **switch, help="step: use torch.compile (default: off)")
@@ -179,11 +180,11 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             raise UserError(choose("part", part, PARTS))
     options.parts = options.parts or list(PARTS)
     for peer in options.against:
-        part = "step" if "/" in peer else "input"
-        if part not in options.parts:
+        suitable = ("step", "trace") if "/" in peer else ("input",)
+        if not set(suitable) & set(options.parts):
             raise UserError(
-                f"--against {peer} applies to the part {part}, but the selected parts are: {', '.join(options.parts)}. "
-                f"Add {part} to them."
+                f"--against {peer} applies to the part {' or '.join(suitable)}, but the selected parts are: "
+                f"{', '.join(options.parts)}. Add {suitable[0]} to them."
             )
     options.config_dir = [f"--config-dir={options.config_dir}"] if options.config_dir else []
     options.json = options.json or Path("outputs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}.json"

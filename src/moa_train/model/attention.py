@@ -79,8 +79,8 @@ def attend(q_GNLD: Tensor, k_GNLD: Tensor, v_GNLD: Tensor, bias: Tensor, kernel:
         return F.scaled_dot_product_attention(q_GNLD, k_GNLD, v_GNLD, aligned(bias if bias.dim() == 4 else bias[None]))
     # Autocast would promote the softmax and the scores, which are the largest tensor of the model, to fp32.
     with torch.autocast(q_GNLD.device.type, enabled=False):
-        # matmul requires contiguous heads; without this call, it would make another copy of the scaled tensor.
-        scores_GNLL = (q_GNLD.contiguous() * q_GNLD.shape[-1] ** -0.5) @ k_GNLD.transpose(-2, -1)
+        # matmul requires contiguous heads. It would copy the scaled q again, and k in transposed order, slowly.
+        scores_GNLL = (q_GNLD.contiguous() * q_GNLD.shape[-1] ** -0.5) @ k_GNLD.contiguous().transpose(-2, -1)
         weights_GNLL = scores_GNLL.add_(bias).softmax(-1, dtype=softmax_dtype(scores_GNLL))
         return weights_GNLL.to(v_GNLD.dtype) @ v_GNLD
 
