@@ -1,13 +1,14 @@
 """Draw the figures of docs/RESULTS.md as SVG files whose bytes depend only on their data and on this file."""
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moa_train.runtime.errors import UserError
-from moa_train.runtime.files import writing
+from moa_train.runtime.files import write_whole
 from moa_train.tracking.curves import COLORS
 
 STYLES = ("-", "--", "-.", ":")
@@ -36,11 +37,12 @@ def draw(figure: Mapping[str, Any], path: Path) -> None:
     except ImportError as error:
         raise UserError("Drawing figures needs matplotlib: pip install 'moa-train[plot]'.") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context({"svg.hashsalt": path.name, "font.size": 9, "axes.titlesize": 9.5}):
+    with mpl.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 9.5}):
         drawing = Figure(layout="constrained")
         {"lines": _lines, "differences": _differences, "minutes": _minutes}[figure["kind"]](drawing, figure)
-        with writing(path):
-            drawing.savefig(path, metadata={"Date": None, "Creator": None, "Description": digest(figure)})
+        file = io.StringIO()
+        drawing.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Description": digest(figure)})
+    write_whole(path, file.getvalue().replace(" \n", " "))  # a line for each path instead of each point
 
 
 def _lines(drawing: Any, figure: Mapping[str, Any]) -> None:
@@ -56,7 +58,7 @@ def _lines(drawing: Any, figure: Mapping[str, Any]) -> None:
                 strict=True,
             )
             axes.fill_between(line["x"], low, high, color=color, alpha=0.2, linewidth=0)
-        axes.set_xlabel("epochs")
+        axes.set_xlabel("epochs (band: standard deviation over seeds)")
         _finish(axes, panel["title"])
         axes.legend(frameon=False)
 
@@ -64,11 +66,12 @@ def _lines(drawing: Any, figure: Mapping[str, Any]) -> None:
 def _differences(drawing: Any, figure: Mapping[str, Any]) -> None:
     """Draw differences with intervals, one below the other in groups. Color and marker show whether zero is inside."""
     count = sum(len(points) + 1 for points in figure["groups"].values())
-    drawing.set_size_inches(8.2, 0.24 * count + 0.9)
+    drawing.set_size_inches(8.2, 0.24 * count + 1.1)
     axes = drawing.subplots()
     labels, place = {}, 0
     for group, points in figure["groups"].items():
-        axes.text(0.01, place, group, transform=axes.get_yaxis_transform(), va="center", fontweight="bold", fontsize=8.5)
+        at = {"transform": axes.get_yaxis_transform(), "va": "center"}
+        axes.text(0.01, place, group, fontweight="bold", in_layout=False, **at)
         place += 1
         for label, point in points.items():
             low, high = point["interval"] or (0.0, 0.0)
@@ -77,15 +80,22 @@ def _differences(drawing: Any, figure: Mapping[str, Any]) -> None:
                 axes.plot([low, high], [place, place], color=shade, linewidth=1.6)
             face = shade if point["interval"] else "white"
             axes.plot(point["mean"], place, marker, color=shade, markerfacecolor=face, markersize=6)
+            axes.text(1.01, place, f"{point['mean']:+.2f}", **at)
             labels[place] = label
             place += 1
+    points = [point for group in figure["groups"].values() for point in group.values()]
+    means = [0.0, *(point["mean"] for point in points)]
+    ends = [end for point in points for end in point["interval"] or ()] + means
+    room = max(0.5, max(means) - min(means))  # intervals of two seeds can be ten times as wide, and are cut off
+    axes.set_xlim(max(min(ends), min(means) - room) - 0.1, min(max(ends), max(means) + room) + 0.1)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(list(labels), list(labels.values()))
     axes.set_ylim(place - 0.3, -0.7)
-    for name, shade, marker in (("better", COLORS[0], ">"), ("within noise", "0.45", "o"), ("worse", COLORS[1], "<")):
+    for name, shade, marker in (("worse", COLORS[1], "<"), ("within noise", "0.45", "o"), ("better", COLORS[0], ">")):
         axes.plot([], [], color=shade, marker=marker, linewidth=1.6, label=name)
-    _finish(axes, figure["title"])
-    axes.legend(frameon=False, loc="lower left")
+    axes.set_xlabel(figure["unit"])
+    _finish(axes, "")
+    drawing.legend(frameon=False, loc="outside upper center", ncols=3)
 
 
 def _minutes(drawing: Any, figure: Mapping[str, Any]) -> None:
@@ -93,30 +103,42 @@ def _minutes(drawing: Any, figure: Mapping[str, Any]) -> None:
     panels = figure["panels"]
     drawing.set_size_inches(8.2, 3.8 * len(panels))
     machines = sorted({point["machine"] for points in panels.values() for point in points})
-    for axes, (title, points) in zip(drawing.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
+    legend: dict[str, Any] = {}
+    for axes, (title, points) in zip(
+        drawing.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True
+    ):
         for number, machine in enumerate(machines):
             own = [point for point in points if point["machine"] == machine]
-            for point in own:
-                x, y = point["x"], point["y"]
+            if own:
+                x, y = ([point[axis] for point in own] for axis in "xy")
                 axes.errorbar(
-                    x["mean"],
-                    y["mean"],
-                    xerr=x["deviation"],
-                    yerr=y["deviation"],
+                    [value["mean"] for value in x],
+                    [value["mean"] for value in y],
+                    xerr=[value["deviation"] for value in x],
+                    yerr=[value["deviation"] for value in y],
                     color=COLORS[number % len(COLORS)],
                     marker=MARKERS[number % len(MARKERS)],
                     capsize=2,
                     linestyle="",
-                    label=machine if point is own[0] else None,
+                    label=machine,
                 )
-                axes.annotate(point["label"], (x["mean"], y["mean"]), (6, 4), textcoords="offset points", fontsize=8)
+        x, y = ([point[axis]["mean"] for point in points] for axis in "xy")
+        low, high = min(y) - 2, max(y) + 2
+        place = low
+        for point in sorted(points, key=lambda point: point["y"]["mean"]):  # labels upward, without overlap
+            at = point["x"]["mean"], point["y"]["mean"]
+            place = max(at[1], place + 0.05 * (high - low))
+            line = {"arrowstyle": "-", "color": "0.7", "linewidth": 0.6}
+            axes.annotate(point["label"], at, (max(x) * 1.3, place), va="center", fontsize=8, arrowprops=line)
         axes.set_xscale("log")
+        axes.set_xlim(min(x) / 1.5, max(x) * 5)
+        axes.set_ylim(low, max(high, place + 1))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
-        axes.margins(x=0.25, y=0.15)
         axes.set_xlabel("minutes of training, without evaluations")
         _finish(axes, f"top-1 (%), {title}")
-        axes.legend(frameon=False, loc="lower right")
+        legend |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    drawing.legend(legend.values(), legend.keys(), frameon=False, loc="outside upper center", ncols=3)
 
 
 def _finish(axes: Any, title: str) -> None:

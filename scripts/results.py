@@ -2,9 +2,9 @@
 
 import re
 import statistics
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import figures
@@ -15,6 +15,7 @@ from scipy import stats
 from moa_train.runtime.files import write_whole
 
 IMAGES = {"test": "test", "val": "held-out"}
+COSTS = {"parameters": "parameters", "macs": "multiply-accumulates"}
 TARGET, LEVEL, POWER = 0.5, 0.05, 0.8
 """The difference for which the number of seeds is estimated, the level of the two-sided test, and its power."""
 
@@ -29,6 +30,8 @@ def write() -> None:
     blocks["conclusions"] = "\n".join(conclusion(table, row) for table in small for row in table.rows if row.claim)
     blocks["small"] = picture("small", differences(small))
     blocks["minutes"] = picture("minutes", minutes([row for table in tables.values() for row in table.rows]))
+    if blocks["minutes"]:
+        blocks["minutes"] = f"All runs that did not share their machine with other runs:\n\n{blocks['minutes']}"
     for path in (records.ROOT / "docs" / "RESULTS.md", records.ROOT / "README.md"):
         if path.is_file():
             write_whole(path, filled(path.read_text(), blocks))
@@ -62,6 +65,11 @@ def markdown(table: Table) -> str:
     if table.figure:
         below.append(picture(table.name, drawn[table.figure](table)))
     return "\n\n".join(["\n".join(lines), *filter(None, below)])
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """Return a paragraph in lines of at most 120 characters."""
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def mean(values: Sequence[float]) -> str:
@@ -114,12 +122,15 @@ def compared(table: Table, row: Row) -> tuple[str, str]:
 
 def conclusion(table: Table, row: Row) -> str:
     """Return one line: the difference of the first row from this one, and whether it agrees with the paper."""
-    found = [-value for value in paired(row, table.rows[0])]
+    first = table.rows[0]
+    found = [-value for value in paired(row, first)]
     if not (result := verdict(found)):
-        return f"- {row.claim}: not measured."
+        return f"- {row.claim}: not measured yet."
+    ratios = [f"{first.cost()[key] / row.cost()[key]:.2f} times the {name}" for key, name in COSTS.items()]
     paper = {"better": "This confirms the paper.", "worse": "This contradicts the paper."}
     says = paper.get(result, "This does not confirm the paper, which reports a gain.") if row.paper else ""
-    return f"- {row.claim}: **{described(found)}**, {result}. {says}".rstrip()
+    text = f"- {row.claim}: **{described(found)}**, {result}, with {' and '.join(ratios)}. {says}"
+    return wrapped(text, indent="  ")
 
 
 def sentence(row: Row) -> str:
@@ -161,7 +172,7 @@ def provenance(rows: Iterable[Row]) -> str:
         + ")"
         for place in sorted(runs)
     ]
-    return f"Runs: {'; '.join(texts)}." if runs else ""
+    return wrapped(f"Runs: {'; '.join(texts)}.") if runs else ""
 
 
 def seeds_needed(deviation: float, difference: float = TARGET) -> int:
@@ -187,10 +198,11 @@ def needed(table: Table) -> str:
         return ""
     pooled = (sum(deviation**2 for deviation in deviations) / len(deviations)) ** 0.5
     counts = sorted(map(seeds_needed, deviations))
-    each = f"; {counts[0]} to {counts[-1]} for single rows" if len(counts) > 1 else ""
-    return (
-        f"A difference of {TARGET} points needs about {seeds_needed(pooled)} seeds (two-sided 5%, power 80%, paired t "
-        f"test; the differences of the first three seeds deviate by {pooled:.2f}{each})."
+    each = f", {counts[0]} to {counts[-1]} for single rows" if len(counts) > 1 else ""
+    return wrapped(
+        f"A difference of {TARGET} points needs about {seeds_needed(pooled)} seeds{each} (two-sided 5%, power 80%, "
+        f"paired t test; estimated from the first three seeds, whose differences have a standard deviation of "
+        f"{pooled:.2f})."
     )
 
 
@@ -261,18 +273,21 @@ def losses(table: Table) -> dict[str, Any] | None:
             "title": "training loss (nats, augmented images)",
             "lines": {label: band(list(runs.values())) for label, runs in found.items()},
         },
-        {"title": "difference from the first, paired by seed", "lines": {k: band(v) for k, v in pairs.items()}},
+        {
+            "title": f"difference from {table.rows[0].label}, paired by seed",
+            "lines": {k: band(v) for k, v in pairs.items()},
+        },
     ]
     last = "; ".join(f"{label}: {line['mean'][-1]:.3f}" for label, line in panels[0]["lines"].items())
     return {"kind": "lines", "alt": f"Training loss against epochs, at the end {last}", "panels": panels}
 
 
 def differences(tables: Sequence[Table]) -> dict[str, Any] | None:
-    """Return the figure of the paired differences of all rows. A row that tables share is shown in the last of them."""
-    owner = {(row.recipe, row.name): table.name for table in tables for row in table.rows}
+    """Return the figure of the paired differences of all rows. A pair that tables share is in the last of them only."""
+    owner = {(table.rows[0].name, row.name): table.name for table in tables for row in table.rows}
     groups = {}
     for table in tables:
-        own = [row for row in table.rows[1:] if owner[row.recipe, row.name] == table.name]
+        own = [row for row in table.rows[1:] if owner[table.rows[0].name, row.name] == table.name]
         found = {row.label: paired(row, table.rows[0]) for row in own}
         points = {
             label: {"mean": statistics.fmean(values), "interval": interval(values) if len(values) > 1 else None}
@@ -280,14 +295,14 @@ def differences(tables: Sequence[Table]) -> dict[str, Any] | None:
             if values
         }
         if points:
-            groups[f"{table.title} (reference: {table.rows[0].label})"] = points
+            groups[f"{table.title.partition(' (')[0]} (reference: {table.rows[0].label})"] = points
     if not groups:
         return None
     count = sum(map(len, groups.values()))
     split = IMAGES[tables[0].rows[0].split]
     alt = f"Differences of {count} variants from their reference with 95% intervals; the tables have the same figures"
-    title = f"difference in {split} top-1 from the reference (points), mean and 95% interval, paired by seed"
-    return {"kind": "differences", "alt": alt, "title": title, "groups": groups}
+    unit = f"difference from the reference in {split} top-1 (points), 95% interval, paired by seed"
+    return {"kind": "differences", "alt": alt, "unit": unit, "groups": groups}
 
 
 def minutes(rows: Iterable[Row]) -> dict[str, Any] | None:

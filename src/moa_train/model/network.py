@@ -30,8 +30,9 @@ class MOATransformer(Classifier, nn.Module):
         self.image_size = image_size
         self.stages = tuple(stages)
         layers = build_stages(config, stages)
-        embedding = ConvStem if "stem" in config.conv else PatchEmbedding
-        self.patch_embed = embedding(config.patch_size, stages[0].dim)
+        patch, dim = config.patch_size, stages[0].dim
+        is_conv = "stem" in config.conv
+        self.patch_embed = ConvStem(patch, dim, config.stem_blocks) if is_conv else PatchEmbedding(patch, dim)
         self.pos_drop = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(stages[-1].dim)
