@@ -135,7 +135,7 @@ def _minutes(drawing: Any, figure: Mapping[str, Any]) -> None:
         axes.set_ylim(low, max(high, place + 1))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
-        axes.set_xlabel("minutes of training, without evaluations")
+        axes.set_xlabel("minutes of training without evaluations, of runs that had their machine for themselves")
         _finish(axes, f"top-1 (%), {title}")
         legend |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     drawing.legend(legend.values(), legend.keys(), frameon=False, loc="outside upper center", ncols=3)

@@ -153,7 +153,7 @@ def _minutes(trained: list[dict[str, Any]], batch_size: int) -> float:
     for row in trained:
         seconds += (row["step"] - step) * batch_size / (row["images_per_second"] or known[0])
         step = row["step"]
-    return round(seconds / 60, 2)
+    return round(seconds / 60, 4)
 
 
 @cache

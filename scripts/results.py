@@ -4,7 +4,8 @@ import re
 import statistics
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import figures
@@ -25,24 +26,24 @@ def write() -> None:
     records.complete()
     tables = records.tables()
     small = [table for name, table in tables.items() if name.startswith("small_")]
-    blocks = {name: markdown(table) for name, table in tables.items()}
-    blocks |= {f"{name}.sentence": sentence(table.rows[0]) for name, table in tables.items()}
-    blocks["conclusions"] = "\n".join(conclusion(table, row) for table in small for row in table.rows if row.claim)
-    blocks["small"] = picture("small", differences(small))
-    blocks["minutes"] = picture("minutes", minutes([row for table in tables.values() for row in table.rows]))
-    if blocks["minutes"]:
-        blocks["minutes"] = f"All runs that did not share their machine with other runs:\n\n{blocks['minutes']}"
+    rows = [row for table in tables.values() for row in table.rows]
+    blocks: dict[str, Callable[[], str]] = {name: partial(markdown, table) for name, table in tables.items()}
+    blocks |= {f"{name}.sentence": partial(sentence, table.rows[0]) for name, table in tables.items()}
+    blocks["conclusions"] = lambda: "\n".join(
+        conclusion(table, row) for table in small for row in table.rows if row.claim
+    )
+    blocks["small"] = lambda: picture("small", differences(small))
+    blocks["minutes"] = lambda: picture("minutes", minutes(rows))
     for path in (records.ROOT / "docs" / "RESULTS.md", records.ROOT / "README.md"):
-        if path.is_file():
-            write_whole(path, filled(path.read_text(), blocks))
+        write_whole(path, filled(path.read_text(), blocks))
 
 
-def filled(text: str, blocks: Mapping[str, str]) -> str:
+def filled(text: str, blocks: Mapping[str, Callable[[], str]]) -> str:
     """Return a document with current blocks. A block stays within its line if the marks are on one line."""
 
     def current(found: re.Match[str]) -> str:
         name, edge = found[1], "\n" if "\n" in found[0] else ""
-        return f"<!-- {name} -->{edge}{blocks[name]}{edge}<!-- end -->"
+        return f"<!-- {name} -->{edge}{blocks[name]()}{edge}<!-- end -->"
 
     return re.sub(rf"<!-- ({'|'.join(map(re.escape, blocks))}) -->.*?<!-- end -->", current, text, flags=re.DOTALL)
 
