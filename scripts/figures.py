@@ -93,7 +93,7 @@ def _differences(drawing: Any, figure: Mapping[str, Any]) -> None:
     axes.set_ylim(place - 0.3, -0.7)
     for name, shade, marker in (("worse", COLORS[1], "<"), ("within noise", "0.45", "o"), ("better", COLORS[0], ">")):
         axes.plot([], [], color=shade, marker=marker, linewidth=1.6, label=name)
-    axes.set_xlabel(figure["unit"])
+    drawing.supxlabel(figure["unit"], fontsize=9)
     _finish(axes, "")
     drawing.legend(frameon=False, loc="outside upper center", ncols=3)
 

@@ -296,7 +296,8 @@ def differences(tables: Sequence[Table]) -> dict[str, Any] | None:
             if values
         }
         if points:
-            groups[f"{table.title.partition(' (')[0]} (reference: {table.rows[0].label})"] = points
+            reference = f"reference: {table.rows[0].label}"
+            groups[f"{table.title} ({reference})" if len(tables) > 1 else reference] = points
     if not groups:
         return None
     count = sum(map(len, groups.values()))
