@@ -135,15 +135,16 @@ def conclusion(table: Table, row: Row) -> str:
 
 
 def sentence(row: Row) -> str:
-    """Return the accuracy of a row in words, with its minutes if it ran alone on its machine."""
+    """Return the accuracy of a row in words, with the minutes of runs that had their machine for themselves."""
     if not (found := row.records()):
         return f"`{row.recipe}` has not been run"
     text = f"{mean(list(row.accuracies().values()))}% of the {IMAGES[row.split]} images (n = {len(found)})"
-    times = [record["minutes"] for record in found.values()]
-    machines = {machine(start) for record in found.values() for start in record["starts"]}
-    if len(machines) == 1 and None not in times:
-        text += f" in {statistics.fmean(times):.0f} minutes on {machines.pop()}"
-    return text
+    times: dict[str, list[float]] = defaultdict(list)
+    for record in found.values():
+        if record["minutes"] is not None:
+            times[machine(record["starts"][-1])].append(record["minutes"])
+    places = [f"{statistics.fmean(times[place]):.0f} minutes on {place} (n = {len(times[place])})" for place in times]
+    return " in ".join([text, *filter(None, [" or ".join(places)])])
 
 
 def machine(start: Mapping[str, Any]) -> str:

@@ -234,7 +234,8 @@ def test_runs_on_other_hardware_are_counted(copy):
         record["result"]["test"]["top1"] = 65.0 + seed
         record["starts"][0] |= {"device": "cpu", "hardware": {"cpu": "Zen", "cores": 2, "gpus": []}}
         row.record(seed).write_text(json.dumps(record))
-    assert results.sentence(row) == "65.50 ± 0.71% of the test images (n = 2) in 31 minutes on 2 cores of Zen"
+    accuracy, time = "65.50 ± 0.71% of the test images (n = 2)", "31 minutes on 2 cores of Zen (n = 2)"
+    assert results.sentence(row) == f"{accuracy} in {time}"
     ((point,),) = results.minutes([row])["panels"].values()
     assert point["x"] == {"mean": 31.0, "deviation": pytest.approx(math.sqrt(2))}
     record = records.read_json(path)
@@ -242,7 +243,7 @@ def test_runs_on_other_hardware_are_counted(copy):
     facts = "(torch 2.11.0, bf16, commit 1682266, source 8709952b, started 2026-11-26)"
     expected = f"Runs: 2 on 2 cores of Zen {facts}; 1 on NVIDIA H200 {facts}."
     assert results.provenance([row]).split() == expected.split()
-    assert " minutes" not in results.sentence(row)
+    assert results.sentence(row).endswith(f"(n = 3) in {time}"), "the run on the GPU has no minutes"
 
 
 def test_a_band_is_the_deviation_of_curves():
