@@ -27,7 +27,7 @@ class MOATransformer(Classifier, nn.Module):
     def __init__(self, config: ModelConfig, *, image_size: tuple[int, int], num_classes: int) -> None:
         super().__init__()
         stages = plan_stages(config, image_size)
-        self.image_size = image_size
+        self.image_size, self.patch_size = image_size, config.patch_size
         self.stages = tuple(stages)
         layers = build_stages(config, stages)
         patch, dim = config.patch_size, stages[0].dim
