@@ -83,6 +83,8 @@ class MOATransformer(Classifier, nn.Module):
                 return -1, "embedding"
             case ["layers", index, "blocks", _, "attn" | "norm1", *_]:
                 return int(index), "attention"
+            case ["layers", index, "blocks", _, "conv", *_]:
+                return int(index), "convolution"
             case ["layers", index, "blocks", *_]:
                 return int(index), "MLP"
             case ["layers", index, "downsample", *_]:
