@@ -86,6 +86,9 @@ class ModelConfig:
         options=("stem", "merging", "block", "mlp"),
         fixed=True,
     )
+    stem_blocks: int = knob(
+        0, "conv=[stem]: residual 3x3 convolutions at each resolution of the stem", least=0, fixed=True
+    )
     dropout: float = knob(0.0, "dropout rate after attention and in MLPs", least=0, most=0.99)
     drop_path: float = knob(
         0.1,

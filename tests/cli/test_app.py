@@ -60,7 +60,7 @@ MISTAKES = {
     "data=cifar-100": ["'cifar100'"],
     "optim=adam": ["'adamw'"],
     "schedule=cos": ["'cosine'"],
-    "experiment=cifar": ["'cifar100_cpu'"],
+    "experiment=cifar": ["'cifar10_cpu'"],
     "augment=randaug": ["Options: cifar, digits, imagenet, light, none"],
     "debug=fast": ["Options: one_step"],
     "model=null": ["model=null", "moa_micro"],
@@ -283,7 +283,7 @@ def test_own_recipes_can_be_in_any_folder(tried):
         assert line in lines
     assert tried["own, not there"]["code"] == 2
     assert (
-        "Did you mean 'mine'? Options: cifar100_ablation, cifar100_cpu, home, mine, paper_"
+        "Did you mean 'mine'? Options: cifar100_ablation, cifar100_cpu, cifar100_plain, cifar10_cpu, home, mine, paper_"
         in tried["own, not there"]["err"]
     )
 

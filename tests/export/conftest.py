@@ -23,6 +23,8 @@ def learned(train, tmp_path_factory) -> Path:
         "schedule__duration": "150 steps",
         "engine__eval_every": "75 steps",
         "engine__save_every": "75 steps",
+        "model__conv": "[stem,block]",
+        "model__stem_blocks": "1",
     }
     assert train(run_dir, data__limit="null", augment__mixup="0", **changes) == 0
     return run_dir

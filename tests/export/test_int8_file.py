@@ -50,6 +50,19 @@ def test_the_file_contains_its_measurements_and_calibration_images(exported, lea
     assert {"classes", "preprocessing", "test_vectors", "provenance"} <= set(record)
 
 
+def test_weights_of_all_convolutions_are_int8(exported):
+    """Also those that the model keeps as matrices and reshapes."""
+    graph = onnx.load(exported("int8")[0]).graph
+    initializers = {each.name: each for each in graph.initializer}
+    producers = {output: node for node in graph.node for output in node.output}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert len(convolutions) >= 6
+    for node in convolutions:
+        weight = producers[node.input[1]]
+        assert weight.op_type == "DequantizeLinear"
+        assert initializers[weight.input[0]].data_type == onnx.TensorProto.INT8
+
+
 def test_speed_is_a_median_of_alternating_rounds(exported):
     measured = exported("int8")[1]["speed"]
     assert [case["batch_size"] for case in measured["cases"]] == [1, 16]

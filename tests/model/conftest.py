@@ -25,6 +25,7 @@ SMALL = {
 VARIANTS = {
     "paper": {},
     "paper, padded": {"image_size": (18, 21)},
+    "paper, convolutions": {"conv": ["stem", "merging", "block", "mlp"], "stem_blocks": 1},
     "published": {"moa_form": "published"},
     "window only": {"moa_enabled": False},
     "swin": {"name": "swin"},

@@ -1,3 +1,5 @@
+from functools import reduce
+
 import pytest
 import torch
 from torch import nn
@@ -5,6 +7,8 @@ from torch import nn
 from moa_train.interfaces import Classifier
 from moa_train.model.attention import attend
 from moa_train.model.layers import (
+    Conv3x3,
+    ConvBlock,
     ConvMerging,
     ConvStem,
     DepthwiseConv,
@@ -42,17 +46,20 @@ def test_merging_concatenates_neighbors_column_by_column():
 
 @pytest.mark.parametrize(("patch", "maps"), [(2, (5, 8)), (4, (3, 4)), (8, (2, 2))])
 def test_the_stem_is_a_sequence_of_strided_convolutions(patch, maps):
-    stem = ConvStem(patch, 16).double()
+    stem = ConvStem(patch, 16, blocks=1).double()
     images = torch.randn(2, 3, 9, 15, dtype=torch.float64)
-    x_BCHW = images
-    for layer in stem:
-        if hasattr(layer, "weight") and layer.weight.ndim == 2:
-            conv = nn.Conv2d(layer.in_features // 9, layer.out_features, 3, stride=2, padding=1).double()
-            conv.load_state_dict({"weight": layer.weight.view(conv.weight.shape), "bias": layer.bias})
-            x_BCHW = conv(x_BCHW)
-        else:
-            x_BCHW = layer(x_BCHW.movedim(1, -1)).movedim(-1, 1)
-    torch.testing.assert_close(stem(images), x_BCHW.movedim(1, -1))
+
+    def apply(layer: nn.Module, x_BCHW: torch.Tensor) -> torch.Tensor:
+        if isinstance(layer, ConvBlock):
+            return x_BCHW + reduce(lambda x_BCHW, each: apply(each, x_BCHW), layer, x_BCHW)
+        if not isinstance(layer, Conv3x3):
+            return layer(x_BCHW.movedim(1, -1)).movedim(-1, 1)
+        conv = nn.Conv2d(layer.in_features // 9, layer.out_features, 3, stride=layer.stride, padding=1).double()
+        conv.load_state_dict({"weight": layer.weight.view(conv.weight.shape), "bias": layer.bias})
+        return conv(x_BCHW)
+
+    expected_BCHW = reduce(lambda x_BCHW, layer: apply(layer, x_BCHW), stem, images)
+    torch.testing.assert_close(stem(images), expected_BCHW.movedim(1, -1))
     assert stem(images).shape == (2, *maps, 16)
 
 

@@ -14,6 +14,7 @@ from moa_train.schema import MoaConfig, ModelConfig
 @pytest.mark.parametrize(
     ("name", "form", "size", "panels"),
     [
+        pytest.param("moa", "conv", (32, 32), (3, 2), id="MOA with convolutions"),
         pytest.param("moa", "paper", (32, 48), (3, 2), id="MOA, rectangle"),
         pytest.param("moa", "paper", (30, 50), (3, 2), id="MOA, padded"),
         pytest.param("moa", "published", (32, 32), (3, 2), id="published form"),
@@ -22,8 +23,11 @@ from moa_train.schema import MoaConfig, ModelConfig
 )
 def test_every_part_is_drawn(tmp_path, name, form, size, panels):
     torch.manual_seed(0)
-    moa = MoaConfig(form=form, reduction=4)
-    config = ModelConfig(name=name, embed_dim=16, depths=[1, 1], heads=[1, 2], window=4, drop_path=0.0, moa=moa)
+    conv = ["stem", "block"] if form == "conv" else []
+    moa = MoaConfig(form="published" if form == "published" else "paper", reduction=4)
+    config = ModelConfig(
+        name=name, embed_dim=16, depths=[1, 1], heads=[1, 2], window=4, drop_path=0.0, moa=moa, conv=conv
+    )
     model = create_model(config, image_size=size, num_classes=3).eval()
     pixels = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     images = pixels[None] / 127.5 - 1

@@ -1,6 +1,5 @@
 """The experiments of scripts/tables.yaml: every row composes and trains, records are kept, tables are computed."""
 
-import importlib.util
 import json
 import math
 import shutil
@@ -9,28 +8,32 @@ from pathlib import Path
 
 import pytest
 from hydra.core.config_store import ConfigStore
+from safetensors import safe_open
 
 from moa_train.cli.compose import compose, config_roots, typed
 from moa_train.cli.train import train
+from moa_train.runtime.errors import UserError
 from moa_train.schema import RunConfig
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts" / "tables.py")
-assert spec is not None
-assert spec.loader is not None
-tables = importlib.util.module_from_spec(spec)
-sys.modules["tables"] = tables  # dataclasses look their module up
-spec.loader.exec_module(tables)
+sys.path.insert(0, str(ROOT / "scripts"))  # where Python finds them if tables.py is run
+try:
+    import figures
+    import records
+    import results
+    import tables
+finally:
+    sys.path.pop(0)
 
 ROWS = {
-    (row.recipe, row.name): row for _, rows in tables.tables().values() for row in rows
+    (row.recipe, row.name): row for table in records.tables().values() for row in table.rows
 }  # rows that tables share occur once
 
 
 def test_names_are_unambiguous():
     """Rows of the same name are the same run."""
-    for _, rows in tables.tables().values():
-        for row in rows:
+    for table in records.tables().values():
+        for row in table.rows:
             assert ROWS[row.recipe, row.name].settings == row.settings
 
 
@@ -84,14 +87,28 @@ def test_every_row_trains_for_two_steps(images, tmp_path, key):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["test"]["total"] == 4
 
 
-def test_a_table_is_run_recorded_and_written(images, tmp_path, monkeypatch):
-    """Two rows, two seeds: the runs are not repeated, and the table has what an independent computation gives."""
+@pytest.fixture
+def copy(tmp_path, monkeypatch) -> Path:
+    """A copy of the files that `write` reads and writes."""
+    shutil.copytree(ROOT / "docs" / "results", tmp_path / "docs" / "results")
+    (tmp_path / "docs" / "images").mkdir()
+    for path in (ROOT / "docs" / "images").glob("*.svg"):
+        shutil.copy(path, tmp_path / "docs" / "images")
     (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts" / "tables.yaml", tmp_path / "scripts")
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "RESULTS.md").write_text("Before\n<!-- small_form -->\n<!-- end -->\nAfter\n")
-    for name, path in (("ROOT", ""), ("RUNS", "outputs"), ("RECORDS", "docs/results"), ("RESULTS", "docs/RESULTS.md")):
-        monkeypatch.setattr(tables, name, tmp_path / path)
+    for name in ("docs/RESULTS.md", "README.md", "scripts/tables.yaml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    return tmp_path
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_table_is_run_recorded_and_written(images, copy, monkeypatch):
+    """Two rows, two seeds: the runs are not repeated, and the table has what an independent computation gives."""
+    shutil.rmtree(copy / "docs" / "results")
+    (copy / "docs" / "RESULTS.md").write_text("Before\n<!-- small_form -->\n<!-- end -->\nAfter\n")
     monkeypatch.setenv("LAUNCH", f"{sys.executable} -m moa_train.cli.train")
     settings = [
         "data=folder",
@@ -102,24 +119,35 @@ def test_a_table_is_run_recorded_and_written(images, tmp_path, monkeypatch):
         "schedule.duration=2 steps",
     ]
     settings += ["engine.batch_size=4", "schedule.warmup=0%", "runtime.device=cpu", "tracking.log_every=1"]
+    settings += ["runtime.precision=fp32"]
+    tables.run("small_form", ["seeds=0", *settings])
     tables.run("small_form", ["seeds=0,1", "jobs=2", *settings])
-    records = {path: path.stat().st_mtime_ns for path in (tmp_path / "docs" / "results").rglob("*.json")}
-    assert len(records) == 4
-    assert not any(str(tmp_path) in path.read_text() for path in records)
+    kept = {path: path.stat().st_mtime_ns for path in (copy / "docs" / "results").rglob("*.json")}
+    assert len(kept) == 4
+    assert not any(str(copy) in path.read_text() for path in kept)
     tables.run("small_form", ["seeds=0,1", *settings])
-    assert records == {path: path.stat().st_mtime_ns for path in records}
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
 
-    for path in records:  # so that the differences are known: 1 and 3
-        record = json.loads(path.read_text())
+    for path in kept:  # so that the differences are known: 1 and 3
+        record = records.read_json(path)
+        assert (record["minutes"] is None) == (record["seed"] == 1), "seed 1 shared the machine"
+        assert [record["starts"][0][key] for key in ("device", "precision")] == ["cpu", "fp32"]
+        run = copy / "outputs" / "cifar100_ablation" / path.stem
+        with safe_open(run / "checkpoints" / "last" / "model.safetensors", "pt") as file:
+            tensors = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 not a dictionary
+        sizes = [math.prod(tensor.get_shape()) for tensor in tensors if tensor.get_dtype() == "F32"]  # no indices
+        assert record["parameters"] == sum(sizes)
+        assert record["macs"] > 1e7
         record["result"]["test"]["top1"] = 50.0 + record["seed"] + ("published" in path.name) * (1 + 2 * record["seed"])
         path.write_text(json.dumps(record))
-    tables.write()
-    text = (tmp_path / "docs" / "RESULTS.md").read_text()
+    results.write()
+    text = (copy / "docs" / "RESULTS.md").read_text()
     assert text.startswith("Before\n")
     assert text.endswith("After\n")
     half = 12.706 * math.sqrt(2) / math.sqrt(2)  # t(0.975, 1), standard deviation of 1 and 3, n = 2
-    assert f"| paper | 2 | 50.50 ± {math.sqrt(0.5):.2f} | reference | |" in text
+    assert f" | 2 | 50.50 ± {math.sqrt(0.5):.2f} | reference |  |" in text
     assert f"+2.00 ({2 - half:+.2f} to {2 + half:+.2f}, n = 2) | within noise |" in text
+    assert "Runs: 4 on " in text
 
 
 def test_an_unknown_table_is_an_error():
@@ -127,11 +155,103 @@ def test_an_unknown_table_is_an_error():
         tables.run("table9", [])
 
 
-def test_the_tables_in_the_documents_are_current(tmp_path, monkeypatch):
-    """Every figure between the marks of RESULTS.md comes from the records of runs."""
-    before = tables.RESULTS.read_text()
-    copy = tmp_path / "RESULTS.md"
-    copy.write_text(before)
-    monkeypatch.setattr(tables, "RESULTS", copy)
-    tables.write()
-    assert copy.read_text() == before
+def test_the_documents_are_current(copy):
+    """Every figure between the marks comes from records: writing them again changes no document and no picture."""
+    before = content(copy)
+    results.write()
+    assert content(copy) == before
+
+
+def test_figures_are_redrawn_if_their_data_change(copy):
+    pictures = {path: path.read_text() for path in (copy / "docs" / "images").iterdir()}
+    for path in pictures:
+        path.unlink()
+    results.write()
+    for path, text in pictures.items():
+        assert digests(path.read_text()) == digests(text)
+    drawn = {path: path.read_text() for path in pictures}
+    for path in pictures:
+        path.unlink()
+    results.write()
+    assert {path: path.read_text() for path in pictures} == drawn, "the same bytes"
+
+    changed = copy / "docs" / "results" / "cifar100_ablation" / "no_moa-s0.json"
+    record = records.read_json(changed)
+    record["result"]["test"]["top1"] += 1
+    changed.write_text(json.dumps(record))
+    results.write()
+    small = copy / "docs" / "images" / "small.svg"
+    assert digests(small.read_text()) != digests(pictures[small])
+
+
+def digests(svg: str) -> str:
+    return svg.partition("<dc:description>")[2].partition("<")[0]
+
+
+def test_without_records_there_are_no_results(copy):
+    shutil.rmtree(copy / "docs" / "results")
+    results.write()
+    text = (copy / "docs" / "RESULTS.md").read_text()
+    assert "- MOA (paper form), compared with local windows only: not measured yet." in text
+    assert "| local windows only | 406 | 14.7 |  |  |  |  |" in text
+    assert "±" not in text.partition("<!-- conclusions -->")[2]
+    assert "![" not in text
+    assert not list((copy / "docs" / "images").iterdir())
+
+
+def test_records_of_earlier_versions_are_completed(copy):
+    path = copy / "docs" / "results" / "cifar100_ablation" / "swin-s0.json"
+    record = records.read_json(path)
+    old = {key: value for key, value in record.items() if key not in ("parameters", "macs", "minutes")}
+    for start in old["starts"]:
+        del start["device"], start["precision"]
+    path.write_text(json.dumps(old))
+    records.complete()
+    assert records.read_json(path) == records.read_json(ROOT / path.relative_to(copy))
+
+
+@pytest.mark.parametrize(("effect", "pairs"), [(0.5, 34), (0.8, 15), (1.0, 10)])
+def test_seeds_needed_agrees_with_published_tables(effect, pairs):
+    """The well-known sizes of a two-sided paired t test at 5% with a power of 80%, by standardized effect."""
+    assert results.seeds_needed(deviation=0.5 / effect) == pairs
+
+
+def test_minutes_are_those_of_the_updates():
+    rows = [{"step": 10, "images_per_second": None}, {"step": 20, "images_per_second": 50.0}]
+    rows.append({"step": 60, "images_per_second": 100.0})
+    assert records._minutes(rows, 60) == pytest.approx((10 * 60 / 50 + 10 * 60 / 50 + 40 * 60 / 100) / 60, abs=1e-4)
+
+
+def test_runs_on_other_hardware_are_counted(copy):
+    """A GPU and a CPU: one line for both, accuracy against minutes, and a sentence about the runs."""
+    path = copy / "docs" / "results" / "cifar100_ablation" / "base-s0.json"
+    row = next(table.rows[0] for table in records.tables().values() if table.name == "cifar100_cpu")
+    shutil.rmtree(row.record(0).parent, ignore_errors=True)
+    row.record(0).parent.mkdir()
+    for seed, minutes in enumerate((30.0, 32.0)):
+        record = records.read_json(path)
+        record |= {"seed": seed, "minutes": minutes}
+        record["result"]["test"]["top1"] = 65.0 + seed
+        record["starts"][0] |= {"device": "cpu", "hardware": {"cpu": "Zen", "cores": 2, "gpus": []}}
+        row.record(seed).write_text(json.dumps(record))
+    accuracy, time = "65.50 ± 0.71% of the test images (n = 2)", "31 minutes on 2 cores of Zen (n = 2)"
+    assert results.sentence(row) == f"{accuracy} in {time}"
+    ((point,),) = results.minutes([row])["panels"].values()
+    assert point["x"] == {"mean": 31.0, "deviation": pytest.approx(math.sqrt(2))}
+    record = records.read_json(path)
+    row.record(2).write_text(json.dumps(record | {"seed": 2}))
+    facts = "(torch 2.11.0, bf16, commit 1682266, source 8709952b, started 2026-11-26)"
+    expected = f"Runs: 2 on 2 cores of Zen {facts}; 1 on NVIDIA H200 {facts}."
+    assert results.provenance([row]).split() == expected.split()
+    assert results.sentence(row).endswith(f"(n = 3) in {time}"), "the run on the GPU has no minutes"
+
+
+def test_a_band_is_the_deviation_of_curves():
+    band = results.band([{1.0: 2.0, 2.0: 4.0}, {1.0: 4.0, 2.0: 4.0, 3.0: 9.0}])
+    assert band == {"x": [1.0, 2.0], "mean": [3.0, 4.0], "deviation": [pytest.approx(math.sqrt(2)), 0.0]}
+
+
+def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"pip install 'moa-train\[plot\]'"):
+        figures.draw({"kind": "lines", "panels": []}, tmp_path / "x.svg")

@@ -13,6 +13,7 @@ from moa_train.export.subject import Runner, Subject
 from moa_train.runtime.files import write_flushed
 from moa_train.schema import ExportConfig
 
+LARGE = 2**40
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -39,6 +40,8 @@ def to_onnx(subject: Subject) -> Any:
 
     Nodes are named after the modules that they belong to.
     """
+    from onnxscript import optimizer
+
     height, width = subject.preprocessing.size
     example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
     program = torch.onnx.export(
@@ -51,7 +54,8 @@ def to_onnx(subject: Subject) -> Any:
         verbose=False,
     )
     assert program is not None
-    model = program.model_proto
+    # Kernels that are reshaped weights become constants of any size, which quantization requires.
+    model = optimizer.optimize(program.model_proto, input_size_limit=LARGE, output_size_limit=LARGE)
     rename(model.graph)
     return model
 

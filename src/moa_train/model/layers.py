@@ -54,14 +54,19 @@ class ConvStem(nn.Sequential):
 
     Channels double from layer to layer (Xiao et al., "Early convolutions help Transformers see better", 2021; with
     LayerNorm, which unlike batch normalization treats samples independently).
+
+    Args:
+        patch: side of a patch in pixels, a power of two.
+        dim: channels C of the last map.
+        blocks: number of residual convolutions at each resolution, after it has been halved.
     """
 
-    def __init__(self, patch: int, dim: int) -> None:
-        layers: list[nn.Module] = []
+    def __init__(self, patch: int, dim: int, blocks: int) -> None:
         count = patch.bit_length() - 1
-        widths = [3, *(dim >> left for left in range(count - 1, -1, -1))]
-        for before, after in pairwise(widths):
-            layers += [nn.GELU()] * bool(layers) + [StridedConv(before, after), LayerNorm(after)]
+        layers: list[nn.Module] = []
+        for before, after in pairwise([3, *(dim >> left for left in range(count - 1, -1, -1))]):
+            layers += [nn.GELU()] * bool(layers) + [Conv3x3(before, after, stride=2)]
+            layers += [*(ConvBlock(after) for _ in range(blocks)), LayerNorm(after)]
         super().__init__(*layers)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -69,16 +74,29 @@ class ConvStem(nn.Sequential):
         return super().forward(images_BCHW.permute(0, 2, 3, 1))
 
 
-class StridedConv(nn.Linear):
-    """A 3x3 convolution with stride 2 whose weight is kept as a matrix (C', 9C), so that Muon updates it like one."""
+class Conv3x3(nn.Linear):
+    """A 3x3 convolution whose weight is kept as a matrix (C', 9C), so that Muon updates it like one."""
 
-    def __init__(self, dim: int, out: int, bias: bool = True) -> None:
+    def __init__(self, dim: int, out: int, stride: int = 1, bias: bool = True) -> None:
         super().__init__(9 * dim, out, bias=bias)
+        self.stride = stride
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        """Map (B, H, W, C) to (B, H/2, W/2, C'), rounded up."""
+        """Map (B, H, W, C) to (B, H/stride, W/stride, C'), rounded up."""
         kernel = self.weight.unflatten(1, (-1, 3, 3))
-        return F.conv2d(x_BHWC.permute(0, 3, 1, 2), kernel, self.bias, stride=2, padding=1).permute(0, 2, 3, 1)
+        x_BCHW = F.conv2d(x_BHWC.permute(0, 3, 1, 2), kernel, self.bias, self.stride, padding=1)
+        return x_BCHW.permute(0, 2, 3, 1)
+
+
+class ConvBlock(nn.Sequential):
+    """A residual block of LayerNorm, GELU and a 3x3 convolution; (B, H, W, C) in and out."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(LayerNorm(dim), nn.GELU(), Conv3x3(dim, dim))
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """Add the convolution to its input."""
+        return x_BHWC + super().forward(x_BHWC)
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -114,7 +132,7 @@ class ConvMerging(nn.Sequential):
     """Halve the map and double its channels by LayerNorm and a 3x3 convolution; (B, H, W, C) to (B, H/2, W/2, 2C)."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__(LayerNorm(dim), StridedConv(dim, 2 * dim, bias=False))
+        super().__init__(LayerNorm(dim), Conv3x3(dim, 2 * dim, stride=2, bias=False))
 
 
 class WindowAttention(BiasedAttention):

@@ -27,11 +27,12 @@ class MOATransformer(Classifier, nn.Module):
     def __init__(self, config: ModelConfig, *, image_size: tuple[int, int], num_classes: int) -> None:
         super().__init__()
         stages = plan_stages(config, image_size)
-        self.image_size = image_size
+        self.image_size, self.patch_size = image_size, config.patch_size
         self.stages = tuple(stages)
         layers = build_stages(config, stages)
-        embedding = ConvStem if "stem" in config.conv else PatchEmbedding
-        self.patch_embed = embedding(config.patch_size, stages[0].dim)
+        patch, dim = config.patch_size, stages[0].dim
+        is_conv = "stem" in config.conv
+        self.patch_embed = ConvStem(patch, dim, config.stem_blocks) if is_conv else PatchEmbedding(patch, dim)
         self.pos_drop = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(stages[-1].dim)
@@ -82,6 +83,8 @@ class MOATransformer(Classifier, nn.Module):
                 return -1, "embedding"
             case ["layers", index, "blocks", _, "attn" | "norm1", *_]:
                 return int(index), "attention"
+            case ["layers", index, "blocks", _, "conv", *_]:
+                return int(index), "convolution"
             case ["layers", index, "blocks", *_]:
                 return int(index), "MLP"
             case ["layers", index, "downsample", *_]:

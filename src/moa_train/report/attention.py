@@ -77,7 +77,7 @@ def attention_maps(model: nn.Module, images_BCHW: Tensor) -> tuple[list[WindowMa
         assert isinstance(stage, LocalStage)
         rows, columns = (-(-side // stage.window) for side in stage.map_size)
         size = images_BCHW.shape[2], images_BCHW.shape[3]
-        position = model.patch_embed.patch * 2**index
+        position = model.patch_size * 2**index
         place = partial(
             WindowMap, stage=index, grid=(rows, columns), window=stage.window, position=position, image_size=size
         )
