@@ -28,8 +28,13 @@ HYSTERESIS = 1.05
 """A number of threads must be this much faster to replace the current one."""
 LOAD_CHANGE = 0.3
 """Change in the number of cores that other processes use, after which a trial is due."""
-PAUSE, LONGEST_PAUSE = 20.0, 160.0
-"""Seconds between trials if nothing changes. They double after every trial without an effect."""
+PAUSE, IDLE_PAUSE = 6.0, 160.0
+"""Shortest time in seconds between trials if nothing seems to have changed, next to other processes and without them.
+
+When the first process starts, the load shows it. When others start or end, neither load nor times need to change much.
+"""
+LOSS = 0.02
+"""Largest share of the time that such trials may lose."""
 SETTLE = 2.0
 """Shortest time in seconds between trials."""
 
@@ -52,7 +57,7 @@ class Controller:
     """Chooses a number of threads from the times of units of work.
 
     A trial alternates between the current number of threads, which comes first, and a challenger. It starts at the
-    beginning, when the load or the time of a unit changes, and after a pause.
+    beginning, when the load or the time of a unit changes, and after a pause, which is longer after a costly trial.
 
     Attributes:
         most: largest number of threads.
@@ -69,6 +74,8 @@ class Controller:
     """Seconds per item, and load, after the last trial."""
     _ended: float | None = None
     _pause: float = PAUSE
+    _lost: float = 0.0
+    """Seconds lost in the current trial."""
     _checked: float = -math.inf
     _challengers: list[int] = field(default_factory=list)
     _ours: list[Unit] = field(default_factory=list)
@@ -110,9 +117,8 @@ class Controller:
         changed = load is not None and load_before is not None and abs(load - load_before) > LOAD_CHANGE
         latest = self._latest()
         changed |= len(latest) > 1 and not 1 / CLEAR < mean(latest) / time_before < CLEAR
-        if changed:
-            self._pause = PAUSE
-        return changed or waited >= self._pause
+        idle = load is not None and load < LOAD_CHANGE
+        return changed or waited >= (IDLE_PAUSE if idle else self._pause)
 
     def _candidates(self, load: float | None) -> list[int]:
         """Return the numbers to try: as many as there are free cores, all, and one (or half) of them."""
@@ -152,15 +158,18 @@ class Controller:
 
     def _conclude(self, challenger_won: bool, now: float) -> None:
         challenger, *others = self._challengers
-        self._pause = PAUSE if challenger_won else min(2 * self._pause, LONGEST_PAUSE)
         if challenger_won:
             self.current, self._ours = challenger, self._theirs
             self._recent.clear()
+        else:
+            taken, items = sum(unit.seconds for unit in self._theirs), sum(unit.items for unit in self._theirs)
+            self._lost += max(0.0, taken - items * mean(self._ours))
         if others:
             self._recent.extend(self._ours)
             self._try(others)
         else:
             self.threads, self._challengers, self._usual, self._ended = self.current, [], None, now
+            self._pause, self._lost = max(PAUSE, self._lost / LOSS), 0.0
             self._recent.clear()
 
 
