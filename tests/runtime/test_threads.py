@@ -54,10 +54,11 @@ def test_the_speed_is_at_least_nine_tenths_of_the_best_fixed_number(situation, s
 @pytest.mark.parametrize("scale", [0.1, 1.0])
 @pytest.mark.parametrize("situations", [[IDLE, ONE_BUSY, TWO_BUSY], LONG])
 def test_a_change_is_answered_within_ten_seconds(situations, before, after, scale):
-    machine = Machine(Controller(2))
-    machine.run(situations[before], 60, scale)
-    machine.run(situations[after], 10, scale)
-    assert machine.run(situations[after], 20, scale) >= 0.9
+    for lead in range(60, 70):  # the change comes between trials or during one
+        machine = Machine(Controller(2))
+        machine.run(situations[before], lead, scale)
+        machine.run(situations[after], 10, scale)
+        assert machine.run(situations[after], 20, scale) >= 0.9
 
 
 def test_trials_of_a_much_slower_number_are_rare():

@@ -70,8 +70,10 @@ class Controller:
     current: int = 0
     _count: int = 0
     _recent: deque[Unit] = field(default_factory=lambda: deque(maxlen=256))
-    _usual: tuple[float, float | None] | None = None
-    """Seconds per item, and load, after the last trial."""
+    _usual: float | None = None
+    """Seconds per item after the last trial."""
+    _load: float | None = None
+    """Load before the last trial, so that a change during the trial is noticed after it."""
     _ended: float | None = None
     _pause: float = PAUSE
     _lost: float = 0.0
@@ -101,6 +103,7 @@ class Controller:
             else:
                 self._recent.append(unit)
                 if self._is_due(now, load):
+                    self._load = load
                     self._try(self._candidates(load))
         return self.threads
 
@@ -111,12 +114,11 @@ class Controller:
         if waited < SETTLE or now - self._checked < TURN:
             return False
         self._checked = now
-        if self._usual is None:
-            self._usual = (mean(self._recent), load)
-        time_before, load_before = self._usual
-        changed = load is not None and load_before is not None and abs(load - load_before) > LOAD_CHANGE
+        self._usual = self._usual or mean(self._recent)
+        self._load = load if self._load is None else self._load
+        changed = load is not None and self._load is not None and abs(load - self._load) > LOAD_CHANGE
         latest = self._latest()
-        changed |= len(latest) > 1 and not 1 / CLEAR < mean(latest) / time_before < CLEAR
+        changed |= len(latest) > 1 and not 1 / CLEAR < mean(latest) / self._usual < CLEAR
         idle = load is not None and load < LOAD_CHANGE
         return changed or waited >= (IDLE_PAUSE if idle else self._pause)
 
