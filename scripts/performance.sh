@@ -1,5 +1,5 @@
 #!/bin/sh
-# Measure the tables of docs/PERFORMANCE.md on this machine, which should be idle otherwise (20 minutes on two cores).
+# Measure the tables of docs/PERFORMANCE.md on this machine, which should be idle otherwise (half an hour on two cores).
 #
 #   scripts/performance.sh FOLDER OUTPUT        FOLDER holds CIFAR-100; tables and JSON files go to the folder OUTPUT
 #
@@ -16,13 +16,14 @@ bench() {
 swin=timm/swin_tiny_patch4_window7_224
 small="$swin:img_size=32,patch_size=4,window_size=4,embed_dim=96,depths=(2,2),num_heads=(3,6),mlp_ratio=2.0,drop_path_rate=0.0"
 
-bench load-digits load --rounds 3 --isa native avx2
-bench load-cifar load --rounds 3 experiment=cifar100_plain "data.root=$data"
+bench load-digits load --rounds 4 --isa native avx2
+bench load-cifar load --rounds 6 experiment=cifar100_plain "data.root=$data"
 bench start start --rounds 5 --isa native avx2
 bench step-cifar-fp32 step experiment=cifar100_plain --batch 256 --precision fp32 --rounds 5 --seconds 0.3 \
     --against "$small" --isa avx2 avx512 native
 bench step-cifar-bf16 step experiment=cifar100_plain --batch 256 --precision bf16 --rounds 5 --seconds 0.3 \
     --against "$small"
+bench trace-cifar-bf16 trace experiment=cifar100_plain --batch 256 --precision bf16 --rounds 9 --against "$small"
 bench step-digits step --precision fp32 --rounds 5 --seconds 0.3 --isa avx2 native
 bench step-224-fp32 step model=moa_t data=imagenet --batch 8 --precision fp32 --rounds 3 --seconds 0.1 \
     --against "$swin" --isa avx2 native

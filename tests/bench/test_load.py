@@ -22,7 +22,7 @@ def test_every_situation_and_every_change_is_measured(job, monkeypatch):
     started = []
     popen = load.subprocess.Popen
     monkeypatch.setattr(load.subprocess, "Popen", lambda *args: started.append(popen(*args)) or started[-1])
-    *situations, changes = load.prepare(job({"runtime.deterministic": "false"}, rounds=1))()
+    *situations, changes = load.prepare(job({"runtime.deterministic": "false"}, rounds=2))()
     assert [table.title[-18:] for table in situations] == [f"{busy} busy process(es)" for busy in (0, 1, 2)]
     for table in situations:
         adaptive, *fixed, ratio = table.rows

@@ -28,7 +28,7 @@ from moa_train.runtime.signals import StopSignals
 from moa_train.schema import RunConfig
 
 BUSY = (0, 1, 2, 0, 2, 1, 0)
-"""Numbers of busy processes, in the order of a round: every change between 0, 1 and 2."""
+"""Numbers of busy processes in order: every change between 0, 1 and 2."""
 LEAD = 3.0
 """Seconds for which the number of threads adapts before each change, after it was fixed."""
 SETTLE = 10.0
@@ -120,7 +120,7 @@ def _direct(job: Job, run: Run, changes: list[Change]) -> Generator[None, int, N
     ways = {"adaptive": None, "1 thread": 1, f"{threads.most} threads": threads.most}
     step = yield
     with busy_processes() as keep_busy:
-        for before, after in list(pairwise(BUSY)) * job.rounds:
+        for before, after in list(pairwise(BUSY)) * ((job.rounds + 1) // 2):  # measures each situation twice
             started = time.perf_counter()
             while time.perf_counter() - started < LEAD:
                 step = yield
