@@ -1,6 +1,6 @@
 """What is chosen, given measurements; no test depends on how fast this machine is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,23 @@ def test_everything_that_applies_is_measured_without_a_trace(
     filled = apply(chosen, config, state)
     assert filled.runtime.precision in ("fp32", "bf16")
     assert chosen.describe().endswith("s of CPU time")
+
+
+@pytest.mark.parametrize(
+    ("bf16", "block", "chosen"), [(2.4, 0.7, "bf16"), (2.4, 1.2, "fp32"), (5.7, 0.7, "fp32"), (27.0, 0.1, "fp32")]
+)
+def test_only_emulated_formats_are_ruled_out_by_a_small_product(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, bf16: float, block: float, chosen: str
+) -> None:
+    """Given seconds of a product and of a block, relative to fp32: the block decides unless bf16 is emulated."""
+
+    def race(clock: Clock, candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+        return {name: block if name == "bf16" else 1.0 for name in candidates}
+
+    monkeypatch.setattr(choices, "_time_product", lambda clock: {"fp32": 1.0, "bf16": bf16})
+    monkeypatch.setattr(Clock, "race", race)
+    config = tiny({**OPEN, "optim.muon_precision": "fp32"})
+    assert choose(config, state_of(config))["runtime.precision"] == chosen
 
 
 def test_choices_reach_the_model_and_the_optimizer(tiny: Callable[..., Any]) -> None:

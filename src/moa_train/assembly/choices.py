@@ -51,6 +51,10 @@ DEFAULTS = {
 KEPT = tuple(key for key in DEFAULTS if key not in ("engine.eval_batch_size", "data.workers"))
 """Choices that a resume keeps, because the numbers of a training depend on them."""
 EVAL_BATCHES = (4, 16, 64, 256)
+KERNELS = ("plain", "fused")
+EMULATED = 5.0
+"""If a small product takes this many times as long in bf16 as in fp32, bf16 is emulated. Real instructions were seen to
+take 0.5 to 2.4 times as long for a product that small, because its overhead decides."""
 
 
 @dataclass(frozen=True)
@@ -346,7 +350,7 @@ def time_block(
     Returns:
         The seconds per image in training, and the seconds of all candidates.
     """
-    clock, times = Clock(torch.device("cpu"), 0.16), dict[str, Times]()
+    clock, times = Clock(torch.device("cpu"), 0.11), dict[str, Times]()
     attention, drops = block.layers(BiasedAttention), block.layers(DropPath)
 
     def train(x: Tensor, precision: str, kernel: str = "auto", method: str = "auto") -> None:
@@ -367,34 +371,29 @@ def time_block(
         taken = clock.once(partial(train, block.inputs(images, grad=True), "fp32"))
     x = block.inputs(images, grad=True)
 
-    formats = [kept.get("runtime.precision", config.runtime.precision)]
-    if formats == ["auto"]:
-        # Without instructions for it, bf16 is emulated, up to 100 times as slowly. A small product finds out.
-        product = _time_product(clock)
-        slow = product["bf16"] > 2 * product["fp32"]
-        formats = ["fp32"] if slow else ["fp32", "bf16"]
-        if slow:
-            times["runtime.precision"] = product
-    kernels = ["auto"]
+    precision, kernel = kept.get("runtime.precision", config.runtime.precision), "auto"
+    per_image = taken / images
+    if precision == "auto":
+        # Without instructions for it, bf16 is emulated, 10 to 100 times as slowly. A small product finds out.
+        times["runtime.precision"] = _time_product(clock)
+        if times["runtime.precision"]["bf16"] < EMULATED * times["runtime.precision"]["fp32"]:
+            times["runtime.precision"] = clock.race({form: partial(train, x, form) for form in ("fp32", "bf16")})
+        precision = fastest(times["runtime.precision"])
     if "runtime.attention" in wanted and attention:
-        kernels = ["plain", "fused"]
-    calls = {f"{name} {kernel}": partial(train, x, name, kernel) for name in formats for kernel in kernels}
-    both = clock.race(calls)
-    best = fastest(both) if both else next(iter(calls))
-    name, kernel = best.split()
-    if len(formats) > 1:
-        times["runtime.precision"] = {form: min(both[f"{form} {kernel}"] for kernel in kernels) for form in formats}
-    if kernels != ["auto"]:
-        times["runtime.attention"] = {kernel: both[f"{name} {kernel}"] for kernel in kernels}
+        # Kernels differ little for few images, and then up to 1.4 times, because of the caches.
+        images = min(4 * images, most)
+        x = block.inputs(images, grad=True)
+        times["runtime.attention"] = clock.race({name: partial(train, x, precision, name) for name in KERNELS})
+        kernel = fastest(times["runtime.attention"])
+        per_image = times["runtime.attention"][kernel] / images
     if "runtime.stochastic_depth" in wanted and (rates := _drop_rates(config)):
         for drop in drops:
             drop.rate = sum(rates) / len(rates)
             drop.keep.fill_(1 - drop.rate)
         if drops:
             times["runtime.stochastic_depth"] = Clock(clock.device, 0.06).race(
-                {method: partial(train, x, name, kernel, method) for method in ("select", "mask")}
+                {method: partial(train, x, precision, kernel, method) for method in ("select", "mask")}
             )
-    per_image = both[best] / images if both else single
     return per_image, times | _time_evaluation(block, config, wanted, per_image)
 
 
@@ -411,7 +410,7 @@ def _time_evaluation(block: Block, config: RunConfig, wanted: list[str], per_ima
     x = block.inputs(max(1, int(0.012 / per_image)), grad=False)
     kernel = "auto"
     if "runtime.eval_attention" in wanted and attention:
-        times["runtime.eval_attention"] = clock.race({name: partial(infer, x, name) for name in ("plain", "fused")})
+        times["runtime.eval_attention"] = clock.race({name: partial(infer, x, name) for name in KERNELS})
         kernel = fastest(times["runtime.eval_attention"])
     if "engine.eval_batch_size" in wanted:
         sizes = [size for size in EVAL_BATCHES if size * per_image / 3 < 0.03] or [EVAL_BATCHES[0]]
@@ -425,7 +424,7 @@ def _time_evaluation(block: Block, config: RunConfig, wanted: list[str], per_ima
 def _time_product(clock: Clock) -> Times:
     x = torch.randn(128, 128)
     matrices = {"fp32": x, "bf16": x.bfloat16()}
-    return {name: min(clock.once(partial(torch.mm, y, y)) for _ in range(3)) for name, y in matrices.items()}
+    return {name: min(clock.once(partial(torch.mm, y, y)) for _ in range(5)) for name, y in matrices.items()}
 
 
 def _autocast(precision: str) -> AbstractContextManager[object]:
