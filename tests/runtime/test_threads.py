@@ -61,6 +61,16 @@ def test_a_change_is_answered_within_ten_seconds(situations, before, after, scal
         assert machine.run(situations[after], 20, scale) >= 0.9
 
 
+def test_a_change_is_followed_by_a_second_trial():
+    """The change may have disturbed the first one."""
+    machine = Machine(Controller(2))
+    machine.run(IDLE, 60, 0.1)
+    before = len(machine.used)
+    machine.run(ONE_BUSY, 5.5, 0.1)
+    used = machine.used[before:]
+    assert (1, 2) in itertools.pairwise(used[used.index(1) :])
+
+
 def test_trials_of_a_much_slower_number_are_rare():
     machine = Machine(Controller(2))
     machine.run(({1: 0.1, 2: 1.5}, 1.0), 5)

@@ -33,6 +33,8 @@ PAUSE, IDLE_PAUSE = 6.0, 160.0
 
 When the first process starts, the load shows it. When others start or end, neither load nor times need to change much.
 """
+CONFIRM = 4.0
+"""Seconds after a trial that a change caused until the next one, because the change may have disturbed the first."""
 LOSS = 0.02
 """Largest share of the time that such trials may lose."""
 SETTLE = 2.0
@@ -76,6 +78,8 @@ class Controller:
     """Load before the last trial, so that a change during the trial is noticed after it."""
     _ended: float | None = None
     _pause: float = PAUSE
+    _by_change: bool = False
+    """Whether a change caused the last trial."""
     _lost: float = 0.0
     """Seconds lost in the current trial."""
     _checked: float = -math.inf
@@ -120,7 +124,10 @@ class Controller:
         latest = self._latest()
         changed |= len(latest) > 1 and not 1 / CLEAR < mean(latest) / self._usual < CLEAR
         idle = load is not None and load < LOAD_CHANGE
-        return changed or waited >= (IDLE_PAUSE if idle else self._pause)
+        if not changed and waited < (IDLE_PAUSE if idle and not self._by_change else self._pause):
+            return False
+        self._by_change = changed
+        return True
 
     def _candidates(self, load: float | None) -> list[int]:
         """Return the numbers to try: as many as there are free cores, all, and one (or half) of them."""
@@ -171,7 +178,7 @@ class Controller:
             self._try(others)
         else:
             self.threads, self._challengers, self._usual, self._ended = self.current, [], None, now
-            self._pause, self._lost = max(PAUSE, self._lost / LOSS), 0.0
+            self._pause, self._lost = CONFIRM if self._by_change else max(PAUSE, self._lost / LOSS), 0.0
             self._recent.clear()
 
 
