@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from moa_train.assembly import choices
-from moa_train.assembly.choices import Choices, Clock, apply, choose, decide, fastest
+from moa_train.assembly.choices import DEFAULTS, Choices, apply, choose, decide
+from moa_train.assembly.measure import Clock, fastest, time_workers
 from moa_train.assembly.training import build_state
 from moa_train.data.dataset import open_split
 from moa_train.engine.checkpoint import CheckpointStore
@@ -19,7 +19,7 @@ from moa_train.optim.muon import BatchedMuon
 from moa_train.runtime.precision import Precision
 from moa_train.schema import RunConfig
 
-IN_MEMORY = set(choices.DEFAULTS) - {"data.workers"}
+IN_MEMORY = set(DEFAULTS) - {"data.workers"}
 OPEN = {"runtime.precision": "auto", "runtime.deterministic": "false"}
 
 
@@ -64,14 +64,16 @@ def test_choices_on_a_cpu_without_bf16_instructions() -> None:
 
 def test_what_the_user_has_set_is_not_measured(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     wanted: list[str] = []
-    monkeypatch.setattr(choices, "measure", lambda config, state, keys, *rest: wanted.extend(keys) or {})
+    monkeypatch.setattr(
+        "moa_train.assembly.choices.measure", lambda config, state, keys, *rest: wanted.extend(keys) or {}
+    )
     config = tiny({**OPEN, "optim.muon_precision": "bf16", "engine.eval_batch_size": 8})
     choose(config, state_of(config))
-    assert set(wanted) == set(choices.DEFAULTS) - {"optim.muon_precision", "engine.eval_batch_size"}
+    assert set(wanted) == set(DEFAULTS) - {"optim.muon_precision", "engine.eval_batch_size"}
 
 
 def test_deterministic_runs_measure_nothing(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "measure", lambda *arguments: pytest.fail("measured"))
+    monkeypatch.setattr("moa_train.assembly.choices.measure", lambda *arguments: pytest.fail("measured"))
     config = tiny({"runtime.precision": "auto"})
     chosen = choose(config, state_of(config))
     assert (chosen.values, chosen.describe()) == ({}, "")
@@ -117,7 +119,7 @@ def test_only_emulated_formats_are_ruled_out_by_a_small_product(
     def race(clock: Clock, candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         return {name: block if name == "bf16" else 1.0 for name in candidates}
 
-    monkeypatch.setattr(choices, "_time_product", lambda clock: {"fp32": 1.0, "bf16": bf16})
+    monkeypatch.setattr("moa_train.assembly.measure._time_product", lambda clock: {"fp32": 1.0, "bf16": bf16})
     monkeypatch.setattr(Clock, "race", race)
     config = tiny({**OPEN, "optim.muon_precision": "fp32"})
     assert choose(config, state_of(config))["runtime.precision"] == chosen
@@ -156,7 +158,7 @@ def test_a_resume_keeps_the_choices_that_affect_numbers(
             if key in wanted
         }
 
-    monkeypatch.setattr(choices, "measure", measured)
+    monkeypatch.setattr("moa_train.assembly.choices.measure", measured)
     slow.update({"optim.muon_precision": "fp32", "engine.eval_batch_size": "4"})
     settings = {"runtime__deterministic": "false", "engine__stop_after": "4 steps"}
     assert train(tmp_path / "run", **settings) == 0
@@ -183,7 +185,7 @@ def test_choices_of_another_kind_of_device_are_not_kept(tiny: Callable[..., Any]
 def test_there_are_as_many_workers_as_keep_up_with_the_training(
     read: float, step: float, cores: int, workers: int
 ) -> None:
-    assert decide({"data.workers": choices.time_workers(read, step, cores)})[0] == {"data.workers": workers}
+    assert decide({"data.workers": time_workers(read, step, cores)})[0] == {"data.workers": workers}
 
 
 def test_workers_are_chosen_for_images_in_files(tiny: Callable[..., Any], make_classes: Callable[[int], Path]) -> None:
