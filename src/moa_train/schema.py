@@ -218,6 +218,20 @@ class LossConfig:
 
 
 @dataclass
+class DistillConfig:
+    """Knowledge distillation: learn from the predictions of earlier runs as well."""
+
+    teachers: list[str] = knob(
+        [],
+        "run folders whose mean prediction becomes part of the targets, each evaluated on the training images before "
+        "(moa-eval ckpt=RUN split=train)",
+    )
+    weight: float = knob(
+        0.5, "weight of the teachers' prediction in the targets; the rest is that of the label", least=0, most=1
+    )
+
+
+@dataclass
 class OptimConfig:
     """Optimizer."""
 
@@ -459,6 +473,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -12,6 +12,7 @@ from moa_train.data.mix import Mixer
 from moa_train.data.order import Order
 from moa_train.data.source import Source
 from moa_train.data.tree import compare_classes
+from moa_train.engine.distillation import Teachers
 from moa_train.interfaces import Batch
 from moa_train.plugins import DATASETS
 from moa_train.runtime.device import available_cores
@@ -95,7 +96,7 @@ def workers(config: DataConfig, local_world_size: int = 1) -> int:
 
 
 def build_train_transform(
-    config: RunConfig, source: Source, weak_from: int
+    config: RunConfig, source: Source, weak_from: int, teachers: Teachers | None = None
 ) -> Callable[[Batch, int], tuple[Tensor, Tensor]]:
     """Return the function that converts a batch on the device to images and target distributions.
 
@@ -106,7 +107,10 @@ def build_train_transform(
 
     def transform(batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         strong = step < weak_from
-        images, targets = mixer(augment(batch, strong), batch.labels, (seed, step, batch.micro), strong)
+        targets = mixer.smooth(batch.labels)
+        if teachers is not None:
+            targets = teachers(targets, batch.index)
+        images, targets = mixer(augment(batch, strong), batch.labels, (seed, step, batch.micro), strong, targets)
         return _layout(images, config.runtime.channels_last), targets
 
     return transform

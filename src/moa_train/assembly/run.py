@@ -20,6 +20,7 @@ from moa_train.data.augment import Normalize
 from moa_train.data.loader import TrainLoader
 from moa_train.data.source import Source
 from moa_train.engine.checkpoint import CheckpointStore
+from moa_train.engine.distillation import Teachers
 from moa_train.engine.manifest import Checkpoint
 from moa_train.engine.metrics import create_metrics
 from moa_train.engine.nonfinite import NonFinitePolicy, RollBack
@@ -77,6 +78,8 @@ def build_run(
     sources, choice = open_splits(config, distributed)
     train = sources["train"]
     check_batch_size(config, len(train))
+    distill = config.distill
+    teachers = Teachers.open(distill.teachers, distill.weight, train) if distill.teachers else None
 
     length = len(train) * config.augment.repeats
     schedule, to_steps = build_schedule(config, length)
@@ -91,6 +94,7 @@ def build_run(
     recorded = store.at(newest).state.get("choices") if newest is not None else None
     choices = Choices(**distributed.on_main(lambda: choose(config, state, train, recorded).as_dict()))
     record: dict[str, Any] = {"config": to_dict(config), "choices": choices.as_dict(), **training_record(train)}
+    record["teachers"] = teachers.fingerprint if teachers else None
     record["measured"] = measurement(config, choice, sources)
     starts: list[dict[str, Any]] = []
     restarted = None
@@ -105,7 +109,13 @@ def build_run(
     threads = adaptive_threads(config.runtime, distributed)
     loader = build_train_loader(config, train, distributed, lambda: stop.requested)
     train_step = build_train_step(
-        config, train, state, weak_from=weak_from, total_steps=plan.total_steps, distributed=distributed
+        config,
+        train,
+        state,
+        weak_from=weak_from,
+        total_steps=plan.total_steps,
+        distributed=distributed,
+        teachers=teachers,
     )
     tracker = Tracker() if config.replay is not None else _build_tracker(config, run_dir, plan, state.step, distributed)
     threads.say = tracker.say

@@ -100,7 +100,17 @@ def replay(run: Run, step: int) -> int:
     return Exit.FINISHED
 
 
-TRAINED = ("model.", "augment.", "loss.", "optim.", "schedule.", "engine.micro", "engine.ema", "runtime.prec")
+TRAINED = (
+    "model.",
+    "augment.",
+    "loss.",
+    "distill.",
+    "optim.",
+    "schedule.",
+    "engine.micro",
+    "engine.ema",
+    "runtime.prec",
+)
 """Prefixes of the settings that affect only training."""
 
 

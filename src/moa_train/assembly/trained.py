@@ -93,7 +93,7 @@ class Trained:
             UserError: there is no such data, its classes are not those of the model, or ``val`` cannot be held out of
                 the training images because these have changed.
         """
-        data = replace(self.config.data, limit=None, download=False)  # never download on behalf of a weights file
+        data = replace(self.config.data, download=False)  # never download on behalf of a weights file
         if root:
             data.root = root
         if workers is not None:

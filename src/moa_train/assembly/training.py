@@ -10,6 +10,7 @@ from torch import nn
 
 from moa_train.assembly.inputs import build_train_transform
 from moa_train.data.source import Source
+from moa_train.engine.distillation import Teachers
 from moa_train.engine.find_weights import find_weights
 from moa_train.engine.state import TrainState
 from moa_train.engine.step import TrainStep
@@ -102,13 +103,14 @@ def build_train_step(
     weak_from: int,
     total_steps: int,
     distributed: Distributed,
+    teachers: Teachers | None,
 ) -> TrainStep:
     """Return the function that updates ``state`` by one step; from step ``weak_from`` on, augmentation is weak."""
     engine, loss = config.engine, config.loss
     return TrainStep(
         build_compiled(config, state.model, total_steps, distributed.device),
         state.optimizer,
-        transform=build_train_transform(config, source, weak_from),
+        transform=build_train_transform(config, source, weak_from, teachers),
         loss=partial(LOSSES.load(loss.name), **LOSSES.args(loss.name, loss.args, "loss.args")),
         clip=partial(clip_gradients, config=config.optim),
         precision=state.precision,

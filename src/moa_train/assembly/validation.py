@@ -80,8 +80,10 @@ def training_record(train: Source) -> dict[str, Any]:
 def check_same_data(before: dict[str, Any], now: dict[str, Any], remedy: str = "Start a new run with init=.") -> None:
     """Compare the training images that a checkpoint recorded, as `training_record` does, with those of this run.
 
+    The predictions of teachers are compared, too, if both have some.
+
     Raises:
-        UserError: the classes, their order or the images differ.
+        UserError: the classes, their order, the images or the predictions differ.
     """
     old, new = before["classes"], now["classes"]
     if old != new:
@@ -98,4 +100,10 @@ def check_same_data(before: dict[str, Any], now: dict[str, Any], remedy: str = "
             f"{now['fingerprint']}): images were added, removed, renamed or relabeled"
             + (f" ({'; '.join(changes[:5])}{'; ...' if len(changes) > 5 else ''})" if changes else "")
             + f". {remedy}"
+        )
+    if before.get("teachers") and now.get("teachers") and before["teachers"] != now["teachers"]:
+        raise UserError(
+            f"The teachers' predictions are not those of the checkpoint (fingerprint {before['teachers']} -> "
+            f"{now['teachers']}): distill.teachers names other runs, or they were evaluated again with other weights. "
+            f"{remedy}"
         )
