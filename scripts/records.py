@@ -114,20 +114,6 @@ def keep(folder: Path, record: Path, seed: int, alone: bool) -> None:
     _write(record, content)
 
 
-def complete() -> None:
-    """Add to records that an earlier version of this script wrote what it did not record."""
-    for path in sorted((ROOT / "docs" / "results").rglob("*.json")):
-        record = read_json(path)
-        if "macs" in record:
-            continue
-        arguments = _arguments(record["command"])
-        given = dict(text.split("=", 1) for text in arguments)
-        for start in record["starts"]:
-            start["device"] = given.get("runtime.device", "cuda" if start["hardware"]["gpus"] else "cpu")
-            start["precision"] = given.get("runtime.precision", "auto")
-        _write(path, {**record, **model_cost(*arguments), "minutes": None})
-
-
 def _arguments(command: str) -> list[str]:
     """Return the key=value arguments of a recorded command, without those that name folders of one machine."""
     keys = [text for text in shlex.split(command) if re.match(r"[\w.]+=", text)]

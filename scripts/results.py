@@ -23,7 +23,6 @@ TARGET, LEVEL, POWER = 0.5, 0.05, 0.8
 
 def write() -> None:
     """Replace every block between marks, <!-- NAME --> and <!-- end -->, in docs/RESULTS.md and README.md."""
-    records.complete()
     tables = records.tables()
     small = [table for name, table in tables.items() if name.startswith("small_")]
     rows = [row for table in tables.values() for row in table.rows]

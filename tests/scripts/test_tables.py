@@ -199,17 +199,6 @@ def test_without_records_there_are_no_results(copy):
     assert not list((copy / "docs" / "images").iterdir())
 
 
-def test_records_of_earlier_versions_are_completed(copy):
-    path = copy / "docs" / "results" / "cifar100_ablation" / "swin-s0.json"
-    record = records.read_json(path)
-    old = {key: value for key, value in record.items() if key not in ("parameters", "macs", "minutes")}
-    for start in old["starts"]:
-        del start["device"], start["precision"]
-    path.write_text(json.dumps(old))
-    records.complete()
-    assert records.read_json(path) == records.read_json(ROOT / path.relative_to(copy))
-
-
 @pytest.mark.parametrize(("effect", "pairs"), [(0.5, 34), (0.8, 15), (1.0, 10)])
 def test_seeds_needed_agrees_with_published_tables(effect, pairs):
     """The well-known sizes of a two-sided paired t test at 5% with a power of 80%, by standardized effect."""
