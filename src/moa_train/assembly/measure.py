@@ -38,7 +38,7 @@ CLEAR = 1.03
 """A candidate that comes later in the list must be faster by this factor, because it needs more memory or is less
 accurate."""
 EVAL_BATCHES = (4, 16, 64, 256)
-KERNELS = ("plain", "fused")
+ATTENTION = ("plain", "fused")
 EMULATED = 5.0
 """If a small product takes this many times as long in bf16 as in fp32, bf16 is emulated. Real instructions were seen to
 take 0.5 to 2.4 times as long for a product that small, because its overhead decides."""
@@ -260,7 +260,7 @@ def time_block(
         # Kernels differ little for few images, and then up to 1.4 times, because of the caches.
         images = min(4 * images, most)
         x = block.inputs(images, grad=True)
-        times["runtime.attention"] = clock.race({name: partial(train, x, precision, name) for name in KERNELS})
+        times["runtime.attention"] = clock.race({name: partial(train, x, precision, name) for name in ATTENTION})
         kernel = fastest(times["runtime.attention"])
         per_image = times["runtime.attention"][kernel] / images
     if "runtime.stochastic_depth" in wanted and (rates := _drop_rates(config)):
@@ -287,7 +287,7 @@ def _time_evaluation(block: Block, config: RunConfig, wanted: list[str], per_ima
     x = block.inputs(max(1, int(0.012 / per_image)), grad=False)
     kernel = "auto"
     if "runtime.eval_attention" in wanted and attention:
-        times["runtime.eval_attention"] = clock.race({name: partial(infer, x, name) for name in KERNELS})
+        times["runtime.eval_attention"] = clock.race({name: partial(infer, x, name) for name in ATTENTION})
         kernel = fastest(times["runtime.eval_attention"])
     if "engine.eval_batch_size" in wanted:
         sizes = [size for size in EVAL_BATCHES if size * per_image / 3 < 0.03] or [EVAL_BATCHES[0]]
