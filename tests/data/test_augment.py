@@ -276,7 +276,8 @@ def test_the_host_never_waits_for_the_device(tiles: Tensor, crop: str, mix: dict
             wait(there.images)
     with Transfers() as transfers:
         images = augment(crop=crop, **FULL)(there)
-        images, targets = Mixer(AugmentConfig(**mix), 100)(images, there.labels, (0, 0, 0))
+        mixer = Mixer(AugmentConfig(**mix), 100)
+        images, targets = mixer(images, mixer.smooth(there.labels), (0, 0, 0))
     assert images.is_meta
     assert targets.is_meta
     assert transfers.count > 10

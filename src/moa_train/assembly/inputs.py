@@ -110,7 +110,7 @@ def build_train_transform(
         targets = mixer.smooth(batch.labels)
         if teachers is not None:
             targets = teachers(targets, batch.index)
-        images, targets = mixer(augment(batch, strong), batch.labels, (seed, step, batch.micro), strong, targets)
+        images, targets = mixer(augment(batch, strong), targets, (seed, step, batch.micro), strong)
         return _layout(images, config.runtime.channels_last), targets
 
     return transform

@@ -149,7 +149,7 @@ def _stages(
             if alpha := getattr(config.augment, name):
                 only = replace(config.augment, **{"mixup": 0.0, "cutmix": 0.0, "mix_prob": 1.0, name: alpha})
                 mixer = Mixer(only, len(source.classes))
-                stages[name] = (partial(mixer, normal, labels, (config.runtime.seed, 0, 0)), size)
+                stages[name] = (partial(mixer, normal, mixer.smooth(labels), (config.runtime.seed, 0, 0)), size)
     return stages
 
 

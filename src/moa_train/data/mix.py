@@ -26,26 +26,20 @@ class Mixer:
         self.config, self.num_classes = config, num_classes
 
     def __call__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        key: tuple[int, int, int],
-        strong: bool = True,
-        targets: Tensor | None = None,
+        self, images: Tensor, targets: Tensor, key: tuple[int, int, int], strong: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Mix a micro-batch.
 
         Args:
             images: float, (B, C, H, W); mixed in place.
-            labels: int64, (B,).
+            targets: float32, (B, K); mixed in place.
             key: (seed, step, number of the micro-batch).
             strong: whether to mix.
-            targets: float32, (B, K), may be mixed in place; default: the smoothed labels.
 
         Returns:
-            The images, and targets, float32, (B, K), whose rows sum to 1.
+            The images and targets.
         """
-        config, targets = self.config, self.smooth(labels) if targets is None else targets
+        config = self.config
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
         mixes, switch = rng.random(2)
         if not strong or not (config.mixup or config.cutmix) or mixes >= config.mix_prob:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moa_train.data.source import Source
 from moa_train.engine.predictions import Outcomes, predictions_file
+from moa_train.runtime.command_line import argument
 from moa_train.runtime.device import to_device
 from moa_train.runtime.errors import UserError
 
@@ -50,7 +51,7 @@ class Teachers:
         outcomes = []
         for folder in folders:
             path = predictions_file(Path(folder), "train")
-            again = f"moa-eval ckpt={folder} split=train"
+            again = f"moa-eval {argument('ckpt', folder)} split=train"
             if not path.exists():
                 raise UserError(
                     f"distill.teachers: {path} does not exist. Let the teacher predict the training images first: "
