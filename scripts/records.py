@@ -93,7 +93,7 @@ def keep(folder: Path, record: Path, seed: int, alone: bool) -> None:
         seed: of the run.
         alone: whether no other run of the same command ran at the same time. Otherwise, its minutes mean nothing.
     """
-    from moa_train.schema import from_dict
+    from moa_train.serialization import from_dict
 
     config, starts = from_dict(read_json(folder / "config.json")), read_json(folder / "provenance.json")
     rows = read_rows(folder / "metrics.jsonl")

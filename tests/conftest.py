@@ -142,7 +142,7 @@ def straight(train: Callable[..., int], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def two_ranks(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the results of engine/two_ranks.py: runs on one process and on two gloo ranks."""
-    from moa_train.schema import to_dict
+    from moa_train.serialization import to_dict
 
     folder = tmp_path_factory.mktemp("two_ranks")
     for name, changes in (("whole", {}), ("first", {"engine.stop_after": "5 steps"})):

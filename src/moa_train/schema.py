@@ -1,17 +1,15 @@
 """The configuration of a run: the only declaration of every setting with its default, allowed values and help text.
 
 ``RunConfig`` has one section per group of ``conf/``. Hydra composes YAML onto it and rejects unknown keys and wrong
-types; `validate` checks ranges, options and rules that span several settings. Every checkpoint contains the result.
+types; `validation.validate` checks ranges, options and rules that span several settings. Every checkpoint contains the
+result.
 """
 
-import os
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from functools import partial
-from typing import Any, get_type_hints
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
 
-from moa_train.knobs import check_entries, knob, knobs
+from moa_train.knobs import knob
 from moa_train.plugins import (
     AUGMENTATIONS,
     DATASETS,
@@ -25,7 +23,7 @@ from moa_train.plugins import (
     is_own_code,
     short_name,
 )
-from moa_train.runtime.errors import UserError, check_all, choose, nearest
+from moa_train.runtime.errors import UserError, choose
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 KERNELS = ("auto", "fused", "plain")
@@ -642,12 +640,14 @@ def thread_count(choice: Any) -> int | None:
 
 def image_shape(image_size: Any) -> tuple[int, int]:
     """Return ``data.image_size`` as (height, width), in pixels."""
-    height, width = _sides(image_size)
-    return int(height), int(width)
-
-
-def _sides(image_size: Any) -> Any:
-    return image_size if isinstance(image_size, list | tuple) else (image_size, image_size)
+    sides = image_size if isinstance(image_size, list | tuple) else [image_size, image_size]
+    try:
+        height, width = map(int, sides)
+    except (TypeError, ValueError, OverflowError):
+        height = width = 0
+    if [height, width] != list(sides) or min(height, width) < 1:
+        raise UserError(f"data.image_size={image_size} must be a number of pixels, such as 224, or [height, width].")
+    return height, width
 
 
 def parts(config: Any) -> Iterator[tuple[Plugins, str, dict[str, Any], str]]:
@@ -669,183 +669,3 @@ def parts(config: Any) -> Iterator[tuple[Plugins, str, dict[str, Any], str]]:
 def own_code(config: Any) -> list[str]:
     """Return the import paths of a user's own parts that a configuration names."""
     return [name for _, name, _, _ in parts(config) if is_own_code(name)]
-
-
-def validate(config: Any) -> None:
-    """Check ranges, options and the rules that span several settings of a command's configuration.
-
-    Raises:
-        UserError: there are mistakes. The message lists all of them, each with the key, the value and what is allowed.
-    """
-    checks: list[Callable[[], object]] = [partial(_check_value, *setting) for setting in knobs(config)]
-    if isinstance(config, RunConfig):
-        runtime = config.runtime
-        checks += [partial(compile_mode, runtime.compile), partial(thread_count, runtime.threads)]
-        checks.append(partial(_check_rules, config))
-    check_all(checks)
-    if isinstance(config, RunConfig):
-        check_all(partial(kind.args, name, values, key) for kind, name, values, key in parts(config))
-        check = getattr(DATASETS.load(config.data.name), "check", None)
-        if check is not None:
-            check(config.data)
-
-
-def _check_value(key: str, item: Any, value: Any) -> None:
-    if value == "":
-        raise UserError(f"{key} is empty, perhaps because a shell variable is not set. Leave it out, or set it.")
-    if not isinstance(value, dict):
-        check_entries(key, value, item.metadata)
-
-
-def _check_rules(config: RunConfig) -> None:
-    if broken := list(_broken_rules(config)):
-        raise UserError("\n".join(broken))
-
-
-def _broken_rules(config: RunConfig) -> Iterator[str]:
-    """Yield a message for each violated rule that spans several settings."""
-    data, augment, optim, engine = config.data, config.augment, config.optim, config.engine
-    if str(config.runtime.compile).lower() == "false" and config.runtime.compile_for != "default":
-        yield (
-            f"runtime.compile_for={config.runtime.compile_for} has no effect with runtime.compile=false. Set "
-            "runtime.compile to blocks or model."
-        )
-    try:
-        height, width = image_shape(data.image_size)
-        if [height, width] != [float(side) for side in _sides(data.image_size)]:
-            height = 0
-    except (TypeError, ValueError):
-        height = width = 0
-    if height < 1 or width < 1:
-        yield (f"data.image_size={data.image_size} must be a number of pixels, such as 224, or [height, width].")
-    for key, entries, length in (
-        ("augment.scale", augment.scale, 2),
-        ("augment.ratio", augment.ratio, 2),
-        ("optim.betas", optim.betas, 2),
-        ("data.range", data.range, 2),
-        ("data.mean", data.mean, 3),
-        ("data.std", data.std, 3),
-    ):
-        if entries is not None and len(entries) != length:
-            yield f"{key}={entries} must have {length} entries."
-        elif entries and key.startswith(("augment", "data.range")) and entries[0] > entries[1]:
-            yield f"{key}={entries}: the lower bound exceeds the upper bound."
-    micro = engine.micro_batch_size
-    if micro and engine.batch_size % micro:
-        yield (
-            f"engine.batch_size={engine.batch_size} is not a multiple of engine.micro_batch_size={micro}. "
-            f"The nearest multiples are: {_multiples_near(engine.batch_size, micro)}."
-        )
-    for key, names in (
-        ("engine.metrics", engine.metrics),
-        ("augment.extra", augment.extra),
-        ("tracking.loggers", config.tracking.loggers),
-    ):
-        if len({short_name(name) for name in names}) < len(names):
-            yield f"{key}={names}: two entries have the same name."
-    metrics = [short_name(name) for name in engine.metrics]
-    if short_name(engine.best_by) not in metrics:
-        yield f"engine.best_by={engine.best_by} must be one of engine.metrics: {', '.join(metrics)}."
-    if config.schedule.name == "step" and not config.schedule.milestones:
-        yield "schedule=step requires schedule.milestones, for example ['50%','75%']."
-    if config.resume not in (None, "auto") and config.init:
-        yield "resume continues a run, and init starts a new run from weights. Give only one of the two."
-    if config.init_head != "strict" and not config.init:
-        yield f"init_head={config.init_head} requires init=WEIGHTS, the weights to start from."
-    if config.replay is not None and config.resume in (None, "auto"):
-        yield f"replay={config.replay} requires resume=FOLDER, the run whose update to repeat."
-    if config.resume == "auto" and not config.run_dir:
-        yield "resume=auto requires run_dir=FOLDER; without it, every start would use a new folder."
-
-
-def _multiples_near(value: int, unit: int) -> str:
-    low, high = value // unit * unit, -(-value // unit) * unit
-    return " or ".join(str(number) for number in (low, high) if number)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return the configuration as plain dictionaries, lists and scalars (JSON), as records contain it."""
-    record: dict[str, Any] = _recorded(asdict(config))
-    return record
-
-
-class FromEnvironment(str):
-    """Text that a setting takes from environment variables. Records contain the ``expression`` instead."""
-
-    def __new__(cls, value: str, expression: str = "") -> "FromEnvironment":
-        """Keep the expression next to the text."""
-        self = super().__new__(cls, value)
-        self.expression = expression
-        return self
-
-    expression: str
-
-
-ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*(\w+)\s*(?:,\s*([^${}]*))?\}")
-"""Matches a reference to an environment variable, with or without a default."""
-SECRET = re.compile("secret|token|pass|key|credential|auth|private", re.IGNORECASE)
-"""Matches names of variables that probably hold secrets, which no setting needs."""
-
-
-def _recorded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _recorded(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_recorded(part) for part in value]
-    return value.expression if isinstance(value, FromEnvironment) else value
-
-
-def _from_record(value: Any) -> Any:
-    """Replace references to environment variables by their values, except those of secrets and of unset variables."""
-
-    def read(found: re.Match[str]) -> str:
-        given = None if SECRET.search(found[1]) else os.environ.get(found[1], found[2])
-        return found[0] if given is None else given
-
-    text = ENVIRONMENT.sub(read, value) if isinstance(value, str) else value
-    return value if text == value else FromEnvironment(text, value)
-
-
-def from_dict(values: dict[str, Any], kind: type = RunConfig, prefix: str = "") -> Any:
-    """Return the configuration that `to_dict` of this or an earlier version converted to a dictionary.
-
-    Raises:
-        UserError: this version does not know a key. Missing keys take their defaults.
-    """
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{prefix[:-1] or 'The configuration'} must be a mapping of keys to values, not {values!r:.80}."
-        )
-    if not prefix:
-        values = _updated(values)
-    known = {item.name: item for item in fields(kind)}
-    hints = get_type_hints(kind)
-    arguments = {}
-    for key, value in values.items():
-        if key not in known:
-            raise UserError(f"Unknown configuration key {prefix}{key}.{nearest(key, known)}")
-        nested = is_dataclass(hints[key]) and isinstance(hints[key], type)
-        arguments[key] = from_dict(value, hints[key], f"{prefix}{key}.") if nested else _from_record(value)
-    return kind(**arguments)
-
-
-RENAMED = {
-    ("augment", "off"): "weak_for",
-    ("engine", "rollback_rate"): "rollback_lr_factor",
-    ("tracking", "tensorboard"): "loggers",
-}
-"""Current names of renamed keys of version 0.1, by (section, key)."""
-
-
-def _updated(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration of version 0.1, as a dictionary, with the current keys and values."""
-    values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    for (section, old), new in RENAMED.items():
-        part = values.get(section)
-        if isinstance(part, dict) and old in part:
-            value = part.pop(old)
-            part[new] = (["tensorboard"] if value else []) if old == "tensorboard" else value
-    moa = values["model"].get("moa") if isinstance(values.get("model"), dict) else None
-    if isinstance(moa, dict) and moa.get("form") == "released":
-        values["model"]["moa"] = {**moa, "form": "published"}
-    return values

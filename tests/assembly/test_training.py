@@ -13,7 +13,8 @@ from moa_train.assembly.training import build_compiled, load_init
 from moa_train.engine.tensorfile import write_tensors
 from moa_train.model.registry import create_model
 from moa_train.runtime.errors import UserError
-from moa_train.schema import RunConfig, image_shape, to_dict
+from moa_train.schema import RunConfig, image_shape
+from moa_train.serialization import to_dict
 
 
 def build(config: RunConfig) -> nn.Module:

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from moa_train.cli import app
+from moa_train.knobs import knobs
 from moa_train.runtime.errors import UserError
-from moa_train.schema import EvalConfig, RunConfig, knobs
+from moa_train.schema import EvalConfig, RunConfig
 
 CHILD = """
 import contextlib, io, json, sys

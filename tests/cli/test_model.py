@@ -12,7 +12,8 @@ from moa_train.cli import model as command
 from moa_train.engine.find_weights import find_weights
 from moa_train.model.pth_file import read_state_dict
 from moa_train.model.registry import create_model
-from moa_train.schema import MoaConfig, ModelConfig, from_dict
+from moa_train.schema import MoaConfig, ModelConfig
+from moa_train.serialization import from_dict
 
 SIZE, CLASSES = (56, 56), 5
 CONFIG = ModelConfig(patch_size=4, embed_dim=32, depths=[1, 1], heads=[1, 2], window=7, moa=MoaConfig(form="published"))

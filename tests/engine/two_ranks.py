@@ -31,7 +31,8 @@ from moa_train.optim.clip import clip_gradients
 from moa_train.optim.optimizers import create_optimizer
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
-from moa_train.schema import DataConfig, EngineConfig, EvalConfig, MoaConfig, ModelConfig, OptimConfig, from_dict
+from moa_train.schema import DataConfig, EngineConfig, EvalConfig, MoaConfig, ModelConfig, OptimConfig
+from moa_train.serialization import from_dict
 
 BATCH, MICRO_BATCHES, CLASSES, LR = 24, 4, 5, 0.1
 

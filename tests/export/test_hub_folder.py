@@ -18,7 +18,8 @@ from moa_train.knobs import knobs
 from moa_train.model.registry import create_model
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.seed import set_deterministic
-from moa_train.schema import EvalConfig, RunConfig, to_dict
+from moa_train.schema import EvalConfig, RunConfig
+from moa_train.serialization import to_dict
 
 
 def evaluation(path, output, capsys) -> dict:

@@ -9,7 +9,8 @@ import torch
 
 from moa_train.model.stages import plan_stages
 from moa_train.model.summary import PeakMemory, summarize, training_cost
-from moa_train.schema import ModelConfig, to_dict
+from moa_train.schema import ModelConfig
+from moa_train.serialization import to_dict
 
 IMAGENET = {"image_size": (224, 224), "num_classes": 1000}
 SIZES = {
@@ -118,7 +119,8 @@ def test_peak_memory_counts_tensors_that_are_alive_together():
 STEP = """
 import gc, json, sys, torch
 from moa_train.model.registry import create_model
-from moa_train.schema import ModelConfig, from_dict
+from moa_train.schema import ModelConfig
+from moa_train.serialization import from_dict
 
 config, geometry, batch_size, dtype = json.loads(sys.argv[1])
 config, geometry["image_size"] = from_dict(config, ModelConfig, "model."), tuple(geometry["image_size"])

@@ -33,7 +33,8 @@ from moa_train.plugins import LOGGERS, short_name
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.signals import StopSignals
-from moa_train.schema import RunConfig, from_dict, to_dict
+from moa_train.schema import RunConfig
+from moa_train.serialization import from_dict, to_dict
 from moa_train.tracking.tracker import Tracker, open_tracker
 
 

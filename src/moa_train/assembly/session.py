@@ -19,7 +19,8 @@ from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_whole
 from moa_train.runtime.signals import Exit, StopRequestedError, StopSignals
-from moa_train.schema import FromEnvironment, RunConfig, to_dict
+from moa_train.schema import RunConfig
+from moa_train.serialization import FromEnvironment, to_dict
 from moa_train.tracking import provenance
 from moa_train.tracking.console import block
 

@@ -17,7 +17,8 @@ from moa_train.model.load import load_weights
 from moa_train.model.registry import create_model
 from moa_train.plugins import check_trusted
 from moa_train.runtime.errors import UserError
-from moa_train.schema import RunConfig, from_dict, image_shape, own_code
+from moa_train.schema import RunConfig, image_shape, own_code
+from moa_train.serialization import from_dict
 
 
 @dataclass(frozen=True)

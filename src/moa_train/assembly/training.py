@@ -27,7 +27,8 @@ from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.seed import seed_everything
-from moa_train.schema import RunConfig, compile_mode, from_dict, image_shape
+from moa_train.schema import RunConfig, compile_mode, image_shape
+from moa_train.serialization import from_dict
 
 log = logging.getLogger(__name__)
 

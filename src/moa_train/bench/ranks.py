@@ -26,7 +26,8 @@ from moa_train.bench.timing import alternate, synchronize
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals
-from moa_train.schema import RunConfig, from_dict, thread_count, to_dict
+from moa_train.schema import RunConfig, thread_count
+from moa_train.serialization import from_dict, to_dict
 
 WARMUP = 5
 """Steps before the measurement starts."""

@@ -18,7 +18,8 @@ from moa_train.schema import image_shape
 BASELINE = """
 import json, sys, torch, torchvision
 from moa_train.model.registry import create_model
-from moa_train.schema import ModelConfig, from_dict
+from moa_train.schema import ModelConfig
+from moa_train.serialization import from_dict
 config, size, classes = json.loads(sys.argv[1])
 create_model(from_dict(config, ModelConfig, "model."), image_size=tuple(size), num_classes=classes)
 print("built", flush=True)

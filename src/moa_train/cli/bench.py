@@ -20,7 +20,8 @@ from moa_train.plugins import DATASETS
 from moa_train.runtime.command_line import path
 from moa_train.runtime.errors import UserError, choose
 from moa_train.runtime.signals import Exit
-from moa_train.schema import PRECISIONS, RunConfig, to_dict
+from moa_train.schema import PRECISIONS, RunConfig
+from moa_train.serialization import to_dict
 
 if TYPE_CHECKING:
     from moa_train.bench.tables import Table

@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 import moa_train.conf
 from moa_train.runtime.command_line import hydra_quoted, path
 from moa_train.runtime.errors import UserError
-from moa_train.schema import ENVIRONMENT, SECRET, FromEnvironment, validate
+from moa_train.serialization import ENVIRONMENT, SECRET, FromEnvironment
+from moa_train.validation import validate
 
 CONF = Path(moa_train.conf.__file__).parent
 GROUPS = {folder.name: folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "__pycache__"}

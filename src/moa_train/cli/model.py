@@ -13,7 +13,8 @@ from moa_train.runtime.command_line import path
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
-from moa_train.schema import RunConfig, image_shape, to_dict
+from moa_train.schema import RunConfig, image_shape
+from moa_train.serialization import to_dict
 
 if TYPE_CHECKING:
     from moa_train.model.published_weights import PublishedModel

@@ -10,7 +10,8 @@ from moa_train.cli.compose import GROUPS, typed
 from moa_train.knobs import knobs
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals
-from moa_train.schema import FromEnvironment, RunConfig
+from moa_train.schema import RunConfig
+from moa_train.serialization import FromEnvironment
 
 EXAMPLES = """moa-train: train, resume or fine-tune a MOA-Transformer or a baseline model.
 

@@ -21,7 +21,8 @@ from moa_train.model.timm_door import TimmModel
 from moa_train.runtime.command_line import argument
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_flushed
-from moa_train.schema import ExportConfig, to_dict
+from moa_train.schema import ExportConfig
+from moa_train.serialization import to_dict
 from moa_train.tracking.provenance import reproduce
 
 

@@ -23,7 +23,8 @@ from moa_train.report.plots import curve_plots, reliability_plot
 from moa_train.report.thumbnails import Sheets
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_whole
-from moa_train.schema import RunConfig, to_dict
+from moa_train.schema import RunConfig
+from moa_train.serialization import to_dict
 from moa_train.tracking.curves import Curves
 from moa_train.tracking.provenance import command, reproduce
 

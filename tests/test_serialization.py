@@ -1,0 +1,24 @@
+"""Configurations in files of runs; cli/test_app.py tests references to environment variables."""
+
+import json
+
+import pytest
+
+from moa_train.runtime.errors import UserError
+from moa_train.schema import RunConfig
+from moa_train.serialization import from_dict, to_dict
+
+
+def test_a_configuration_can_be_stored_as_json():
+    config = RunConfig(run_dir="a/ü")
+    config.data.mean, config.model.moa.overlap, config.schedule.milestones = [0.1, 0.2, 0.3], 2, ["5%"]
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_a_configuration_of_another_version():
+    values = to_dict(RunConfig())
+    del values["optim"]["eps"]
+    assert from_dict(values) == RunConfig()  # missing keys take their defaults
+    values["model"]["moa"]["overlapp"] = 2
+    with pytest.raises(UserError, match=r"Unknown configuration key model\.moa\.overlapp.*'overlap'"):
+        from_dict(values)
