@@ -285,8 +285,7 @@ def test_own_recipes_can_be_in_any_folder(tried):
     assert tried["own, not there"]["code"] == 2
     assert (
         "Did you mean 'mine'? Options: cifar100_ablation, cifar100_cpu, cifar100_night, cifar100_plain, cifar10_cpu, "
-        "home, mine, paper_"
-        in tried["own, not there"]["err"]
+        "home, mine, paper_" in tried["own, not there"]["err"]
     )
 
 
