@@ -135,14 +135,17 @@ def conclusion(table: Table, row: Row) -> str:
 
 def sentence(row: Row) -> str:
     """Return the accuracy of a row in words, with the minutes of runs that had their machine for themselves."""
-    if not (found := row.records()):
+    if not (runs := row.records()):
         return f"`{row.recipe}` has not been run"
-    text = f"{mean(list(row.accuracies().values()))}% of the {IMAGES[row.split]} images (n = {len(found)})"
+    text = f"{mean(list(row.accuracies().values()))}% {IMAGES[row.split]} accuracy (n = {len(runs)})"
     times: dict[str, list[float]] = defaultdict(list)
-    for record in found.values():
+    for record in runs.values():
         if record["minutes"] is not None:
             times[machine(record["starts"][-1])].append(record["minutes"])
-    places = [f"{statistics.fmean(times[place]):.0f} minutes on {place} (n = {len(times[place])})" for place in times]
+    places = [
+        f"{statistics.fmean(found):.0f} minutes on {place} ({len(found)} timed run{'s' * (len(found) > 1)})"
+        for place, found in times.items()
+    ]
     return " in ".join([text, *filter(None, [" or ".join(places)])])
 
 

@@ -1,4 +1,4 @@
-"""Run the fault catalogue repeatedly with different seeds, and print how many injected faults the runs survived.
+"""Run the fault catalog repeatedly with different seeds, and print how many injected faults the runs survived.
 
     python scripts/torture.py                      three rounds, starting at a random seed
     python scripts/torture.py --rounds 10 --seed 1 -k "killed or stop"

@@ -21,8 +21,8 @@ def load(
     """Load trained weights, ready to predict: ``moa_train.load("outputs/RUN").predict(["cat.jpg", "dog.jpg"])``.
 
     Args:
-        path: run folder, checkpoint folder or .safetensors file. In a run folder, the best checkpoint is used.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        path: run folder (its best checkpoint), checkpoint folder, folder of a model hub, or .safetensors file.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``xpu`` or ``mps``.
         weights: ``model``, ``ema``, or ``auto``: EMA weights if there are any.
         precision: ``fp32``, ``bf16``, ``fp16`` or ``auto`` (default: that of evaluations in the run).
         code: your own modules that the configuration in the file may import.

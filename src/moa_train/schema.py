@@ -125,7 +125,9 @@ class DataConfig:
         None, "train on this many evenly spaced images only (default: all images)", least=1, fixed=True
     )
     workers: int | None = knob(
-        None, "processes per rank that decode image files (default: its CPU cores, at most 8)", least=0
+        None,
+        "processes per rank that decode image files (default: measured on a CPU; its CPU cores, at most 8, on a GPU)",
+        least=0,
     )
     mean: list[float] | None = knob(
         None, "channel means for normalization, 0 to 1 (default: those of the data set)", least=0, most=1
@@ -221,8 +223,8 @@ class DistillConfig:
 
     teachers: list[str] = knob(
         [],
-        "run folders whose mean prediction becomes part of the targets, each evaluated on the training images before "
-        "(moa-eval ckpt=RUN split=train)",
+        "run folders; the mean of their predictions becomes part of the targets. First run moa-eval ckpt=RUN "
+        "split=train for each",
     )
     weight: float = knob(
         0.5, "weight of the teachers' prediction in the targets; the rest is that of the label", least=0, most=1
@@ -303,7 +305,7 @@ class EngineConfig:
     best_by: str = knob("top1", "metric that chooses the best checkpoint, one of engine.metrics", fixed=True)
     eval_every: str = knob("1 epoch", "interval between evaluations")
     eval_batch_size: int | None = knob(
-        None, "examples per forward pass in evaluation (default: 256; 64 on a CPU, to save memory)", least=1
+        None, "examples per forward pass in evaluation (default: measured on a CPU, 256 on a GPU)", least=1
     )
     save_every: str = knob("1 epoch", "interval between checkpoints")
     keep_last: int = knob(2, "number of newest checkpoints to keep", least=1)
@@ -368,19 +370,23 @@ class RuntimeConfig:
         options=PRECISIONS,
     )
     eval_precision: str = knob(
-        "fp32", "evaluation precision; fp32 gives the same counts for any batch size", options=PRECISIONS
+        "fp32", "evaluation precision; in fp32, logits depend on the batch size only by rounding", options=PRECISIONS
     )
     matmul: str = knob(
         "tf32", "precision of fp32 matrix products on CUDA: ieee, or tf32 (10-bit mantissa)", options=("ieee", "tf32")
     )
     attention: str = knob(
-        "auto", "attention kernel in training: PyTorch's fused one or plain products; auto: measured", options=KERNELS
+        "auto",
+        "attention kernel in training: PyTorch's fused one or plain products; auto: measured on a CPU, a rule on a GPU",
+        options=KERNELS,
     )
-    eval_attention: str = knob("auto", "attention kernel in evaluation; auto: measured", options=KERNELS)
+    eval_attention: str = knob(
+        "auto", "attention kernel in evaluation; auto: measured on a CPU, a rule on a GPU", options=KERNELS
+    )
     stochastic_depth: str = knob(
         "auto",
         "drop residual branches with a mask, or select the samples that keep them and compute only those; auto: "
-        "measured",
+        "measured on a CPU, a rule on a GPU",
         options=("auto", "mask", "select"),
     )
     channels_last: bool = knob(False, "use the channels_last memory format for images and convolutions")
@@ -585,7 +591,7 @@ class ExportConfig:
 class PredictConfig:
     """Settings of ``moa-predict``; the checkpoint records its model, its classes and how images are prepared."""
 
-    ckpt: str | None = knob(None, "run folder, checkpoint folder or .safetensors file")
+    ckpt: str | None = knob(None, "run folder, checkpoint folder, folder of a model hub, or .safetensors file")
     input: str | None = knob(
         None,
         "image file, folder (with its subfolders), pattern such as 'photos/*.jpg', or - to read paths from standard "

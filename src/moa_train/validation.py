@@ -81,7 +81,7 @@ def _broken_rules(config: RunConfig) -> Iterator[str]:
     if short_name(engine.best_by) not in metrics:
         yield f"engine.best_by={engine.best_by} must be one of engine.metrics: {', '.join(metrics)}."
     if config.schedule.name == "step" and not config.schedule.milestones:
-        yield "schedule=step requires schedule.milestones, for example ['50%','75%']."
+        yield "schedule.name=step requires schedule.milestones, for example ['50%','75%']."
     if config.resume not in (None, "auto") and config.init:
         yield "resume continues a run, and init starts a new run from weights. Give only one of the two."
     if config.init_head != "strict" and not config.init:

@@ -88,6 +88,7 @@ MISTAKES = {
     "run_dir=/tmp/a,b": ["add -m", "\"run_dir='a,b'\""],
     "-m optim.lr=1e-3,abc": ["optim.lr=abc", "a number"],
     "-m model=moa_t,moa_x": ["model=moa_x", "moa_t"],
+    "-m optim.lr=1e-3,1e-4 --cfg job": ["-m and --cfg exclude each other"],
     # errors from Hydra
     "--cfg jobs": ["--cfg", "'job'"],
     "--cgf job": ["--cgf"],
@@ -241,6 +242,7 @@ def test_help_shows_examples_groups_and_every_knob(tried):
     assert tried["help"]["code"] == 0
     assert "moa-train model=moa_b data=cifar100" in text
     assert "torchrun --nproc-per-node" in text
+    assert "--multirun" in text
     for group, options in (("model", "moa_b, moa_micro, moa_s"), ("data", "cifar10, cifar100"), ("optim", "adamw")):
         assert f"{group}: {options}" in text
     for key, item, _ in knobs(RunConfig()):
@@ -263,6 +265,7 @@ def test_help_can_be_piped_into_head():
 def test_help_of_moa_eval(tried):
     text = tried["eval help"]["out"]
     assert "moa-eval ckpt=outputs/RUN" in text
+    assert "--multirun" not in text
     for key, item, _ in knobs(EvalConfig()):
         assert any(
             line.strip().startswith(f"{key}=") and item.metadata["help"][:20] in line for line in text.splitlines()

@@ -1,4 +1,4 @@
-"""The fault catalogue: `--fault-seed` seeds its random choices; a table at the end counts the injected faults."""
+"""The fault catalog: `--fault-seed` seeds its random choices; a table at the end counts the injected faults."""
 
 import random
 import sys
@@ -39,11 +39,11 @@ CATALOGUE = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fault-seed", type=int, default=0, help="seed of the fault catalogue's random choices")
+    parser.addoption("--fault-seed", type=int, default=0, help="seed of the fault catalog's random choices")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "fault(row, ...): rows of the catalogue; injected faults count for the first")
+    config.addinivalue_line("markers", "fault(row, ...): rows of the catalog; injected faults count for the first")
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 tries[row] += faults
                 passed[row] += faults if outcome == "passed" else 0
     if tries:
-        terminalreporter.section("fault catalogue")
+        terminalreporter.section("fault catalog")
         for row in sorted(tries):
             terminalreporter.line(f"| {row} | {CATALOGUE[row]} | {tries[row]} | {passed[row]} |")
         terminalreporter.line(f"| | all | {sum(tries.values())} | {sum(passed.values())} |")

@@ -70,7 +70,7 @@ def test_the_paired_test_equals_scipys():
 
 
 def test_intervals_over_images_hold_as_often_as_they_should():
-    """Draw from a known distribution 300 times: about 285 of the 95 % intervals contain its mean."""
+    """Draw from a known distribution 300 times: about 285 of the 95% intervals contain its mean."""
     generator = np.random.default_rng(3)
     held = 0
     for _ in range(300):

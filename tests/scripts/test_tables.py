@@ -223,7 +223,7 @@ def test_runs_on_other_hardware_are_counted(copy):
         record["result"]["test"]["top1"] = 65.0 + seed
         record["starts"][0] |= {"device": "cpu", "hardware": {"cpu": "Zen", "cores": 2, "gpus": []}}
         row.record(seed).write_text(json.dumps(record))
-    accuracy, time = "65.50 ± 0.71% of the test images (n = 2)", "31 minutes on 2 cores of Zen (n = 2)"
+    accuracy, time = "65.50 ± 0.71% test accuracy (n = 2)", "31 minutes on 2 cores of Zen (2 timed runs)"
     assert results.sentence(row) == f"{accuracy} in {time}"
     ((point,),) = results.minutes([row])["panels"].values()
     assert point["x"] == {"mean": 31.0, "deviation": pytest.approx(math.sqrt(2))}

@@ -94,7 +94,8 @@ def run(
                 raise UserError(f"--config-dir {root}: there is no such folder.")
         if {"--help", "-h"} & set(arguments):
             # Hydra would compose every option of every group for its help, which takes a second.
-            print(_help(schema, examples, _own_settings(arguments, config_name), config_roots(arguments)))
+            own = _own_settings(arguments, config_name)
+            print(_help(schema, examples, own, config_roots(arguments), sweeps=multirun is not None))
             return None
         if not {"--hydra-help", "--shell-completion", "-sc"} & set(arguments):
             check_overrides(arguments, schema)
@@ -103,8 +104,9 @@ def run(
                     raise UserError(
                         "-m is an option of moa-train, which starts several trainings. Call this command once for each."
                     )
-                if not {"--cfg", "-c"} & set(arguments):
-                    return multirun(arguments, config_name)
+                if {"--cfg", "-c"} & set(arguments):
+                    raise UserError("-m and --cfg exclude each other, because a sweep has many configurations.")
+                return multirun(arguments, config_name)
         # Options come first, because argparse accepts positional arguments only on one side of them.
         sys.argv[1:] = sorted(map(addable, arguments), key=lambda text: "=" in text and not text.startswith("-"))
         hydra.main(version_base="1.3", config_path="pkg://moa_train.conf", config_name=config_name)(checked)()
@@ -319,7 +321,7 @@ WIDTH, INDENT = 120, 46
 """Columns of the help, and the one where descriptions start."""
 
 
-def _help(schema: type, examples: str, own: Sequence[tuple[str, Any, str]], roots: Sequence[Path]) -> str:
+def _help(schema: type, examples: str, own: Sequence[tuple[str, Any, str]], roots: Sequence[Path], sweeps: bool) -> str:
     lines: list[str] = []
     section = ""
     for key, item, value in knobs(schema()):
@@ -342,7 +344,8 @@ def _help(schema: type, examples: str, own: Sequence[tuple[str, Any, str]], root
         ". Groups change some defaults; --cfg job shows the result.\n" if grouped else ":\n"
     )
     groups = "".join(f"{group}: {', '.join(_options(group, roots))}\n" for group in sorted(GROUPS))
-    blocks = [usage, f"{examples}\n", OPTIONS, *([f"{GROUPS_HELP}{groups}\n"] if grouped else [])]
+    options = "".join(line for line in OPTIONS.splitlines(True) if sweeps or "--multirun" not in line)
+    blocks = [usage, f"{examples}\n", options, *([f"{GROUPS_HELP}{groups}\n"] if grouped else [])]
     return "\n".join([*blocks, settings + "\n".join(lines)])
 
 

@@ -152,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--isa", nargs="+", default=[], choices=ISAS,
-        help="measure with each of these instruction sets in turn; a CPU that has more looks like one that has less",
+        help="repeat the measurements with the CPU limited to each of these instruction sets",
     )  # fmt: skip
     result.add_argument("--config-dir", type=path, metavar="DIR", help="folder with your own recipes, as in moa-train")
     result.add_argument(

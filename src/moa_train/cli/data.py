@@ -21,7 +21,7 @@ FOUND = 1
 """Exit code of `moa-data check` if there are findings."""
 
 EXAMPLES = """examples:
-  moa-data pack cifar100_images data/cifar100     run once; afterwards: moa-train data=cifar100
+  moa-data pack cifar100_images data/cifar100     run once; afterward: moa-train data=cifar100
   moa-data check /data/imagenet --workers 16      run before a long training
   moa-data stats /data/flowers --image-size 224   prints data.mean and data.std
 """

@@ -28,7 +28,9 @@ Examples:
 def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     """Evaluate weights, and print and write the result."""
     if not config.ckpt:
-        raise UserError("ckpt is missing. Give ckpt=PATH: a run folder, a checkpoint folder or a .safetensors file.")
+        raise UserError(
+            "ckpt is missing. Give ckpt=PATH: a run folder, checkpoint folder, hub folder or .safetensors file."
+        )
     if config.output and not Path(config.output).parent.is_dir():
         raise UserError(f"output={config.output}: there is no folder {Path(config.output).parent}.")
     from moa_train.assembly.evaluation import build_evaluation

@@ -21,7 +21,9 @@ Examples:
 def export(config: ExportConfig, overrides: list[str]) -> None:
     """Export weights and print the report."""
     if not config.ckpt:
-        raise UserError("ckpt is missing. Give ckpt=PATH: a run folder, a checkpoint folder or a .safetensors file.")
+        raise UserError(
+            "ckpt is missing. Give ckpt=PATH: a run folder, checkpoint folder, hub folder or .safetensors file."
+        )
     from moa_train.export.job import export as run
 
     print(json.dumps(run(config, sys.stderr), indent=2))  # standard output is for the JSON only

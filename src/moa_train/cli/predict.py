@@ -30,7 +30,9 @@ Examples:
 def predict(config: PredictConfig, overrides: list[str]) -> int:
     """Predict, write the predictions, and return the exit code."""
     if not config.ckpt:
-        raise UserError("ckpt is missing. Give ckpt=PATH: a run folder, a checkpoint folder or a .safetensors file.")
+        raise UserError(
+            "ckpt is missing. Give ckpt=PATH: a run folder, checkpoint folder, hub folder or .safetensors file."
+        )
     if not config.input:
         raise UserError("input is missing. Give input=PATH: an image file, a folder, a pattern in quotes, or -.")
     for key, folder in (("output", config.output), ("explain", config.explain)):

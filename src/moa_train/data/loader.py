@@ -36,7 +36,7 @@ from moa_train.runtime.signals import StopRequestedError
 from moa_train.schema import DataConfig, RuntimeConfig
 
 _POLL = 3.0
-"""Seconds between looks at dead workers and requests to stop while a batch is awaited."""
+"""Seconds between checks of dead workers and requests to stop while a batch is awaited."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _GRACE = 3.0
 """Seconds after which workers are killed that do not end on request."""

@@ -33,7 +33,7 @@ class RollBack(Exception):  # noqa: N818 a request, not an error
 
 
 class GradientGuard:
-    """Skips updates whose gradient is not finite, and reports them afterwards.
+    """Skips updates whose gradient is not finite, and reports them afterward.
 
     The norm of the reduced gradient is the same on every rank, and so are all decisions that depend on it. The host
     reads the norm right away if that costs nothing (on a CPU, or with fp16, whose scaler waits for the device anyway)

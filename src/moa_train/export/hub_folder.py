@@ -208,14 +208,10 @@ moa-train init=FOLDER init_head=new data=folder data.root=DATA data.image_size=[
 ```
 
 ```python
-from pathlib import Path
+import moa_train
 
-import torch
-
-from moa_train.assembly.trained import Trained
-
-model = Trained.open(Path("FOLDER")).build().eval()
-logits = model(torch.zeros(1, 3, {height}, {width}))  # normalized images
+model = moa_train.load("FOLDER")
+print(model.predict(["cat.jpg"])[0].classes[0])
 ```
 """
 

@@ -64,7 +64,7 @@ def attend(q_GNLD: Tensor, k_GNLD: Tensor, v_GNLD: Tensor, bias: Tensor, kernel:
     """Return ``softmax(q kᵀ / √D + bias) v`` (G, N, L, D); ``bias`` is (N, L, L), or (G, N, L, L) if it contains masks.
 
     ``kernel`` is fused (PyTorch's attention), plain (matrix products) or auto: FlexAttention in compiled code,
-    otherwise fused, or plain where a rule expects it to be faster. Measurements: docs/GPU.md, docs/MODEL.md.
+    otherwise fused, or plain where a rule expects it to be faster. Measurements: docs/GPU.md, docs/PERFORMANCE.md.
     """
     if kernel == "auto" and flex_pays(q_GNLD, bias):
         from torch.nn.attention.flex_attention import flex_attention

@@ -27,7 +27,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, skipped: Tensor | None = None) -> None:
-        """Move the averages towards the parameters; to be called once after each optimizer step.
+        """Move the averages toward the parameters; to be called once after each optimizer step.
 
         ``skipped`` is 1 on the device if the optimizers skipped that step. The averages then stay the same.
         """

@@ -42,7 +42,7 @@ class BatchedMuon(torch.optim.Muon):
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        made: Tensor | float = 1.0  # 0 if the step is skipped; the momentum then moves towards itself
+        made: Tensor | float = 1.0  # 0 if the step is skipped; the momentum then moves toward itself
         if self.found_inf is not None:
             made, skipped = 1 - self.found_inf, self.found_inf.bool()
             gradients = [torch.where(skipped, m, g) for m, g in zip(momenta, gradients, strict=True)]

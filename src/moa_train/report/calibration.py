@@ -1,4 +1,4 @@
-"""Calibration: whether predictions with a confidence of 80 % are right in 80 % of the cases."""
+"""Calibration: whether predictions with a confidence of 80% are right in 80% of the cases."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PATH_STEPS = 8
-"""Points on the path of `class_map`. More points do not change the areas of `faithfulness` (docs/EXPLAIN.md)."""
+"""Points on the path of `class_map`. More points do not change the areas of `faithfulness` (docs/PREDICT.md)."""
 CELLS, CUTS = 16, 16
 """`faithfulness` ranks the cells of a grid of 16 x 16, and changes a sixteenth of them at a time."""
 

@@ -197,7 +197,7 @@ class Evaluated:
                 f'<figcaption>{escape(text)}<span class="file">{name}</span></figcaption></figure>'
             )
         lead = (
-            "The image and the evidence for its predicted class: bright and orange where the pixels speak for the "
+            "The image and the evidence for its predicted class: bright and orange pixels support this "
             "class. The most confident wrong predictions come first, then the most confident right ones."
         )
         return f'<p class="lead">{lead}</p><div class="images pairs">{"".join(figures)}</div>'
@@ -256,9 +256,9 @@ def _mistakes(found: Findings) -> str:
         )
     else:
         parts.append(
-            f"<p>Confident learning selects {len(errors):,} images: another class is at least as probable as is usual "
-            "for that class, and the label is not the most probable one. The least plausible labels come first. "
-            "The less accurate the model is, the more of these labels are in fact right.</p>"
+            f"<p>Confident learning selects {len(errors):,} images: another class is at least as probable as it is on "
+            "average for images with its label, and the label is not the most probable class. The least plausible "
+            "labels come first. The less accurate the model is, the more of these labels are in fact right.</p>"
         )
         parts.append(_list("errors") if len(errors) else "")
     return "\n".join(parts)
@@ -321,11 +321,12 @@ def _classes(found: Findings) -> str:
             worst,
         ]
 
-    head = ["class", "images", "accuracy", "95 % interval", "precision", "mean confidence", "most often mistaken for"]
+    head = ["class", "images", "accuracy", "95% interval", "precision", "mean confidence", "most often mistaken for"]
     rows = sorted(found.by_class, key=lambda one: one.accuracy.value)
     table = page.table(head, map(row, rows), numbers=(1, 2, 3, 4, 5), name="by-class")
     return f"""<p class="lead">The worst classes come first; a click on a title sorts, a click on a class shows its
-wrongly classified images. Precision is the share of right ones among the images classified as this class.</p>
+wrongly classified images. Precision is the fraction of correct predictions among the images that are classified as
+this class.</p>
 <p><input type="search" data-filter="by-class" placeholder="Filter classes" aria-label="Filter classes"></p>
 {table}"""
 
@@ -336,7 +337,7 @@ def _calibration(found: Findings) -> str:
         return ""
     before, after = calibration.before, calibration.after
     lead = (
-        "A calibrated model is right in 80 % of the cases where its confidence is 80 %. Bars are the accuracy in each "
+        "A calibrated model is right in 80% of the cases where its confidence is 80%. Bars are the accuracy in each "
         "bin of confidence, with the number of images; dots are at the mean confidence. ECE is the mean distance from "
         "the diagonal in percentage points. Its interval is a bootstrap over images."
     )
@@ -370,7 +371,7 @@ def _bins(bins: Sequence[dict[str, Any]]) -> str:
         numbers = f"{one['confidence']:.2f} %", f"{accuracy.value:.2f} %", f"{_text(accuracy)}"
         return [limits, f"{one['images']:,}", *numbers]
 
-    head = ["confidence", "images", "mean confidence", "accuracy", "95 % interval"]
+    head = ["confidence", "images", "mean confidence", "accuracy", "95% interval"]
     return page.table(head, map(row, bins), numbers=(0, 1, 2, 3, 4))
 
 
@@ -400,7 +401,7 @@ def _provenance(facts: dict[str, Any]) -> str:
     commands = page.preformatted("\n\n".join(facts["commands"]))
     config_text = page.preformatted(json.dumps(config, indent=1))
     return (
-        f'<div class="cards">{cards}</div><h3>Commands that led here</h3>{commands}'
+        f'<div class="cards">{cards}</div><h3>Commands that produced these weights</h3>{commands}'
         f"{page.details('Full configuration', config_text)}"
     )
 

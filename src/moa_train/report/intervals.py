@@ -1,4 +1,4 @@
-"""Confidence intervals at 95 %."""
+"""Confidence intervals at 95%."""
 
 from dataclasses import asdict, dataclass
 

@@ -254,7 +254,7 @@ def robustness_page(found: Mapping[str, Any]) -> str:
         ]
         for one in singles
     )
-    head = ["test set", "images", "classes", "top-1", "95 % interval", "clean control", "difference"]
+    head = ["test set", "images", "classes", "top-1", "95% interval", "clean control", "difference"]
     parts = []
     if singles:
         parts.append(
@@ -262,9 +262,9 @@ def robustness_page(found: Mapping[str, Any]) -> str:
                 "sets",
                 "Test sets",
                 page.table(head, rows, numbers=(1, 2, 3, 4, 5, 6)),
-                "The model chooses among the classes that a test set has. The clean control is its accuracy on the "
-                "images without a shift, of the same classes and chosen among the same. For ImageNet ReaL, the control "
-                "is the accuracy by the original labels.",
+                "Predictions are restricted to the classes in the test set's labels. The clean control is the accuracy "
+                "on unshifted images of the same classes, with the same restriction. For ImageNet ReaL, the control is "
+                "the accuracy by the original labels.",
             )
         )
     for benchmark, summary in found["mean_corruption_error"].items():

@@ -15,7 +15,7 @@ from moa_train.runtime.command_line import hydra_quoted
 from moa_train.runtime.signals import Exit
 
 POLL = 0.5
-"""Seconds between looks at a running job."""
+"""Seconds between checks of a running job."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 STOPPED = (Exit.STOPPED, Exit.INTERRUPTED)
 

@@ -14,7 +14,7 @@ def wait_briefly() -> None:
     """Let OpenMP threads sleep after a short wait for each other. Call this function before importing torch.
 
     By default, libgomp's threads spin for milliseconds and occupy cores that other processes may need. With this
-    setting, a small model on two cores trained 1.3 times as fast when another process was running, and 3 % slower on
+    setting, a small model on two cores trained 1.3 times as fast when another process was running, and 3% slower on
     an otherwise idle machine (docs/PERFORMANCE.md). A value of OMP_WAIT_POLICY or GOMP_SPINCOUNT set by the user is
     kept.
     """

@@ -1,4 +1,4 @@
-"""An optimizer: sign descent with momentum. Its state is tensors, so checkpoints hold it without further ado."""
+"""An optimizer: sign descent with momentum. Its state is tensors, so checkpoints hold it without extra code."""
 
 import torch
 from torch import nn
