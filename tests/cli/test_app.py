@@ -20,7 +20,7 @@ from moa_train.schema import EvalConfig, RunConfig
 
 CHILD = """
 import contextlib, io, json, sys
-from moa_train.cli import app, evaluate, train
+from moa_train.cli import app, evaluate, sweep, train
 from moa_train.schema import EvalConfig, RunConfig
 
 def shown(config):
@@ -33,7 +33,9 @@ def run(command, arguments):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            app.run(lambda config, overrides: print("ran", overrides, shown(config)), schema, command, module.EXAMPLES)
+            multirun = sweep.run if command == "train" else None
+            task = lambda config, overrides: print("ran", overrides, shown(config))
+            app.run(task, schema, command, module.EXAMPLES, multirun)
             code = "returned"
         except SystemExit as leaving:
             code = leaving.code or 0
