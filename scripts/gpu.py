@@ -237,7 +237,7 @@ def faults(part: Part) -> None:
 
 
 def ranks(part: Part) -> None:
-    """Train with one rank under torchrun (NCCL on a GPU), compiled by blocks."""
+    """Train with one rank under torchrun, compiled by blocks."""
     settings = [
         f"run_dir={part.folder / 'ranks'}", f"runtime.device={part.device}", "runtime.compile=blocks", "tracking=quiet",
         f"schedule.duration='{8 if part.small else 100} steps'", "schedule.warmup=0%", "engine.micro_batch_size=32",

@@ -265,7 +265,7 @@ class OptimConfig:
         options=("norm", "value", "none"),
     )
     clip_value: float = knob(5.0, "largest gradient norm (clip=norm) or largest absolute entry (clip=value)", above=0)
-    args: dict[str, Any] = knob({}, "settings of your own optimizer: optim.args.KEY=VALUE")
+    args: dict[str, Any] = knob({}, "settings of your own optimizer: optim.args.KEY=VALUE", fixed=True)
 
 
 @dataclass

@@ -82,6 +82,11 @@ def _broken_rules(config: RunConfig) -> Iterator[str]:
         yield f"engine.best_by={engine.best_by} must be one of engine.metrics: {', '.join(metrics)}."
     if config.schedule.name == "step" and not config.schedule.milestones:
         yield "schedule.name=step requires schedule.milestones, for example ['50%','75%']."
+    if config.resume not in (None, "auto") and config.run_dir:
+        yield (
+            f"resume={config.resume} continues the run in its own folder, so run_dir={config.run_dir} would have no "
+            "effect. Leave it out, or start a new run there from the weights with init=."
+        )
     if config.resume not in (None, "auto") and config.init:
         yield "resume continues a run, and init starts a new run from weights. Give only one of the two."
     if config.init_head != "strict" and not config.init:

@@ -145,6 +145,15 @@ def test_choices_reach_the_model_and_the_optimizer(tiny: Callable[..., Any]) -> 
     assert [part.dtype for part in state.optimizer.parts if isinstance(part, BatchedMuon)] == [torch.float32]
 
 
+def test_choices_keep_a_loss_scale_that_was_restored(tiny: Callable[..., Any]) -> None:
+    """It is a part of the precision, and the choices are applied after a checkpoint is restored."""
+    config = tiny(OPEN)
+    state = state_of(config)
+    before = state.precision
+    apply(Choices("cpu", {"runtime.precision": "fp32"}), config, state)
+    assert state.precision is before
+
+
 def test_a_resume_keeps_the_choices_that_affect_numbers(
     train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

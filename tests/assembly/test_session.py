@@ -1,12 +1,18 @@
 """A training session: what it prints, and what it refuses."""
 
+import gc
+import json
 import shlex
 import shutil
 import threading
+import weakref
 
 import pytest
 
+from moa_train.assembly import session
 from moa_train.assembly.commands import command
+from moa_train.engine.nonfinite import RollBack
+from moa_train.runs.folder import status
 from moa_train.runtime.errors import UserError
 
 RESNET = {
@@ -63,3 +69,44 @@ def test_training_works_in_a_thread(train, straight, outcome, tmp_path):
     assert codes == [0]
     found, expected = outcome(tmp_path / "run"), outcome(straight)
     assert found["tensors"] == expected["tensors"]
+
+
+def test_the_configuration_is_recorded_as_composed(train, tmp_path):
+    """Otherwise, seeds for which other kernels were measured would count as other settings."""
+    assert train(tmp_path / "run", runtime__attention="auto", runtime__deterministic=False) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (start,) = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert config["runtime"]["attention"] == "auto"
+    assert start["choices"]["values"]["runtime.attention"] in ("plain", "fused")
+
+
+def test_a_run_that_continues_is_not_finished(train, tmp_path, monkeypatch):
+    assert train(tmp_path / "run", engine__stop_after="4 steps") == 0
+    assert status(tmp_path / "run") == "finished"
+    seen, real = [], session.train
+    monkeypatch.setattr(session, "train", lambda *run: seen.append(status(tmp_path / "run")) or real(*run))
+    assert train(tmp_path / "run", resume=True) == 0
+    assert seen == ["running"]
+    assert status(tmp_path / "run") == "finished"
+
+
+def test_a_rollback_releases_the_discarded_run(train, tmp_path, monkeypatch):
+    """Two models with their optimizers might not fit into memory."""
+    built, real = [], (session.build_run, session.train)
+
+    def build(*args, **settings):
+        gc.collect()
+        assert not [model for model in built if model() is not None]
+        run = real[0](*args, **settings)
+        built.append(weakref.ref(run.model))
+        return run
+
+    def train_once(run, distributed):
+        if len(built) == 1:
+            raise RollBack("Rolling back", nonfinite=1, lr_factor=0.5)
+        return real[1](run, distributed)
+
+    monkeypatch.setattr(session, "build_run", build)
+    monkeypatch.setattr(session, "train", train_once)
+    assert train(tmp_path / "run") == 0
+    assert len(built) == 2

@@ -24,7 +24,9 @@ from moa_train.cli import app, evaluate, sweep, train
 from moa_train.schema import EvalConfig, RunConfig
 
 def shown(config):
-    paths = [config.run_dir, config.init, config.data.root] if isinstance(config, RunConfig) else []
+    paths = []
+    if isinstance(config, RunConfig):
+        paths = [config.run_dir, config.init, config.data.root, config.sweep.dir, *config.distill.teachers]
     return ascii([path for path in paths if path])
 
 def run(command, arguments):
@@ -148,6 +150,7 @@ RIGHT = {
     "completion": ["train", ["-sc", "install=bash"]],
     "quoted": ["train", ["run_dir='a=b, c'", "data.root=/data/x y", "model.moa={overlap:2}", "data.mean=null"]],
     "ä": ["train", ["run_dir=Läufe/é b", "engine.metrics=[top1]", "data.root=~/bilder", "init='ö'"]],
+    "homes": ["train", ["sweep.dir=~/sweeps", "distill.teachers=['~/a',b]"]],
     "home": ["train", ["--config-dir", "own", "experiment=home"]],
     "no recipe": ["train", ["experiment=null", "debug=null"]],
     "environment": ["train", ["data.root=/data/${oc.env:HOME}"]],
@@ -322,6 +325,8 @@ def test_paths_are_accepted_as_typed(tried):
     assert tried["ä"]["code"] == 0, tried["ä"]["err"]
     assert ascii(["Läufe/é b", "ö", str(Path("~/bilder").expanduser())]) in tried["ä"]["out"]
     assert ascii([str(Path("~/images").expanduser())]) in tried["home"]["out"]  # of a recipe
+    sweep, teacher = (str(Path(path).expanduser()) for path in ("~/sweeps", "~/a"))
+    assert ascii([sweep, teacher, "b"]) in tried["homes"]["out"]
 
 
 def test_no_recipe_is_a_choice(tried):

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 from moa_train.assembly.trained import Trained
 from moa_train.cli.evaluate import evaluate
+from moa_train.data.pack import pack_tree
+from moa_train.data.tree import scan_split
 from moa_train.engine.find_weights import FoundWeights
 from moa_train.engine.predictions import Outcomes
 from moa_train.runtime.errors import UserError
@@ -238,9 +240,28 @@ def test_a_report_without_matplotlib_is_an_error_before_anything_is_opened(monke
         evaluate(EvalConfig(ckpt="not looked at", report=True), [])
 
 
-@pytest.mark.parametrize("changed", [{"weights": "model"}, {"tta": "flip"}, {"ckpt": "checkpoints/last"}])
+@pytest.mark.parametrize(
+    "changed", [{"weights": "model"}, {"tta": "flip"}, {"ckpt": "checkpoints/last"}, {"precision": "bf16"}]
+)
 def test_other_evaluations_keep_the_predictions_of_the_run(copy, changed):
     """Otherwise, moa-compare would compare this run's flipped images or other weights with those of other runs."""
     before = (copy / "predictions-test.npz").stat().st_mtime_ns
     run(**{"ckpt": copy, **changed, **({"ckpt": copy / changed["ckpt"]} if "ckpt" in changed else {})})
     assert (copy / "predictions-test.npz").stat().st_mtime_ns == before
+
+
+def test_files_are_seen_as_the_pack_was_in_training(train, make_classes, tmp_path):
+    """Images of a pack are not cropped. Other images do not replace the predictions of the run."""
+    tree, pack = make_classes(2), tmp_path / "pack"
+    for split in ("train", "test"):
+        pack_tree(scan_split(tree, split), pack, split)
+    changes = {"data__name": "folder", "data__root": pack, "data__image_size": 8, "data__val_fraction": 0}
+    changes |= {"engine__batch_size": 8, "schedule__duration": "2 steps", "schedule__warmup": 0, "data__workers": 0}
+    assert train(tmp_path / "run", data__limit="null", **changes) == 0
+    trained = json.loads((tmp_path / "run" / "result.json").read_text())["test"]
+    found = run(ckpt=tmp_path / "run", root=tree)
+    assert found["loss"] == pytest.approx(trained["loss"], rel=1e-6)
+    kept = (tmp_path / "run" / "predictions-test.npz").read_bytes()
+    next((tree / "test").rglob("*.png")).unlink()
+    assert run(ckpt=tmp_path / "run", root=tree)["total"] == found["total"] - 1
+    assert (tmp_path / "run" / "predictions-test.npz").read_bytes() == kept

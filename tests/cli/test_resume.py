@@ -32,6 +32,12 @@ def test_a_run_folder_provides_its_own_configuration(run_dir):
     assert now.engine.micro_batch_size == 32
 
 
+def test_a_preflight_of_a_run_does_not_resume_it(run_dir):
+    now, changed = resolve_resume(RunConfig(resume=str(run_dir), preflight=True), [f"resume={run_dir}"])
+    assert now.preflight
+    assert changed == []
+
+
 def test_changes_are_reported_with_old_and_new_values(run_dir):
     typed = [f"resume={run_dir}", "optim.lr=1e-5", "schedule.duration=20 steps", "data.workers=3", "data.mean=null"]
     now, changed = resolve_resume(RunConfig(resume=str(run_dir)), typed)

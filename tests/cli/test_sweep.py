@@ -78,6 +78,7 @@ def test_an_invalid_value_in_any_run_prevents_the_sweep(tmp_path):
         (["optim.lr=1e-3", "sweep.trials=2"], "needs a search space"),
         (["optim.lr=1e-3,1e-2", "runtime.seed=interval(0,1)", "sweep.trials=2"], "List them: runtime.seed=0,1,2"),
         (["optim.lr=interval(-1,1)", "sweep.trials=2"], "optim.lr=-1.0 is out of range"),
+        (["optim.lr=interval(1e-4,1e-2)", "sweep.trials=2", "data.val_fraction=0"], "compares trials on validation"),
         (["optim.lr=1e-3", "sweep.sampler=grid"], "Options: tpe, random"),
         (["engine.batch_size=16,17", "engine.micro_batch_size=16"], r"is in the run engine\.batch_size=17\."),
     ],

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 from moa_train.data import augment as augment_module
-from moa_train.data.augment import BatchAugment, Normalize
+from moa_train.data.augment import BatchAugment, Normalize, plan_crop
 from moa_train.data.batch import Batch, images_at_once
 from moa_train.data.mix import Mixer
 from moa_train.runtime.errors import UserError
@@ -130,6 +130,18 @@ def test_padded_crops_are_equally_likely() -> None:
     assert places.abs().max() == 4
     counts = torch.bincount((places[:, 0] + 4) * 9 + places[:, 1] + 4, minlength=81)
     assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("crop", ["pad", "resized", "none"])
+def test_the_filter_of_files_and_of_batches_is_the_one_configured(tiles: Tensor, crop: str) -> None:
+    class Files:
+        image_size, in_memory = (8, 8), False
+
+    for name in ("bilinear", "bicubic"):
+        view, _ = plan_crop(AugmentConfig(crop=crop, interpolation=name), Files())  # type: ignore[arg-type]
+        assert view.interpolation == name
+    images = [plain(crop=crop, interpolation=name)(batch_of(tiles)) for name in ("bilinear", "bicubic")]
+    assert torch.equal(*images) == (crop != "resized")
 
 
 def test_resized_crops_show_parts_of_the_image() -> None:

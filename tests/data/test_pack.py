@@ -156,8 +156,8 @@ def test_processes_may_pack_at_once(tmp_path: Path) -> None:
 
 def test_folders_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\).*moa-data pack"):
-        write_pack(tmp_path / "file" / "below", "train", IMAGES, LABELS, CLASSES)
+    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)\. Copy it\."):
+        write_pack(tmp_path / "file" / "below", "train", IMAGES, LABELS, CLASSES, remedy="Copy it.")
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:

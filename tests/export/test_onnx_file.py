@@ -124,7 +124,11 @@ def of_files(best, export, make_classes, tmp_path_factory) -> Path:
     config = json.loads(header["config"])
     config["data"] |= {"name": "folder", "root": str(make_classes(10)), "val_fraction": 0.0, "eval_crop": 0.8}
     classes = json.dumps([f"class{number}" for number in range(10)])
-    write_tensors(folder / "x.safetensors", weights, header | {"config": json.dumps(config), "classes": classes})
+    write_tensors(
+        folder / "x.safetensors",
+        weights,
+        header | {"config": json.dumps(config), "classes": classes, "in_memory": "false"},
+    )
     export(ckpt=folder / "x.safetensors", output=folder / "x.onnx", images=20)
     return folder / "x.onnx"
 

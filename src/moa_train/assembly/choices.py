@@ -122,7 +122,9 @@ def apply(choices: Choices, config: RunConfig, state: TrainState) -> RunConfig:
     for key, value in choices.values.items():
         section, _, name = key.partition(".")
         setattr(getattr(config, section), name, value)
-    state.precision = Precision.resolve(config.runtime.precision, state.precision.device)
+    precision = Precision.resolve(config.runtime.precision, state.precision.device)
+    if precision.name != state.precision.name:  # otherwise its loss scale may be restored already
+        state.precision = precision
     set_kernels(state.model, config)
     device = state.precision.device
     fixed = torch.bfloat16 if device.type in ("cpu", "cuda") or has_bf16(device) else torch.float32

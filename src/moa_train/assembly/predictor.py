@@ -63,7 +63,7 @@ class Predictor:
         self.classes, self.image_size = trained.classes, image_shape(config.data.image_size)
         self.description = trained.found.description
         self.batch_size = eval_batch_size(config.engine, device)
-        self._crop, self._config = trained.eval_crop, config
+        self._crop, self._config = config.data.eval_crop, config
         self._view, self._decoding = CenterCrop(self.image_size, self._crop), Decoding.of(config.data)
         self.normalize = normalization(config)
 

@@ -49,6 +49,7 @@ def resolve_resume(config: RunConfig, with_overrides: Callable[[RunConfig], RunC
     before.resume = before.engine.stop_after = None  # they applied only to the session that they started or ended
     now = config if config.resume == "auto" else with_overrides(before)
     now.run_dir, now.resume, now.replay, now.code = folder, config.resume, config.replay, config.code
+    now.preflight = config.preflight
     if now.engine.micro_batch_size is None:
         now.engine.micro_batch_size = before.engine.micro_batch_size
     return now, changes(before, now)

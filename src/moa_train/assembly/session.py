@@ -20,7 +20,7 @@ from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_whole
 from moa_train.runtime.signals import Exit, StopRequestedError, StopSignals
 from moa_train.schema import RunConfig
-from moa_train.serialization import FromEnvironment, to_dict
+from moa_train.serialization import FromEnvironment
 from moa_train.tracking import provenance
 from moa_train.tracking.console import block
 
@@ -57,7 +57,7 @@ def run_session(config: RunConfig, changed: list[str], stop: StopSignals) -> int
                 return train(run, distributed)
             except RollBack as request:
                 run.trainer.tracker.say(str(request))
-                rolled_back = request
+                rolled_back = request.with_traceback(None)  # its frames hold the discarded run
             except StopRequestedError as error:
                 raise UserError(
                     f"{error} The newest checkpoint is from step {run.trainer.saved_step}. To resume: "
@@ -79,6 +79,7 @@ def run_session(config: RunConfig, changed: list[str], stop: StopSignals) -> int
                 ) from error
             finally:
                 run.trainer.tracker.close()
+                del run  # before the next one is built
 
 
 def train(run: Run, distributed: Distributed) -> int:
@@ -157,8 +158,9 @@ def banner(run: Run, distributed: Distributed, changed: list[str]) -> str:
 
 
 def write_record(run: Run, run_dir: Path, origin: dict[str, Any]) -> None:
-    """Write the resolved configuration and the origin of the run for the user; resuming reads only checkpoints."""
-    write_whole(run_dir / "config.json", json.dumps(to_dict(run.config), indent=2) + "\n")
+    """Write the configuration and the origin of the run for the user; resuming reads only checkpoints."""
+    write_whole(run_dir / "config.json", json.dumps(run.trainer.record["config"], indent=2) + "\n")
+    (run_dir / "result.json").unlink(missing_ok=True)  # of a session that ended earlier
     data, root = {split: source.describe() for split, source in run.sources.items()}, run.config.data.root
     if isinstance(root, FromEnvironment):
         for source in data.values():

@@ -29,7 +29,8 @@ class Trained:
         found: where the weights are.
         weights: {name: CPU tensor}.
         metadata: the header.
-        config: the configuration of the run that trained them.
+        config: the configuration of the run that trained them. ``data.eval_crop`` is 1 for models that were trained on
+            images in memory, such as CIFAR's or those of a pack, because evaluation does not crop these.
         classes: names of the classes, in the order of the logits.
     """
 
@@ -55,6 +56,9 @@ class Trained:
         tensors, metadata = found.load()
         config = described(metadata, found.path)
         check_trusted(own_code(config), list(code), str(found.path))
+        assumed = config.data.name in ("cifar10", "cifar100", "digits")  # older versions did not record it
+        if json.loads(metadata.get("in_memory", json.dumps(assumed))):
+            config.data.eval_crop = 1.0
         return cls(found, tensors, metadata, config, json.loads(metadata["classes"]))
 
     @property
@@ -62,18 +66,6 @@ class Trained:
         """Folder for results: the run folder, or the folder of weights that are not in a run folder."""
         folder = (self.found.path if self.found.checkpoint is None else self.found.checkpoint.path).parent
         return folder.parent if folder.name == "checkpoints" else folder
-
-    @property
-    def eval_crop(self) -> float:
-        """Side of the center crop of image files in evaluation, relative to the resized image.
-
-        It is 1 for models that were trained on images in memory, such as CIFAR's or those of a pack, because
-        evaluation does not crop these.
-        """
-        data = self.config.data
-        assumed = data.name in ("cifar10", "cifar100", "digits")  # older versions did not record it
-        in_memory = json.loads(self.metadata.get("in_memory", json.dumps(assumed)))
-        return 1.0 if in_memory else data.eval_crop
 
     def build(self) -> nn.Module:
         """Return the model with these weights, on the CPU, in training mode."""

@@ -89,19 +89,19 @@ def typed(config: DictConfig) -> Any:
 
 
 PATHS = (
-    *(
-        "run_dir",
-        "resume",
-        "init",
-        "ckpt",
-        "root",
-        "input",
-        "output",
-        "explain",
-        "benchmarks",
-        "reference",
-        "data.root",
-    ),
+    "run_dir",
+    "resume",
+    "init",
+    "ckpt",
+    "root",
+    "input",
+    "output",
+    "explain",
+    "benchmarks",
+    "reference",
+    "data.root",
+    "sweep.dir",
+    "distill.teachers",
 )
 
 
@@ -111,9 +111,12 @@ def expand_home(config: Any) -> None:
         section, _, name = key.rpartition(".")
         holder = getattr(config, section, None) if section else config
         if value := getattr(holder, name, None):
-            expanded = os.path.expanduser(value)  # noqa: PTH111 a Path would change what was typed
-            kept = isinstance(value, FromEnvironment)
-            setattr(holder, name, FromEnvironment(expanded, value.expression) if kept else expanded)
+            setattr(holder, name, [_expanded(text) for text in value] if isinstance(value, list) else _expanded(value))
+
+
+def _expanded(text: str) -> str:
+    expanded = os.path.expanduser(text)  # noqa: PTH111 a Path would change what was typed
+    return FromEnvironment(expanded, text.expression) if isinstance(text, FromEnvironment) else expanded
 
 
 def _keep_expressions(holder: Any, expressions: Any) -> None:

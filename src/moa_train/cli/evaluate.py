@@ -4,12 +4,15 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moa_train.cli import app
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_file
 from moa_train.schema import EvalConfig, RunConfig
+
+if TYPE_CHECKING:
+    from moa_train.data.source import Source
 
 EXAMPLES = """moa-eval: compute accuracy and loss of trained weights, from exact counts.
 
@@ -95,8 +98,9 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     outcome = {"split": config.split, **result.as_dict(), "weights": str(path), "data": source.describe()}
     outcome |= {"tta": config.tta} if config.tta != "none" else {}
     write(outcome, output, required=bool(config.output))
-    # The file in a run folder is what moa-compare tests: the run's own weights, without averaging over views.
-    own = Path(config.ckpt).resolve() == trained.folder.resolve() and (config.weights, config.tta) == ("auto", "none")
+    # The file in a run folder is what moa-compare tests: the run's own weights and images, without further settings.
+    usual = (config.weights, config.tta, config.precision) == ("auto", "none", None)
+    own = usual and Path(config.ckpt).resolve() == trained.folder.resolve() and _knows(trained.folder, source, config)
     if own or config.output:
         try:
             predictions.outcomes(source).write(predictions_file(output.parent, config.split))
@@ -110,6 +114,14 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
         html, _ = evaluated.write(output.parent / f"report-{config.split}", class_map)
         print(f"Report: {html}", file=sys.stderr)
     print(f"{describe(result, config.split)}; {trained.found.description}", file=sys.stderr)
+
+
+def _knows(run_dir: Path, source: "Source", config: EvalConfig) -> bool:
+    """Return whether the images are those of the run's own data set, as far as its records say."""
+    from moa_train.tracking import provenance
+
+    recorded = [start["data"][config.split] for start in provenance.read(run_dir)[-1:] if config.split in start["data"]]
+    return all(images["fingerprint"] == source.fingerprint for images in recorded)
 
 
 def _kind(config: EvalConfig) -> str:

@@ -63,7 +63,15 @@ def run(arguments: Sequence[str], config_name: str) -> int:
     runner = Runner(folder, shared, config.sweep.ranks)
     again = f"moa-train -m {argument('sweep.dir', folder.path)}"
     if config.sweep.trials:
+        from moa_train.data.dataset import available_splits
         from moa_train.runs.search import Search
+
+        split = config.engine.eval_split
+        if split == "none" or (split == "auto" and "val" not in available_splits(config.data)):
+            raise UserError(
+                "A search compares trials on validation images, and there are none. Hold out a part of the training "
+                "images, for example with data.val_fraction=0.1."
+            )
 
         folder.record(arguments)
         space, seeds = _space(swept)

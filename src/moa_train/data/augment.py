@@ -47,6 +47,7 @@ from moa_train.data.source import Source
 from moa_train.data.view import CenterCrop, RandomResizedCrop, View
 from moa_train.interfaces import Batch
 from moa_train.plugins import AUGMENTATIONS, DATASETS, short_name
+from moa_train.runtime.device import to_device
 from moa_train.runtime.errors import UserError
 from moa_train.schema import AugmentConfig, DataConfig
 
@@ -66,7 +67,7 @@ def plan_crop(config: AugmentConfig, source: Source) -> tuple[View, str]:
     if config.crop == "resized" and not source.in_memory:
         scale, ratio = (config.scale[0], config.scale[1]), (config.ratio[0], config.ratio[1])
         return RandomResizedCrop(source.image_size, scale, ratio, config.interpolation), "none"
-    return CenterCrop(source.image_size, 1.0), config.crop
+    return CenterCrop(source.image_size, 1.0, config.interpolation), config.crop
 
 
 class Normalize:
@@ -100,8 +101,7 @@ class Normalize:
         return images.float().div(self.scale).add_(self.shift).round_().clamp_(0, 255).to(torch.uint8)
 
     def _move(self, device: torch.device) -> None:
-        self.shift = self.shift.to(device, non_blocking=True)
-        self.scale = self.scale.to(device, non_blocking=True)
+        self.shift, self.scale = to_device(self.shift, device), to_device(self.scale, device)
 
 
 class BatchAugment:
@@ -177,7 +177,7 @@ class BatchAugment:
         numbers = box_numbers(keys, Purpose.CROP)
         boxes = [random_box((height, width), (low, high), (narrow, wide), sample) for sample in numbers]
         maps = [[[box.width / width, 0, box.left], [0, box.height / height, box.top]] for box in boxes]
-        return warp(images, send(np.array(maps, np.float32), images), interpolation="bicubic")
+        return warp(images, send(np.array(maps, np.float32), images), interpolation=self.config.interpolation)
 
     def _flip(self, images: Tensor, keys: Hashes) -> Tensor:
         return mirror(images, uniform(keys, Purpose.FLIP) < self.config.flip)

@@ -140,7 +140,8 @@ def pack_archive(archive: Archive, path: Path, root: Path) -> None:
             records = np.frombuffer(data, np.uint8).reshape(-1, archive.label_bytes + _PIXELS)
             labels = records[:, archive.label_bytes - 1].astype(np.int64)
             images = records[:, archive.label_bytes :].reshape(-1, 3, 32, 32)
-            write_pack(root, split, images, labels, classes)
+            remedy = f"Copy {path} to a writable folder, and set data.root to that folder."
+            write_pack(root, split, images, labels, classes, remedy=remedy)
 
 
 def _member(tar: "tarfile.TarFile", name: str) -> bytes:

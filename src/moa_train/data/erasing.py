@@ -7,6 +7,7 @@ from torch import Tensor
 from moa_train.data.batch import send
 from moa_train.data.box import Box, box_numbers, random_box
 from moa_train.data.counter import Hashes, Purpose, Whole, normal, uniform
+from moa_train.runtime.device import to_device
 
 AREA = (0.02, 1 / 3)
 RATIO = (0.3, 1 / 0.3)
@@ -68,5 +69,5 @@ class RandomErasing:
         length = like[0].numel() + _STARTS
         if len(self._noise) != length:
             self._noise = torch.from_numpy(normal(Purpose.ERASING, np.arange(length)))
-        self._noise = self._noise.to(like, non_blocking=True)
+        self._noise = to_device(self._noise, like.device).to(like.dtype)
         return self._noise

@@ -46,6 +46,8 @@ def write_pack(
     classes: Sequence[str],
     origin: str = "",
     files: NDArray[np.bytes_] | None = None,
+    *,
+    remedy: str = "Choose a folder that can be written.",
 ) -> None:
     """Write uint8 images N C H W with their labels as a pack.
 
@@ -57,6 +59,7 @@ def write_pack(
         classes: names of the classes.
         origin: fingerprint of the class-folder tree, if the images are from one.
         files: paths of the tree's files.
+        remedy: what the user can do if the pack cannot be written, a sentence.
     """
     array_path, json_path = pack_paths(root, split)
     temporary = [path.with_name(f".{path.name}.{os.getpid()}") for path in (array_path, json_path)]
@@ -81,10 +84,7 @@ def write_pack(
         for source, target in zip(temporary, (array_path, json_path), strict=True):
             source.replace(target)
     except OSError as error:
-        raise UserError(
-            f"{root}: the pack of {split!r} cannot be written ({error.strerror}). Write it to another folder with "
-            f"`moa-data pack {root} OUT` and set data.root=OUT."
-        ) from error
+        raise UserError(f"{root}: the pack of {split!r} cannot be written ({error.strerror}). {remedy}") from error
     finally:
         for path in temporary:
             if path.exists():
@@ -113,7 +113,8 @@ def pack_tree(tree: ClassTree, root: Path, split: str, decoding: Decoding | None
             )
         images[row] = image
     assert images is not None  # scan never returns an empty tree
-    write_pack(root, split, images, tree.labels, tree.classes, tree.fingerprint, tree.files)
+    remedy = f"Write it to another folder, and train with it: moa-data pack {tree.root.parent} OUT, then data.root=OUT."
+    write_pack(root, split, images, tree.labels, tree.classes, tree.fingerprint, tree.files, remedy=remedy)
 
 
 def _decode(decoding: Decoding | None, path: str) -> NDArray[np.uint8] | UserError:

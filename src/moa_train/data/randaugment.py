@@ -15,6 +15,7 @@ from moa_train.data import photometric
 from moa_train.data.affine import warp
 from moa_train.data.batch import send
 from moa_train.data.counter import Floats, Hashes, Purpose, Whole, normal, uniform
+from moa_train.runtime.device import to_device
 from moa_train.schema import AugmentConfig
 
 MAX_MAGNITUDE = 10.0
@@ -119,6 +120,6 @@ class RandAugment:
                 part.copy_(getattr(photometric, name)(part, level))
         maps = [affine_map(name, level, *images.shape[-2:]) for name in MAPS for level in levels[name].tolist()]
         if maps:
-            self.fill = self.fill.to(images.device, non_blocking=True)
+            self.fill = to_device(self.fill, images.device)
             moved = images[-len(maps) :]  # affine operations come last
             moved.copy_(warp(moved, send(np.array(maps, np.float32), images), self.fill))

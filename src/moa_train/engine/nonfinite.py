@@ -60,7 +60,7 @@ class GradientGuard:
             self.found = (~grad_norm.isfinite()).float()
             for part in self.optimizer.parts:
                 part.found_inf = self.found  # type: ignore[attr-defined]
-            host, copied = self.found.to("cpu", non_blocking=True), None
+            host, copied = self.found.to("cpu", non_blocking=self.found.is_cuda), None
             if self.found.is_cuda:
                 copied = torch.cuda.Event(blocking=True)  # waiting for it leaves the core to others
                 copied.record()

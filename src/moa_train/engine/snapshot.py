@@ -76,4 +76,4 @@ def _to_host(tensor: Tensor, copy: bool) -> Tensor:
     tensor = tensor.detach()
     if tensor.device.type == "cpu":
         return tensor.clone() if copy else tensor
-    return tensor.to("cpu", non_blocking=True)  # torch places the copy in pinned memory
+    return tensor.to("cpu", non_blocking=tensor.is_cuda)  # torch places the copy in pinned memory

@@ -13,7 +13,7 @@ from moa_train.runtime.errors import UserError
 from moa_train.runtime.precision import Precision
 from moa_train.tracking.meters import RunningMeans
 
-HYPERPARAMETERS = ("lr", "weight_decay", "betas", "eps", "momentum")
+HYPERPARAMETERS = ("lr", "weight_decay", "betas", "eps", "momentum", "nesterov")
 """Hyperparameters of optimizers that a resume takes from the configuration, not from the checkpoint."""
 
 FORM = {"config": dict, "classes": list, "fingerprint": str, "origin": list, "train": dict}

@@ -124,12 +124,13 @@ def set_threads(threads: int | None = None, local_world_size: int = 1) -> int:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor from host memory to ``device`` without waiting for the copy.
+    """Copy a tensor from host memory to ``device``, on most devices without waiting for the copy.
 
     A copy to a GPU starts from pinned memory, because a copy from pageable memory can block the host until earlier
     work on the GPU is done.
     """
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+    return pinned.to(device, non_blocking=copies_overlap(device))
 
 
 def peak_memory(device: torch.device) -> int:
