@@ -229,7 +229,7 @@ def test_the_report_has_the_numbers_of_the_evaluation(copy, tmp_path, split, wei
     assert report["loss"]["value"] == pytest.approx(found["loss"], rel=1e-6)
     assert (report["label_errors"] is None) == (split == "train")
     html = (tmp_path / f"report-{split}.html").read_text()
-    assert f"{found['top1']:.2f} % top-1" in html
+    assert f"{found['top1']:.2f}% top-1" in html
     assert ("trained on these images" in html) == (split == "train")
     assert "Training" in html
 

@@ -133,7 +133,7 @@ def test_formats_agree(folders, tree, capsys, tmp_path):
         assert own.probabilities == sorted(own.probabilities, reverse=True)
         assert line.split() == [
             row["image"],
-            *(word for entry in row["top"] for word in (f"{100 * entry['probability']:.1f}", "%", entry["class"])),
+            *(word for entry in row["top"] for word in (f"{100 * entry['probability']:.1f}%", entry["class"])),
         ]
     cells = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
     assert [(cell["image"], cell["rank"], cell["class"]) for cell in cells] == [

@@ -118,7 +118,7 @@ def test_compiled_attention_on_cuda_has_the_gradients_of_the_textbook(dtype, tok
 
 
 def test_the_gradient_of_the_table_adds_up_bf16_in_fp32():
-    """Each cell of the table sums up to 196 terms: in bf16 that would lose 1 to 2 %."""
+    """Each cell of the table sums up to 196 terms: in bf16 that would lose 1 to 2%."""
     module = BiasedAttention(2, (14, 14))
     upstream = torch.rand(2, 196, 196).bfloat16()
     (own,) = torch.autograd.grad(

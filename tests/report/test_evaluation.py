@@ -143,7 +143,7 @@ def test_the_json_has_the_numbers_of_the_page(hostile):
     predicted = evaluated.predictions.logits.argmax(1)
     assert found["top1"]["count"] == (predicted == evaluated.predictions.labels).sum()
     text = html.read_text()
-    assert f"{found['top1']['value']:.2f} %" in text
+    assert f"{found['top1']['value']:.2f}%" in text
     assert "Where it looks" in text
     assert "Too few images".lower() in text.lower() or found["calibration"]["after"] is not None
     assert any("moa-train" in command or "pytest" in command for command in found["commands"])

@@ -54,7 +54,7 @@ def results(errors: dict[str, float], benchmark: str = "imagenet-c", severities:
 
 
 def test_the_mean_corruption_error_is_relative_to_alexnet():
-    """AlexNet's own errors, with a spread over the severities, have an mCE of 100 %; half of them, 50 %."""
+    """AlexNet's own errors, with a spread over the severities, have an mCE of 100%; half of them, 50%."""
     alexnet = {name: 100 * error for name, error in ALEXNET.items()}
     assert errors_by_corruption(results(alexnet), 1000)["imagenet-c"]["mce"] == pytest.approx(100)
     half = results({name: error / 2 for name, error in alexnet.items()} | {"spatter": 90})

@@ -28,7 +28,7 @@ def make_run(folder: Path, epochs: int = 40) -> Path:
 
 def test_table(tmp_path: Path) -> None:
     assert table(Curves.read(make_run(tmp_path / "run")), most=5).splitlines() == [
-        "| epoch | step | train loss | val loss | top-1 % | top-5 % |",
+        "| epoch | step | train loss | val loss | top-1 (%) | top-5 (%) |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
         "| 1 | 10 | 2.0000 | 3.0000 | 47.95 | 95.00 |",
         "| 11 | 110 | 0.3333 | 0.2727 | 71.95 | 95.00 |",

@@ -82,7 +82,7 @@ def test_images(tmp_path: Path) -> None:
 
 def test_captions_are_below_their_images() -> None:
     images = torch.full((3, 1, 8, 8), 90, dtype=torch.uint8)
-    grid = image_grid(images, ["", "a class: 70 %\nanother: 30 %", "<b>\x1b[31m" + "long " * 30])
+    grid = image_grid(images, ["", "a class: 70%\nanother: 30%", "<b>\x1b[31m" + "long " * 30])
     side = 112
     assert grid.shape[0] == 3
     parts = [grid[:, 2:, 2 + (side + 2) * number :][:, :, :side] for number in range(3)]

@@ -138,7 +138,7 @@ def show_mistakes(config: RunConfig, source: Source, found: Mistakes, step: int,
         view = CenterCrop(source.image_size, config.data.eval_crop)
         images = source.read(Draw(zeros, found.index, zeros), 0, view, False)[0]
     captions = [
-        f"true: {classes[label]}\n{classes[predicted]}: {100 * probability:.0f} %\n{Path(source.name(index)).name}"
+        f"true: {classes[label]}\n{classes[predicted]}: {100 * probability:.0f}%\n{Path(source.name(index)).name}"
         for index, label, predicted, probability in zip(
             found.index, found.labels, found.predicted, found.probability, strict=True
         )

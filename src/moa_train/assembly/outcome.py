@@ -78,7 +78,7 @@ def describe(result: Evaluation, split: str) -> str:
     for name, value in result.values.items():
         if name in ("top1", "top5"):
             hits = f" ({result.counts[name]:,} of {result.total:,} {split} images)" if name == "top1" else ""
-            metrics.append(f"{value:.2f} % top-{name[-1]}{hits}")
+            metrics.append(f"{value:.2f}% top-{name[-1]}{hits}")
         else:
             metrics.append(f"{name} {value:.4g}")
     return ", ".join(metrics)

@@ -216,7 +216,7 @@ def mixed_label(target_K: Tensor, classes: list[str]) -> str:
     top = target_K.topk(min(2, len(classes)))
     floor = 1.5 * float(target_K.min()) + 0.005
     pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-    return "\n".join(f"{classes[index]}: {100 * weight:.0f} %" for weight, index in pairs if weight > floor)
+    return "\n".join(f"{classes[index]}: {100 * weight:.0f}%" for weight, index in pairs if weight > floor)
 
 
 def _build_tracker(config: RunConfig, run_dir: Path, plan: Plan, step: int, distributed: Distributed) -> Tracker:

@@ -103,7 +103,7 @@ if (plot) {
 
   const describe = (row, column) => {
     const images = cells.get(row * count + column) || 0, names = DATA.classes, label = DATA.order[row];
-    const share = totals[row] ? ` (${((100 * images) / totals[row]).toFixed(1)} % of the class)` : "";
+    const share = totals[row] ? ` (${((100 * images) / totals[row]).toFixed(1)}% of the class)` : "";
     const predicted = names[DATA.order[column]];
     const what = row === column ? `${names[label]}, correct` : `${names[label]}, classified as ${predicted}`;
     status.textContent = `${what}: ${images} images${share}`;

@@ -147,7 +147,7 @@ class Evaluated:
         ]
         parts = [part for part in parts if part[2]]
         links = " ".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _ in parts)
-        title = f"{facts['data']['name']}: {found.top['top1'].value:.2f} % top-1"
+        title = f"{facts['data']['name']}: {found.top['top1'].value:.2f}% top-1"
         subtitle = (
             f"{facts['model']['variant'] or facts['model']['name']}, {facts['weights_are']}, evaluated on "
             f"{len(found):,} images" + ("" if self.tta == "none" else f" with averaging over views ({self.tta})")
@@ -188,7 +188,7 @@ class Evaluated:
         figures = []
         for row, image, weight in zip(rows, pixels, maps, strict=True):
             both = torch.cat([image, thumbnails.overlay(image, weight)], dim=2)
-            text = f"{found.classes[found.predicted[row]]} {100 * found.probability[row]:.0f} %"
+            text = f"{found.classes[found.predicted[row]]} {100 * found.probability[row]:.0f}%"
             if found.wrong[row]:
                 text += f", label {found.classes[found.labels[row]]}"
             name = escape(found.file(int(row)))
@@ -228,7 +228,7 @@ def _numbers(found: Findings) -> str:
     entries = [
         (
             f"{name[:3]}-{name[3:]} accuracy",
-            f"{interval.value:.2f} %",
+            f"{interval.value:.2f}%",
             f"{_text(interval)}; {int((found.rank < int(name[3:])).sum()):,} of {total:,}",
         )
         for name, interval in found.top.items()
@@ -278,7 +278,7 @@ def _confusion(found: Findings) -> str:
             f'<button type="button" class="link" data-cell="{where}">{escape(label)} &rarr; '
             f"{escape(predicted)}</button>",
             str(count),
-            f"{100 * count / images:.1f} %",
+            f"{100 * count / images:.1f}%",
             str(found.confusion.get(pair[::-1], 0)),
             f'<button type="button" data-find="{where}">Find</button>',
         ]
@@ -314,10 +314,10 @@ def _classes(found: Findings) -> str:
         return [
             name,
             f"{one.images:,}",
-            f"<!--{accuracy.value}-->{accuracy.value:.1f} %",
+            f"<!--{accuracy.value}-->{accuracy.value:.1f}%",
             f"<!--{accuracy.low}-->{bar} {accuracy.low:.0f} to {accuracy.high:.0f}",
-            "-" if precision is None else f"<!--{precision.value}-->{precision.value:.1f} %",
-            f"{one.confidence:.1f} %",
+            "-" if precision is None else f"<!--{precision.value}-->{precision.value:.1f}%",
+            f"{one.confidence:.1f}%",
             worst,
         ]
 
@@ -364,11 +364,11 @@ def _calibration(found: Findings) -> str:
 
 def _bins(bins: Sequence[dict[str, Any]]) -> str:
     def row(one: dict[str, Any]) -> list[str]:
-        limits = f"<!--{one['from']}-->{one['from']:.1f} to {one['to']:.1f} %"
+        limits = f"<!--{one['from']}-->{one['from']:.1f} to {one['to']:.1f}%"
         if not one["images"]:
             return [limits, "0", "-", "-", "-"]
         accuracy = Interval(**one["accuracy"])
-        numbers = f"{one['confidence']:.2f} %", f"{accuracy.value:.2f} %", f"{_text(accuracy)}"
+        numbers = f"{one['confidence']:.2f}%", f"{accuracy.value:.2f}%", f"{_text(accuracy)}"
         return [limits, f"{one['images']:,}", *numbers]
 
     head = ["confidence", "images", "mean confidence", "accuracy", "95% interval"]

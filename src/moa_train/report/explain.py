@@ -64,7 +64,7 @@ def draw_explanation(
     center = _center(window, map_HW, (spatial or [*last.values()])[:1])
     image_HWC = pixels_CHW.permute(1, 2, 0).numpy()
     names, probabilities = predictions
-    lines = [f"{100 * value:.1f} %  {_plain(name, 26)}" for name, value in zip(names, probabilities, strict=True)]
+    lines = [f"{100 * value:.1f}%  {_plain(name, 26)}" for name, value in zip(names, probabilities, strict=True)]
     about = f"class map: {_plain(explained, 24)}\nred: for it, blue: against it"
     panels: list[Callable[[Axes], None]] = [
         lambda axes: _image(axes, image_HWC, "\n".join(lines[:3])),
@@ -165,7 +165,7 @@ def _keys(axes: "Axes", image_HWC: NDArray[np.uint8], found: WindowMap, center: 
                 top, left, bottom, right = found.box(row, column)
                 style = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1.5}
                 place = ((left + right - 1) / 2, (top + bottom - 1) / 2)
-                axes.text(*place, f"{100 * weight:.1f} %", ha="center", va="center", fontsize=8, bbox=style)
+                axes.text(*place, f"{100 * weight:.1f}%", ha="center", va="center", fontsize=8, bbox=style)
     _rectangle(axes, found.box(*window), fill=False, edgecolor=QUERY, linewidth=2)
 
 

@@ -238,7 +238,7 @@ def robustness_page(found: Mapping[str, Any]) -> str:
         low, high = interval["low"], interval["high"]
         return (
             f'<!--{interval["value"]}--><span class="range"><i style="left:{low:.1f}%;width:{high - low:.1f}%"></i>'
-            f'<b style="left:{interval["value"]:.1f}%"></b></span> {interval["value"]:.2f} %'
+            f'<b style="left:{interval["value"]:.1f}%"></b></span> {interval["value"]:.2f}%'
         )
 
     singles = [result for result in found["results"] if not result["severity"]]
@@ -273,7 +273,7 @@ def robustness_page(found: Mapping[str, Any]) -> str:
         parts.append(page.section("skipped", "Skipped", page.facts(found["skipped"].items())))
     parts.append(page.section("command", "Command", page.preformatted(found["command"])))
     clean = found["clean"]
-    numbers = page.tiles([("clean top-1", f"{clean['value']:.2f} %", f"{clean['low']:.2f} to {clean['high']:.2f}")])
+    numbers = page.tiles([("clean top-1", f"{clean['value']:.2f}%", f"{clean['low']:.2f} to {clean['high']:.2f}")])
     name = found["data"]["name"]
     body = (
         f'<header><h1>Robustness: {escape(name)}</h1><p class="lead">{escape(found["weights"])}</p>{numbers}</header>'
@@ -293,22 +293,22 @@ def _corruption_section(benchmark: str, summary: Mapping[str, Any], found: Mappi
         [
             escape(name.replace("_", " ")),
             *(_cell(values.get((name, severity)), clean) for severity in SEVERITIES),
-            f"<b>{100 - error:.2f} %</b>",
+            f"<b>{100 - error:.2f}%</b>",
         ]
         for name, error in summary["errors"].items()
     )
     head = ["corruption", *map(str, SEVERITIES), "mean"]
     lines = [
         f"Top-1 accuracy in percent, by severity; {clean:.2f} without a corruption.",
-        f"Mean error: {summary['mean']:.2f} %.",
+        f"Mean error: {summary['mean']:.2f}%.",
     ]
     if "mce" in summary:
-        lines.append(f"Mean corruption error (mCE), relative to AlexNet: {summary['mce']:.2f} %.")
+        lines.append(f"Mean corruption error (mCE), relative to AlexNet: {summary['mce']:.2f}%.")
     elif benchmark == "imagenet-c":
         lines.append("The mCE is left out: it needs all 15 corruptions and all 1,000 classes.")
     if benchmark in found.get("relative", {}):
         relative = found["relative"][benchmark]
-        lines.append(f"Mean corruption error relative to {escape(found['reference'])}: {relative:.2f} %.")
+        lines.append(f"Mean corruption error relative to {escape(found['reference'])}: {relative:.2f}%.")
     if benchmark == "corruptions":
         lines.append(
             "These corruptions are computed here; the numbers do not compare with published ones of ImageNet-C or "

@@ -49,7 +49,7 @@ def open_rows(form: str, stream: TextIO, paths: Sequence[str], classes: Sequence
 
     def write(path: str, names: Sequence[str], probabilities: Sequence[float]) -> None:
         cells = (
-            f"{100 * probability:5.1f} %  {printable(name):<{width}}"
+            f"{100 * probability:5.1f}%  {printable(name):<{width}}"
             for name, probability in zip(names, probabilities, strict=True)
         )
         print("  ".join([f"{printable(path):<{first}}", *cells]).rstrip(), file=stream)

@@ -397,8 +397,8 @@ def _notes(runs: Sequence[Run], groups: Sequence[Group], comparisons: Sequence[C
         notes.append(f"Only the first {TESTED} settings are tested against the reference.")
     if len(comparisons) > 1:
         notes.append(
-            f"Each interval has a confidence of {100 * level:.4g} %, so that all {len(comparisons)} comparisons hold "
-            f"together with {100 * CONFIDENCE:.0f} % (Bonferroni)."
+            f"Each interval has a confidence of {100 * level:.4g}%, so that all {len(comparisons)} comparisons hold "
+            f"together with {100 * CONFIDENCE:.0f}% (Bonferroni)."
         )
     return notes
 

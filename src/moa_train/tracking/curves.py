@@ -55,7 +55,7 @@ def table(curves: Curves, most: int = 12) -> str:
     best = max(range(len(rows)), key=lambda index: rows[index].get("top1") or 0.0)
     count = min(most, len(rows))
     shown = {round(i * (len(rows) - 1) / max(count - 1, 1)) for i in range(count)} | {best, len(rows) - 1}
-    lines = [f"| epoch | step | train loss | {curves.split} loss | top-1 % | top-5 % |", "| ---: " * 6 + "|"]
+    lines = [f"| epoch | step | train loss | {curves.split} loss | top-1 (%) | top-5 (%) |", "| ---: " * 6 + "|"]
     for index in sorted(shown):
         row = rows[index]
         top1 = _text(row.get("top1"), ".2f")
@@ -123,7 +123,7 @@ def _points(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
 
 def _label(run: Curves) -> str:
     _, values = _points(run.evaluations, "top1")
-    return f"{run.name}: best {max(values):.2f} %" if values else run.name
+    return f"{run.name}: best {max(values):.2f}%" if values else run.name
 
 
 def _train_loss(curves: Curves, step: int) -> float | None:
