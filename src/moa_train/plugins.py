@@ -6,7 +6,6 @@ configuration and checks it.
 """
 
 import importlib
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any
@@ -143,8 +142,15 @@ def short_name(name: str) -> str:
 def args_type(part: Any) -> type | None:
     """Return the dataclass that annotates the parameter ``args`` of a function or class, or None if there is none."""
     function = getattr(part, "__init__") if isinstance(part, type) else part  # noqa: B009 mypy rejects the attribute
-    hints = typing.get_type_hints(function)
-    kind = hints.get("args")
+    kind = getattr(function, "__annotations__", {}).get("args")
+    if isinstance(kind, str):  # the other annotations may name types that are imported for type checkers only
+        try:
+            kind = eval(kind, getattr(function, "__globals__", {}))  # code that is imported already
+        except NameError as error:
+            raise UserError(
+                f"The annotation of args in {part.__module__}:{part.__qualname__} cannot be read ({error}). Define or "
+                "import the class of the settings outside of TYPE_CHECKING."
+            ) from error
     return kind if isinstance(kind, type) and is_dataclass(kind) else None
 
 

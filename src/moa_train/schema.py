@@ -342,8 +342,8 @@ class TrackingConfig:
     images: int = knob(16, "number of augmented training images to log, with their mixed labels", least=0)
     mistakes: int = knob(
         16,
-        "number of the most confident mistakes of each evaluation that loggers show, along with the confusion matrix; "
-        "0: neither",
+        "number of the most confident mistakes of each evaluation that loggers show, along with the confusion matrix "
+        "(up to 1,000 classes); 0: neither",
         least=0,
     )
     ratios: bool = knob(

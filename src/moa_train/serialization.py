@@ -43,6 +43,10 @@ def _recorded(value: Any) -> Any:
 
 def _from_record(value: Any) -> Any:
     """Replace references to environment variables by their values, except those of secrets and of unset variables."""
+    if isinstance(value, dict):
+        return {key: _from_record(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_from_record(part) for part in value]
 
     def read(found: re.Match[str]) -> str:
         given = None if SECRET.search(found[1]) else os.environ.get(found[1], found[2])

@@ -80,7 +80,11 @@ def decide(times: Mapping[str, Times]) -> tuple[dict[str, Any], dict[str, float]
 
 
 def choose(
-    config: RunConfig, state: TrainState, source: Source | None = None, recorded: Mapping[str, Any] | None = None
+    config: RunConfig,
+    state: TrainState,
+    source: Source | None = None,
+    recorded: Mapping[str, Any] | None = None,
+    local_world_size: int = 1,
 ) -> Choices:
     """Measure what the configuration leaves open, and return the choices.
 
@@ -90,20 +94,23 @@ def choose(
         source: training images; those in files need workers.
         recorded: choices of an earlier start, as `Choices.as_dict` returns them, which a resume on the same kind of
             device keeps where numbers depend on them.
+        local_world_size: ranks that share the cores of this machine.
     """
     device = state.precision.device
     if config.runtime.deterministic:
         return Choices(device.type)
-    kept = dict(recorded["values"]) if recorded and recorded["device"] == device.type else {}
+    resumed = recorded is not None and recorded["device"] == device.type
+    kept = dict(recorded["values"]) if recorded and resumed else {}
     kept = {key: value for key, value in kept.items() if key in KEPT and is_open(config, key)}
-    wanted = [key for key in DEFAULTS if is_open(config, key) and key not in kept]
+    # What was not measured at the first start, such as on a slow machine, was left to rules, and stays so.
+    wanted = [key for key in DEFAULTS if is_open(config, key) and not (resumed and key in KEPT)]
     started = time.process_time()
     # With several threads, the CPU time would include waiting for each other, which depends on other processes.
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         with torch.random.fork_rng(devices=[]):
-            times = measure(config, state, wanted, kept, source)
+            times = measure(config, state, wanted, kept, source, local_world_size)
     finally:
         torch.set_num_threads(threads)
     values, gains = decide(times)

@@ -128,7 +128,8 @@ def build_validation(
 def show_mistakes(config: RunConfig, source: Source, found: Mistakes, step: int, tracker: Tracker) -> None:
     """Log the confusion matrix and the most confident mistakes of an evaluation."""
     split, classes = source.title.rpartition("/")[2], source.classes
-    tracker.log_confusion(step, found.confusion, classes, split)
+    if found.confusion is not None:
+        tracker.log_confusion(step, found.confusion, classes, split)
     if not len(found.index):
         return
     if isinstance(source, ArraySource):

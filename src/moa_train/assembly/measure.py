@@ -26,6 +26,7 @@ from moa_train.interfaces import Classifier
 from moa_train.model.attention import BiasedAttention
 from moa_train.model.layers import DropPath
 from moa_train.optim.muon import BatchedMuon, orthogonalize
+from moa_train.plugins import is_own_code
 from moa_train.runtime.device import KINDS, available_cores
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.precision import Precision
@@ -101,20 +102,28 @@ class Clock:
 
 
 def measure(
-    config: RunConfig, state: TrainState, wanted: list[str], kept: Mapping[str, Any], source: Source | None
+    config: RunConfig,
+    state: TrainState,
+    wanted: list[str],
+    kept: Mapping[str, Any],
+    source: Source | None,
+    local_world_size: int,
 ) -> dict[str, Times]:
     """Return the seconds of all candidates for each wanted setting that can be measured within its share of time."""
     device, times = state.precision.device, dict[str, Times]()
     if "optim.muon_precision" in wanted:
         times["optim.muon_precision"] = time_muon(state, Clock(device, 0.06))
     if device.type == "cpu":  # on GPUs, rules from measurements on them choose (docs/GPU.md)
-        block = Block.of(state.model, config.data.image_size)
-        if block is not None:
-            per_image, taken = time_block(block, config, wanted, kept)
-            times |= taken
-            if "data.workers" in wanted and isinstance(source, FileSource):
-                step = per_image * (len(state.model.layer_names()) if isinstance(state.model, Classifier) else 1)
-                times["data.workers"] = time_workers(time_files(source), step, available_cores())
+        # Blocks of a user's own model may need more than one input, or other inputs than those of one image.
+        with contextlib.suppress(*([Exception] if is_own_code(config.model.name) else [])):
+            block = Block.of(state.model, config.data.image_size)
+            if block is not None:
+                per_image, taken = time_block(block, config, wanted, kept)
+                times |= taken
+                if "data.workers" in wanted and isinstance(source, FileSource):
+                    step = per_image * (len(state.model.layer_names()) if isinstance(state.model, Classifier) else 1)
+                    cores = max(1, available_cores() // local_world_size)
+                    times["data.workers"] = time_workers(time_files(source), step, cores)
     return {key: seconds for key, seconds in times.items() if seconds}
 
 
@@ -146,11 +155,11 @@ def time_muon(state: TrainState, clock: Clock) -> Times:
 
 def time_files(source: FileSource, count: int = 4) -> float:
     """Return the CPU time of reading and decoding an image."""
-    started = time.process_time()
-    for index in range(0, len(source), max(1, len(source) // count)):
+    started, chosen = time.process_time(), range(0, len(source), max(1, len(source) // count))
+    for index in chosen:
         with contextlib.suppress(UserError, OSError):  # the loader reports unreadable images
             EncodedImage(Path(source.name(index)).read_bytes(), source.decoding).decode()
-    return (time.process_time() - started) / min(count, len(source))
+    return (time.process_time() - started) / len(chosen)
 
 
 def time_workers(read: float, step: float, cores: int) -> Times:

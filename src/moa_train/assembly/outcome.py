@@ -10,7 +10,8 @@ from moa_train.assembly.evaluation import build_evaluation
 from moa_train.assembly.run import Run
 from moa_train.engine.evaluator import Evaluation
 from moa_train.engine.manifest import Checkpoint
-from moa_train.engine.predictions import Recorder, predictions_file
+from moa_train.engine.metrics import create_metrics
+from moa_train.engine.predictions import OutcomeRecorder, predictions_file
 from moa_train.engine.tensorfile import CheckpointError
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
@@ -31,6 +32,9 @@ def report(run: Run, distributed: Distributed) -> str | None:
     checkpoint = final_checkpoint(run)
     outcome: dict[str, Any] = {"step": checkpoint.step, "weights": str(checkpoint.path)}
     outcome["measured"] = trainer.record["measured"]
+    outcome["higher_is_better"] = {
+        name: metric.higher_is_better for name, metric in create_metrics(run.config.engine).items()
+    }
     if state.best:
         outcome[trainer.eval_split] = state.best
     rows = {
@@ -43,18 +47,20 @@ def report(run: Run, distributed: Distributed) -> str | None:
     if run.final_split != "none":
         run.model.load_state_dict(checkpoint.tensors("ema" if state.ema is not None else "model"))
         stop, source = trainer.stop, run.sources[run.final_split]
-        recorder = Recorder()
+        recorder = OutcomeRecorder()
         evaluation = build_evaluation(
             run.config, source, distributed, lambda: stop.requested, record=recorder, threads=trainer.threads
         )
         result = evaluation(run.model)
         if result is None:
             return None
-        predictions = recorder.gather(distributed)
+        outcomes = recorder.gather(distributed, source)
         if distributed.is_main:
-            predictions.outcomes(source).write(predictions_file(run_dir, run.final_split))
+            outcomes.write(predictions_file(run_dir, run.final_split))
         outcome[run.final_split] = result.as_dict()
-        if distributed.is_main and not is_logged(run_dir, state.step, run.final_split):
+        # The evaluation of the best checkpoint on the split that chose it is logged already, at its own step.
+        logged = run.final_split == trainer.eval_split or is_logged(run_dir, state.step, run.final_split)
+        if distributed.is_main and not logged:
             epoch = float(state.step / trainer.plan.steps_per_epoch)
             trainer.tracker.log_eval(state.step, {"epoch": epoch, **result.as_dict()}, run.final_split)
         trainer.tracker.close({f"{run.final_split}_{key}": value for key, value in result.as_dict().items()})

@@ -66,7 +66,8 @@ def preflight(config: RunConfig, stop: StopSignals) -> int:
                 )
                 run = build()
             except UserError as error:
-                everywhere(distributed, partial(list_problems, config, distributed, error))
+                # If the cause is on this rank only, the others are still building, and would not answer.
+                list_problems(config, distributed, error)
                 raise
             try:
                 text = report(config, run, folder, distributed)

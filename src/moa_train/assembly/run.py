@@ -93,7 +93,9 @@ def build_run(
     # With a checkpoint, the initial weights are no longer needed, and their file may be gone.
     state = build_state(config, len(train.classes), schedule.peak, precision, fresh=newest is None)
     recorded = store.at(newest).state.get("choices") if newest is not None else None
-    choices = Choices(**distributed.on_main(lambda: choose(config, state, train, recorded).as_dict()))
+    choices = Choices(
+        **distributed.on_main(lambda: choose(config, state, train, recorded, distributed.local_world_size).as_dict())
+    )
     record: dict[str, Any] = {"config": to_dict(config), "choices": choices.as_dict(), **training_record(train)}
     record["teachers"] = teachers.fingerprint if teachers else None
     record["measured"] = measurement(config, choice, sources)
@@ -158,6 +160,7 @@ def build_run(
         distributed=distributed,
         record=record,
         threads=threads,
+        rolled_back=rolled_back is not None,
         metadata={"format": "1", **{name: json.dumps(value) for name, value in record.items()}},
     )
     return Run(config, trainer, state.model, sources, "test" if "test" in sources else choice, loader, choices)

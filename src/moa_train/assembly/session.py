@@ -59,10 +59,9 @@ def run_session(config: RunConfig, changed: list[str], stop: StopSignals) -> int
                 run.trainer.tracker.say(str(request))
                 rolled_back = request.with_traceback(None)  # its frames hold the discarded run
             except StopRequestedError as error:
-                raise UserError(
-                    f"{error} The newest checkpoint is from step {run.trainer.saved_step}. To resume: "
-                    f"{command('moa-train', config, resume=config.run_dir)}"
-                ) from error
+                newest, again = run.trainer.saved_step, command("moa-train", config, resume=config.run_dir)
+                state = f"The newest checkpoint is from step {newest}. To resume: {again}"
+                raise UserError(f"{error} {state if newest else 'There is no checkpoint yet.'}") from error
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise

@@ -36,9 +36,11 @@ def timed(
 
 def _elapsed(function: Callable[[], object], calls: int, device: torch.device) -> float:
     if device.type != "cuda":
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):
             function()
+        synchronize(device)
         return time.perf_counter() - start
     torch.cuda.synchronize(device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -52,5 +54,5 @@ def _elapsed(function: Callable[[], object], calls: int, device: torch.device) -
 
 def synchronize(device: torch.device) -> None:
     """Wait until ``device`` has finished all queued work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -76,7 +76,8 @@ def run(
 
     protect_output()
     wait_briefly()
-    arguments = sys.argv[1:] = [readable(text) for text in sys.argv[1:]]
+    texts = {key for key, item, _ in knobs(schema()) if item.type in (str, str | None)}
+    arguments = sys.argv[1:] = [readable(text, texts) for text in sys.argv[1:]]
     # Users keep modules next to their recipes or in the current folder. They come last, to never shadow a library.
     sys.path += [str(root.resolve()) for root in config_roots(arguments)[1:]] + [str(Path.cwd())]
     if "--version" in arguments:

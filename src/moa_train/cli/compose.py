@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +40,28 @@ def addable(argument: str) -> str:
     return f"++{argument}" if ARGS_KEY.match(argument) else argument
 
 
-def readable(argument: str) -> str:
-    """Return an argument in a form that Hydra's grammar reads, where ~ and characters beyond ASCII need quotes."""
+def readable(argument: str, texts: Collection[str] = ()) -> str:
+    """Return an argument in a form that Hydra's grammar reads, where ~ and characters beyond ASCII need quotes.
+
+    Args:
+        argument: an argument of the command line.
+        texts: keys of settings that are texts. Hydra would rewrite a text that looks like a number, such as 1e3.
+    """
     key, separator, value = argument.partition("=")
     if argument.startswith("--"):
         return f"{key}{separator}{path(value)}" if value.startswith("~") else argument  # --config-dir=~/recipes
-    if value.startswith("~"):
+    if value.startswith("~") and "," not in value:
         return f"{key}={hydra_quoted(value)}"
-    if not separator or argument.startswith("-") or value.isascii() or re.search(r"""['"{}()]""", value):
+    if not separator or argument.startswith("-") or re.search(r"""['"{}()]""", value):
         return argument
-    return f"{key}=" + re.sub(r"[^,\[\]]*[^\x00-\x7f,\[\]][^,\[\]]*", lambda found: hydra_quoted(found[0]), value)
+    if key in texts and re.fullmatch(r"[+-]?\d[\d_]*(\.\d*)?([eE][+-]?\d+)?", value):
+        return f"{key}={hydra_quoted(value)}"
+
+    def quoted(found: re.Match[str]) -> str:
+        text = found[0].strip()
+        return found[0] if text.isascii() and not text.startswith("~") else hydra_quoted(text)
+
+    return f"{key}=" + re.sub(r"[^,\[\]]+", quoted, value)
 
 
 ARGS_KEY = re.compile(r"\w+\.args\.[\w.]+=")

@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run_pack(options: argparse.Namespace) -> int:
     """Pack every split of a folder tree."""
-    from moa_train.data.pack import pack_tree
+    from moa_train.data.pack import is_packed, pack_tree
     from moa_train.data.tree import check_split_names, compare_classes, scan_split
     from moa_train.schema import SPLITS
 
@@ -121,6 +121,11 @@ def run_pack(options: argparse.Namespace) -> int:
     if not splits:
         raise UserError(f"{options.source} contains no folder train, val or test. Give the folder that contains them.")
     check_split_names(options.source)
+    if old := [split for split in SPLITS if split not in splits and is_packed(options.out, split)]:
+        raise UserError(
+            f"{options.out} holds packs of {' and '.join(old)}, which {options.source} does not have. They may hold "
+            f"the same images as the new ones. Delete {' and '.join(f'pack-{split}.*' for split in old)} there first."
+        )
     trees = [scan_split(options.source, split) for split in splits]
     for tree in trees[1:]:
         compare_classes(str(trees[0].root), trees[0].classes, str(tree.root), tree.classes)

@@ -42,7 +42,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     from moa_train.assembly.trained import Trained
     from moa_train.assembly.views import Views
     from moa_train.engine.find_weights import find_weights
-    from moa_train.engine.predictions import Recorder, predictions_file
+    from moa_train.engine.predictions import OutcomeRecorder, Recorder, predictions_file
     from moa_train.runtime.distributed import Distributed
     from moa_train.tracking.provenance import reproduce
 
@@ -64,7 +64,8 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
         source = trained.open_split(config.split, config.root, config.workers)
         if reference is not None and reference["data"].get("fingerprint") != source.fingerprint:
             raise UserError(f"reference={config.reference} was measured on other images. Evaluate it on the same ones.")
-        model, recorder = trained.build().to(distributed.device), Recorder()
+        model = trained.build().to(distributed.device)
+        recorder = Recorder() if config.report else OutcomeRecorder()
         if config.robustness:
             from moa_train.report.robustness import Robustness
 
@@ -87,7 +88,11 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
                 threads=adaptive_threads(run.runtime, distributed),
             )
             result = evaluation(model)
-            predictions = recorder.gather(distributed)
+            if isinstance(recorder, Recorder):
+                predictions = recorder.gather(distributed)
+                outcomes = predictions.outcomes(source)
+            else:
+                outcomes = recorder.gather(distributed, source)
     if not distributed.is_main:
         return
     if config.robustness:
@@ -101,9 +106,9 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     # The file in a run folder is what moa-compare tests: the run's own weights and images, without further settings.
     usual = (config.weights, config.tta, config.precision) == ("auto", "none", None)
     own = usual and Path(config.ckpt).resolve() == trained.folder.resolve() and _knows(trained.folder, source, config)
-    if own or config.output:
+    if own or (config.output and output.parent.resolve() != trained.folder.resolve()):
         try:
-            predictions.outcomes(source).write(predictions_file(output.parent, config.split))
+            outcomes.write(predictions_file(output.parent, config.split))
         except UserError as error:
             print(error, file=sys.stderr)
     if config.report:
@@ -162,13 +167,19 @@ def write_robustness(
     from moa_train.report.robustness import relative_to, robustness_page
     from moa_train.runtime.files import write_whole
 
+    mistake = None
     if reference is not None:
         measured["reference"] = config.reference
-        measured["relative"] = relative_to(measured["mean_corruption_error"], reference["mean_corruption_error"])
+        try:
+            measured["relative"] = relative_to(measured["mean_corruption_error"], reference["mean_corruption_error"])
+        except UserError as error:  # an hour of evaluations must not be lost
+            mistake = error
     write(measured, output, required=bool(config.output))
     html = output.with_suffix(".html")
     write_whole(html, robustness_page(measured))
     print(f"Robustness: {html}", file=sys.stderr)
+    if mistake is not None:
+        raise mistake
 
 
 def overlay(run: RunConfig, config: EvalConfig) -> RunConfig:

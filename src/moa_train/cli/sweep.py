@@ -59,6 +59,7 @@ def run(arguments: Sequence[str], config_name: str) -> int:
     )
     folder = SweepFolder(Path(settings.dir) if settings.dir else next(unused))
     arguments = _continued(arguments, folder.arguments(), folder.path)
+    sys.path += [str(root.resolve()) for root in config_roots(arguments)[1:]]  # with code of the user, as in app.run
     config, shared, swept = check(arguments, config_name)
     runner = Runner(folder, shared, config.sweep.ranks)
     again = f"moa-train -m {argument('sweep.dir', folder.path)}"

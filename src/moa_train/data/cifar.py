@@ -49,6 +49,7 @@ class Cifar(DataSet):
     """Images of 32 x 32 pixels: a pack, class folders, or the original archive, which can be downloaded."""
 
     archive: Archive
+    num_classes: int
     downloads = True
     holds_out_by_name = False  # published results depend on the split by row
 
@@ -61,6 +62,7 @@ class Cifar(DataSet):
         root, archive = self.root, self.archive
         tree = scan_split(root, split) if (root / split).is_dir() else None
         if is_packed(root, split):
+            read_pack(root, split, self.name, self.image_size)  # first of all, whether it is damaged
             if tree is not None:
                 check_origin(root, split, tree)
         elif tree is not None:
@@ -78,7 +80,13 @@ class Cifar(DataSet):
                 f"{archive.filename}. {forbidden}Add data.download=true to download it to this folder, or set "
                 "data.root to a folder that holds one of them."
             )
-        return read_pack(root, split, f"{self.name}/{split}", self.image_size)
+        source = read_pack(root, split, f"{self.name}/{split}", self.image_size)
+        if len(source.classes) > self.num_classes:
+            raise UserError(
+                f"{root} holds images of {len(source.classes)} classes, but {self.name} has {self.num_classes}. Choose "
+                "another data set (data=cifar100, data=folder), or set data.root to another folder."
+            )
+        return source
 
 
 class Cifar10(Cifar):

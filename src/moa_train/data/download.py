@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import http.client
 import logging
+import os
 import re
 import sys
 import urllib.error
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.lock import NO_LOCKS
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +34,16 @@ def download(url: str, path: Path, sha256: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     with part.open("ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits here
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits here
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         if path.exists():
             part.unlink(missing_ok=True)
             return
-        log.info("Downloading %s to %s%s", url, path, f", from byte {part.stat().st_size}" * bool(part.stat().st_size))
+        have = os.fstat(file.fileno()).st_size  # another process may have removed the file's name
+        log.info("Downloading %s to %s%s", url, path, f", from byte {have}" * bool(have))
         try:
             _fetch(url, file)
         except (OSError, http.client.HTTPException, ValueError) as error:

@@ -26,9 +26,10 @@ class ClassFolders(DataSet):
         from moa_train.data.tree import scan_split
 
         if is_packed(self.root, split):
+            source = read_pack(self.root, split, f"{self.name}/{split}", self.image_size)
             if (self.root / split).is_dir():
                 check_origin(self.root, split, scan_split(self.root, split))
-            return read_pack(self.root, split, f"{self.name}/{split}", self.image_size)
+            return source
         return self.from_folders(split)
 
 

@@ -291,8 +291,8 @@ def _in_thread(reader: _Reader, requests: Iterable[_Request], wait: _Wait) -> It
     wanted, results = SimpleQueue[_Request | None](), SimpleQueue[Batch | Exception]()
 
     def read() -> None:
-        watch.begin(0)
         for request in iter(wanted.get, None):
+            watch.begin(0)  # again for each batch, because the thread of an evaluation publishes its own files
             try:
                 results.put(reader[request])
             except Exception as error:  # for the thread that waits

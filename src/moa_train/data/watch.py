@@ -9,10 +9,13 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
+from multiprocessing import active_children
 from multiprocessing.sharedctypes import RawArray, Synchronized
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +27,8 @@ Result = TypeVar("Result")
 
 _POLL = 1.0
 """Seconds between checks while a result is awaited."""
+_LONGEST = 5.0
+"""Longest time between two checks, in seconds, that counts. If it was longer, all processes may have been suspended."""
 
 
 class _Slot(ctypes.Structure):
@@ -45,6 +50,8 @@ class FileWatch:
     def __init__(self, workers: int, max_seconds: float) -> None:
         self.max_seconds = max_seconds
         self._slots = RawArray(_Slot, workers)
+        self._checked = time.monotonic()
+        self._decoding = [(0.0, 0.0)] * workers
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -56,8 +63,13 @@ class FileWatch:
 
     def check(self) -> None:
         """Raise UserError if a worker has been decoding an image for more than ``max_seconds``."""
-        for slot in self._slots:
-            if slot.decoding_since and time.monotonic() - slot.decoding_since > self.max_seconds:
+        now = time.monotonic()
+        passed, self._checked = min(now - self._checked, _LONGEST), now
+        for worker, slot in enumerate(self._slots):
+            since, seconds = self._decoding[worker]
+            seconds = seconds + passed if slot.decoding_since == since else min(now - slot.decoding_since, passed)
+            self._decoding[worker] = slot.decoding_since, seconds
+            if slot.decoding_since and seconds > self.max_seconds:
                 raise UserError(
                     f"{_name(slot)}: decoding takes longer than data.max_seconds={self.max_seconds:g} (moa-data: "
                     "--max-seconds). Repair or remove the file, or increase the limit."
@@ -94,28 +106,39 @@ def map_files(
     """Yield the result of ``function`` for every file, in order, computed in ``workers`` processes (at least one).
 
     Raises:
-        UserError: an image takes too long to decode, or the storage hangs.
+        UserError: an image takes too long to decode, the storage hangs, or a process was killed.
     """
     workers = max(1, workers)
-    watch, number = FileWatch(workers, max_seconds), multiprocessing.Value("i", 0)
-    with multiprocessing.Pool(workers, _begin, (watch, number)) as pool:  # at the end, its processes are killed
-        rest, waited = iter(paths), 0.0
-        chunks = iter(lambda: list(islice(rest, 8)), [])
-        results = pool.imap(partial(_map, function), chunks)
+    watch, number, others = FileWatch(workers, max_seconds), multiprocessing.Value("i", 0), set(active_children())
+    pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(watch, number))
+    rest, pending, waited = iter(paths), deque[Future[list[Result]]](), 0.0
+    try:
         while True:
-            try:
-                yield from results.next(_POLL)
-                waited = 0.0
-            except StopIteration:
+            while len(pending) < 4 * workers and (chunk := list(islice(rest, 8))):
+                pending.append(pool.submit(_map, function, chunk))
+            if not pending:
                 return
-            except multiprocessing.TimeoutError:
-                watch.check()
-                waited += _POLL
-                if waited >= RuntimeConfig.timeout:
-                    raise UserError(
-                        f"No images could be read for {waited:.0f} s: the storage hangs, or is very slow. Files that "
-                        f"are being read: {watch.files() or 'none'}."
-                    ) from None
+            wait([pending[0]], _POLL)
+            if pending[0].done():
+                yield from pending.popleft().result()
+                waited = 0.0
+                continue
+            watch.check()
+            waited += _POLL
+            if waited >= RuntimeConfig.timeout:
+                raise UserError(
+                    f"No images could be read for {waited:.0f} s: the storage hangs, or is very slow. Files that are "
+                    f"being read: {watch.files() or 'none'}."
+                )
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"A process that reads images was killed, perhaps because memory ran out; use fewer of them. It read one "
+            f"of these files: {watch.files() or 'unknown'}."
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(active_children()) - others:
+            process.kill()
 
 
 def _map(function: Callable[[str], Result], paths: list[str]) -> list[Result]:

@@ -10,20 +10,23 @@ from torch import Tensor
 from moa_train.interfaces import Batch
 from moa_train.runtime.distributed import Distributed
 
+MOST = 1000
+"""Classes up to which a confusion matrix is kept. A picture of more would have a pixel per cell, and gigabytes."""
+
 
 @dataclass(frozen=True)
 class Mistakes:
     """What an evaluation got wrong.
 
     Attributes:
-        confusion: number of images by true and predicted class, int64, (K, K).
+        confusion: number of images by true and predicted class, int64, (K, K); None for more than `MOST` classes.
         index: positions of the most confident mistakes in the data set, most confident first, (M,).
         labels: their classes.
         predicted: the classes predicted for them.
         probability: the probabilities of these.
     """
 
-    confusion: NDArray[np.int64]
+    confusion: NDArray[np.int64] | None
     index: NDArray[np.int64]
     labels: NDArray[np.int64]
     predicted: NDArray[np.int64]
@@ -51,7 +54,9 @@ class MistakesRecorder:
         columns = [np.concatenate(column) for column in zip(*(share[1:] for share in shares), strict=True)]
         index, labels, predicted = (column.astype(np.int64) for column in columns[:3])
         probability, classes = columns[3].astype(np.float32), shares[0][0]
-        confusion = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
+        confusion = None
+        if classes <= MOST:
+            confusion = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
         # By index where probabilities are equal, so that the result does not depend on the number of ranks.
         order = np.lexsort((index, -probability))
         worst = order[(labels != predicted)[order]][: self.count]

@@ -76,7 +76,7 @@ class GradientGuard:
 
     def caught(self, wait: bool = False) -> Iterator[int]:
         """Yield the skipped steps that were not reported yet; ``wait`` includes those still on the device."""
-        while len(self._pending) > (0 if wait or not self.delay else self.delay):
+        while self._pending and (wait or self._pending[0][2] is None or len(self._pending) > self.delay):
             step, found, copied = self._pending.popleft()
             if copied is not None:
                 copied.synchronize()  # usually done, because the copy was started ``delay`` steps ago
@@ -102,7 +102,9 @@ class NonFinitePolicy:
     distributed: Distributed
     resume: str
 
-    def answer(self, step: int, origins: list[dict[str, Any]], count: int, lr_factor: float) -> str:
+    def answer(
+        self, step: int, origins: list[dict[str, Any]], count: int, lr_factor: float, *, saved: bool, late: bool
+    ) -> str:
         """Write the report on ``step``, and return a message for the user if the run may continue.
 
         Args:
@@ -110,6 +112,8 @@ class NonFinitePolicy:
             origins: what `TrainStep.trace` returned on this rank.
             count: number of such steps in this run, including this one.
             lr_factor: current factor on the learning rate.
+            saved: whether there is a checkpoint.
+            late: whether ``origins`` are from a repetition with later weights.
 
         Raises:
             UserError: the policy is abort, or the budget is exceeded.
@@ -117,11 +121,19 @@ class NonFinitePolicy:
         """
         ranks = self.distributed.gather_objects(origins)
         replay = f"{self.resume} replay={step}"
-        report = {"step": step, "count": count, "policy": self.name, "ranks": ranks, "replay": replay}
+        report = {
+            "step": step,
+            "count": count,
+            "policy": self.name,
+            "ranks": ranks,
+            "replay": replay if saved else None,
+        }
         path = self.run_dir / f"nonfinite-step-{step:08d}.json"
         self.distributed.on_main(lambda: write_whole(path, json.dumps(report, indent=1) + "\n"))
         culprits = [(rank, micro) for rank, micros in enumerate(ranks) for micro in micros if micro["origin"]]
         first = "it was finite when the step was repeated, which suggests a hardware fault"
+        if late:
+            first = "it was finite when the step was repeated with the weights of a later step"
         if culprits:
             rank, micro = culprits[0]
             first = f"the first such value is in {micro['origin']}, micro-batch {micro['micro']} (rank {rank})"
@@ -130,9 +142,15 @@ class NonFinitePolicy:
             used = ""
             if self.name != "abort":
                 used = f" This is number {count}, which exceeds engine.nonfinite_budget={self.budget}."
+            remedies = "a lower optim.lr, runtime.precision=fp32 or engine.nonfinite=skip or rollback"
+            if not saved:
+                raise UserError(
+                    f"{message}{used}\nThere is no checkpoint yet. Start again with {remedies}. To investigate the "
+                    f"step with replay={step}, lower engine.save_every."
+                )
             raise UserError(
                 f"{message}{used}\nTo investigate: {replay}\nTo continue from the last checkpoint: "
-                f"{self.resume} with a lower optim.lr, runtime.precision=fp32 or engine.nonfinite=skip or rollback."
+                f"{self.resume} with {remedies}."
             )
         if self.name == "rollback":
             factor = lr_factor * self.lr_factor

@@ -24,11 +24,14 @@ class UpdateRatios:
 
     def __init__(self, model: nn.Module, due: Callable[[int], bool]) -> None:
         self.due = due
-        layers = [*model.layer_names(), model.head_name] if isinstance(model, Classifier) else []
+        own = model.layer_names() if isinstance(model, Classifier) else []
+        layers = [*own, model.head_name] if isinstance(model, Classifier) and own else []
         ids = model.layer_ids() if isinstance(model, Classifier) else {}
         self.layers: dict[str, list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
-            layer = layers[ids[name]] if name in ids else name.partition(".")[0]
+            layer = name.partition(".")[0]
+            if name in ids:
+                layer = layers[ids[name]] if layers else f"layer{ids[name]:02}"
             if parameter.requires_grad:
                 self.layers.setdefault(layer, []).append(parameter)
         self._before: dict[str, list[Tensor]] = {}

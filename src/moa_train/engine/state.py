@@ -13,8 +13,8 @@ from moa_train.runtime.errors import UserError
 from moa_train.runtime.precision import Precision
 from moa_train.tracking.meters import RunningMeans
 
-HYPERPARAMETERS = ("lr", "weight_decay", "betas", "eps", "momentum", "nesterov")
-"""Hyperparameters of optimizers that a resume takes from the configuration, not from the checkpoint."""
+HYPERPARAMETERS = ("lr", "weight_decay", "betas", "eps", "momentum", "nesterov", "fused", "foreach")
+"""Entries of parameter groups that a resume takes from the configuration and the device, not from the checkpoint."""
 
 FORM = {"config": dict, "classes": list, "fingerprint": str, "origin": list, "train": dict}
 SCALARS = {

@@ -60,6 +60,7 @@ class Trainer:
     speed: Speed = field(default_factory=Speed)
     stopping: bool = False
     saved_step: int = 0
+    rolled_back: bool = False
 
     def fit(self) -> bool:
         """Train until the plan ends or a stop is requested, and return whether the plan has ended.
@@ -72,6 +73,8 @@ class Trainer:
         self.distributed.before_leaving = self.store.close
         with self.store:
             self._catch_up_on_evaluation()
+            if self.rolled_back:  # a resume must not return to the old learning rate
+                self.save(is_best=state.best.get("step") == state.step)
             batches = Prefetcher(self.train_batches(state.step), self.distributed.device)
             while state.step < plan.stop_step and not self.stopping:
                 lr = self._set_lr(state.step)
@@ -129,7 +132,9 @@ class Trainer:
         for step in self.train_step.guard.caught(wait):
             self.state.nonfinite += 1
             origins = self.train_step.trace(self.train_batches(step), step)
-            self.tracker.say(self.nonfinite.answer(step, origins, self.state.nonfinite, self.state.lr_factor))
+            saved, late = self.saved_step > 0, step < self.state.step - 1
+            count, factor = self.state.nonfinite, self.state.lr_factor
+            self.tracker.say(self.nonfinite.answer(step, origins, count, factor, saved=saved, late=late))
 
     def _log(self, lr: float) -> None:
         step, epoch = self.state.step, float(self.state.step / self.plan.steps_per_epoch)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moa_train.model.attention import BiasedAttention
 from moa_train.model.stages import StagePlan
+from moa_train.runtime.device import to_device
 from moa_train.schema import ModelConfig
 
 
@@ -261,6 +262,7 @@ class DropPath(nn.Module):
             kept, scale = torch.zeros(1, dtype=torch.int64), 0.0
         if len(kept) == B:
             return branch(x) * scale
+        kept = to_device(kept, x.device)
         update = branch(x.index_select(0, kept))
         return update.new_zeros(B, *update.shape[1:]).index_add_(0, kept, update, alpha=scale)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moa_train.data.source import Source
 from moa_train.engine.metrics import rank_of_label
-from moa_train.engine.predictions import TOP, Predictions
+from moa_train.engine.predictions import TOP, Predictions, log_probabilities
 from moa_train.report import intervals
 from moa_train.report.calibration import Calibration
 from moa_train.report.intervals import Interval
@@ -68,7 +68,7 @@ class Findings:
         # Logits that are not finite count as wrong, but they have no probabilities.
         self.finite: NDArray[np.bool_] = logits.isfinite().all(1).numpy()
         self.logits = np.where(self.finite[:, None], predictions.logits, 0).astype(np.float32)
-        self.log_probabilities = Predictions(self.labels, self.logits).log_probabilities()
+        self.log_probabilities = log_probabilities(torch.from_numpy(self.logits)).numpy()
         self.predicted: Rows = self.logits.argmax(1)
         self.wrong: NDArray[np.bool_] = (self.rank > 0) & self.finite
         self.probability = np.exp(self.log_probabilities.max(1))

@@ -203,7 +203,8 @@ def errors_by_corruption(results: Sequence[Mapping[str, Any]], classes: int) -> 
         counted = [name for name in means if name in ALEXNET] or list(means)
         if benchmark == "corruptions":
             counted = list(means)
-        summary[benchmark] = {"errors": means, "mean": float(np.mean([means[name] for name in counted]))}
+        mean = float(np.mean([means[name] for name in counted]))
+        summary[benchmark] = {"errors": means, "counted": counted, "mean": mean}
         whole = classes == 1000 and all(
             result["classes"] == 1000 for result in results if result["benchmark"] == benchmark
         )
@@ -223,8 +224,8 @@ def relative_to(summary: Mapping[str, Any], reference: Mapping[str, Any]) -> dic
     relative = {}
     for benchmark, found in summary.items():
         others = reference.get(benchmark, {}).get("errors", {})
-        ratios = [error / others[name] for name, error in found["errors"].items() if others.get(name)]
-        if ratios and len(ratios) == len(found["errors"]):
+        ratios = [found["errors"][name] / others[name] for name in found["counted"] if others.get(name)]
+        if ratios and len(ratios) == len(found["counted"]):
             relative[benchmark] = 100 * float(np.mean(ratios))
     if summary and not relative:
         raise UserError("reference= was not evaluated on the same corruptions. Evaluate it with the same settings.")

@@ -1,7 +1,7 @@
 """Compare runs: group them by their settings, rank the groups, and test the differences to a reference."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -37,6 +37,14 @@ class Group:
     settings: Mapping[str, Any]
     selected: Sequence[float]
     final: Mapping[str, Sequence[float]]
+
+    @property
+    def independent(self) -> list[Run]:
+        """Return one run per seed, a finished one if there is one. Repetitions of a seed are not independent."""
+        found: dict[Any, Run] = {}
+        for run in sorted(self.runs, key=lambda run: not run.result):
+            found.setdefault(run.seed, run)
+        return [run for run in self.runs if run is found[run.seed]]
 
     @property
     def states(self) -> dict[str, int]:
@@ -146,8 +154,12 @@ class Report:
         return {**rest, "groups": groups, "comparisons": comparisons}
 
 
-def lower_is_better(metric: str) -> bool:
-    """Return whether a smaller value of a metric is better, judging by its name."""
+def lower_is_better(metric: str, runs: Sequence[Run]) -> bool:
+    """Return whether a smaller value of a metric is better, as results record it; those of older versions do not."""
+    for run in runs:
+        higher = run.result.get("higher_is_better", {}).get(metric)
+        if higher is not None:
+            return not higher
     return any(word in metric.lower() for word in ("loss", "error", "nll", "perplexity"))
 
 
@@ -187,12 +199,12 @@ def compare(
     ]
     if metrics and metric not in metrics:
         raise UserError(choose("metric", metric, metrics))
-    groups = _groups(runs, split, metric, metrics)
+    groups, lower = _groups(runs, split, metric, metrics), lower_is_better(metric, runs)
     if ranked:
-        groups.sort(key=lambda group: _rank(group, metric))
+        groups.sort(key=lambda group: _rank(group, metric, lower))
     tested = [group for group in groups[1:] if group.final.get(metric) and groups[0].final.get(metric)][:TESTED]
     level = 1 - (1 - CONFIDENCE) / max(len(tested), 1)
-    comparisons = [_compare(group, groups[0], groups, split, metric, metrics, level) for group in tested]
+    comparisons = [_compare(group, groups[0], groups, split, metric, metrics, lower, level) for group in tested]
     notes = [*notes, *_notes(runs, groups, comparisons, level)]
     return Report(split, selection, metric, metrics, groups, comparisons, _common(runs), level, notes)
 
@@ -229,10 +241,25 @@ def _groups(runs: Sequence[Run], split: str, metric: str, metrics: Sequence[str]
         label = " ".join(f"{short[key]}={shown(value)}" for key, value in settings.items())
         if not 0 < len(different) <= LABELED:
             label = members[0].name + (f" (and {len(members) - 1} more)" if len(members) > 1 else "")
-        selected = [value for run in members if (value := run.best(metric)) is not None]
-        final = {name: [value for run in members if (value := run.final(split, name)) is not None] for name in metrics}
-        groups.append(Group(label, members, settings, selected, final))
-    return groups
+        group = Group(label, members, settings, [], {})
+        selected = [value for run in group.independent if (value := run.best(metric)) is not None]
+        final = {
+            name: [value for run in group.independent if (value := run.final(split, name)) is not None]
+            for name in metrics
+        }
+        groups.append(replace(group, selected=selected, final=final))
+    return _distinct(groups)
+
+
+def _distinct(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups with distinct labels: a number is added to those that several groups have."""
+    labels = [group.label for group in groups]
+    return [
+        group
+        if labels.count(group.label) == 1
+        else replace(group, label=f"{group.label} [{labels[:place].count(group.label) + 1}]")
+        for place, group in enumerate(groups)
+    ]
 
 
 def shown(value: Any) -> str:
@@ -242,11 +269,11 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace(" ", "")
 
 
-def _rank(group: Group, metric: str) -> tuple[bool, bool, float]:
+def _rank(group: Group, metric: str, lower: bool) -> tuple[bool, bool, float]:
     """Return a sort key: groups with finished runs first, then by the split that chooses checkpoints."""
     values = group.selected or group.final.get(metric, [])
     value = fmean(values) if values else 0.0
-    return not group.final.get(metric), not values, value if lower_is_better(metric) else -value
+    return not group.final.get(metric), not values, value if lower else -value
 
 
 def _compare(
@@ -256,30 +283,32 @@ def _compare(
     split: str,
     metric: str,
     metrics: Sequence[str],
+    lower: bool,
     level: float,
 ) -> Comparison:
     ours, theirs = (
-        {id(run): found for run in some.runs if (found := run.outcomes(split)) is not None}
+        {id(run): found for run in some.independent if (found := run.outcomes(split)) is not None}
         for some in (group, reference)
     )
     missing = [
         f"moa-eval {argument('ckpt', run.path)} split={split}"
         for some, found in ((group, ours), (reference, theirs))
-        for run in some.runs
+        for run in some.independent
         if run.result and id(run) not in found
     ]
-    top1 = loss = None
+    top1 = top5 = loss = None
     changes: list[ClassChange] = []
     images = 0
     if ours and theirs:
         everyone = [*ours.values(), *theirs.values()]
-        _check_same_outcomes(everyone, [run for some in (group, reference) for run in some.runs], split)
+        _check_same_outcomes(everyone, [run for some in (group, reference) for run in some.independent], split)
         images = len(everyone[0].labels)
-        hits, losses = (
+        hits, hits5, losses = (
             [np.mean([measure(found) for found in some.values()], axis=0) for some in (ours, theirs)]
-            for measure in (_hits, _losses)
+            for measure in (_hits, _hits5, _losses)
         )
         top1 = image_interval(100 * (hits[0] - hits[1]), level)
+        top5 = image_interval(100 * (hits5[0] - hits5[1]), level)
         loss = image_interval(losses[0] - losses[1], level)
         changes = _classes(everyone[0], hits[1], hits[0])
     matched = _matched(group, reference)
@@ -299,25 +328,26 @@ def _compare(
         differences = [a - b for a, b in values if a is not None and b is not None]
         if len(differences) > 1:
             paired[name] = (differences, paired_p(differences))
-    over_images = {"top1": top1, "loss": loss}.get(metric)
+    over_images = {"top1": top1, "top5": top5, "loss": loss}.get(metric)
     over_seeds = seeds[metric][0] if metric in seeds else None
-    verdict = _verdict(over_images, over_seeds, lower_is_better(metric))
+    verdict = _verdict(over_images, over_seeds, lower, bool(images))
     return Comparison(group.label, reference.label, images, top1, loss, pairs, seeds, paired, verdict, changes, missing)
 
 
 def _matched(group: Group, reference: Group) -> list[tuple[Run, Run]]:
     """Return the finished runs of both groups by seed. If both have one run, these two are a pair in any case."""
-    ours, theirs = ({run.seed: run for run in reversed(some.runs) if run.result} for some in (group, reference))
+    ours, theirs = ({run.seed: run for run in some.independent if run.result} for some in (group, reference))
     common = [(ours[seed], theirs[seed]) for seed in sorted(ours, key=str) if seed in theirs]
     if not common and len(ours) == len(theirs) == 1:
         return [(next(iter(ours.values())), next(iter(theirs.values())))]
     return common
 
 
-def _verdict(images: Interval | None, seeds: Interval | None, lower: bool) -> str:
+def _verdict(images: Interval | None, seeds: Interval | None, lower: bool, predictions: bool) -> str:
     known = [found for found in (images, seeds) if found is not None]
     if not known:
-        return "not tested: there are no predictions, and no settings were run with two seeds"
+        reason = "this metric cannot be tested over images" if predictions else "there are no predictions"
+        return f"not tested: {reason}, and no settings were run with two seeds"
     word = "better" if (known[0].mean < 0) == lower else "worse"
     if images is not None and not images.excludes_zero:
         return "within noise: other images might reverse the difference"
@@ -332,6 +362,10 @@ def _verdict(images: Interval | None, seeds: Interval | None, lower: bool) -> st
 
 def _hits(outcomes: Outcomes) -> Any:
     return outcomes.rank == 0
+
+
+def _hits5(outcomes: Outcomes) -> Any:
+    return outcomes.rank < 5
 
 
 def _losses(outcomes: Outcomes) -> Any:
@@ -387,7 +421,9 @@ def _notes(runs: Sequence[Run], groups: Sequence[Group], comparisons: Sequence[C
             f"{states.count('finished')} of {len(runs)} runs are finished ({', '.join(rest)}); the others count only "
             "with their evaluations so far."
         )
-    if any(len(group.runs) == 1 for group in groups) and len(groups) > 1:
+    if repeated := len(runs) - sum(len(group.independent) for group in groups):
+        notes.append(f"{repeated} runs repeat the settings and the seed of another one, and do not count.")
+    if any(len(group.independent) == 1 for group in groups) and len(groups) > 1:
         notes.append("Some settings were run with one seed only; their own noise between seeds is unknown.")
     if len({run.machine for run in runs}) > 1:
         notes.append("The runs used different machines, so that their speeds and times cannot be compared.")

@@ -2,8 +2,8 @@
 
 import fcntl
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import IO, TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ class Search:
         from optuna.storages.journal import JournalFileBackend
 
         self.folder, self.config, self.settings, self.seeds = folder, config, config.sweep, list(seeds)
-        self.metric = short_name(config.engine.best_by)
+        self.metric, self._crashed = short_name(config.engine.best_by), set[int]()
         higher = METRICS.load(config.engine.best_by).higher_is_better
         self.space = {key: _distribution(options) for key, options in space.items()}
         path = str(folder.path / JOURNAL)
@@ -59,10 +59,11 @@ class Search:
 
     def run(self, runner: Runner) -> None:
         """Run trials until the requested number is reached, first those that were interrupted."""
-        self._add_continued()
+        self._add_continued(runner)
         while runner.stop is None:
             with ExitStack() as held:
-                trial = self._interrupted(held) or self._ask(held)
+                with self._choosing():
+                    trial = self._interrupted(held) or self._ask(held)
                 if trial is None:
                     return
                 self._run(trial, runner)
@@ -84,12 +85,22 @@ class Search:
         held.enter_context(self._hold(trial.number))
         return trial
 
+    @contextmanager
+    def _choosing(self) -> Iterator[None]:
+        """Let one process at a time choose a trial. A new trial is running before its parameters and lock exist."""
+        lock = _FileLock(str(self.folder.path / "choosing"))
+        lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
     def _interrupted(self, held: ExitStack) -> "optuna.Trial | None":
         """Return a trial that an earlier process has started and not completed."""
         import optuna
 
         for frozen in self.study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
-            if not held.enter_context(self._hold(frozen.number)):
+            if frozen.number in self._crashed or not held.enter_context(self._hold(frozen.number)):
                 continue
             if frozen.params.keys() == self.space.keys():
                 return optuna.Trial(self.study, frozen._trial_id)
@@ -109,7 +120,7 @@ class Search:
                 if runner.outcomes[job.name] == "pruned":
                     self.study.tell(trial, state=state.PRUNED)
                 elif runner.stop is None:
-                    self.study.tell(trial, state=state.FAIL)
+                    self._crashed.add(trial.number)  # stays a running trial, which the next start of the search repeats
                 return
         value = self._value(jobs)
         self.study.tell(trial, value, state=state.FAIL if value is None else state.COMPLETE)
@@ -139,22 +150,27 @@ class Search:
     def _hold(self, number: int) -> AbstractContextManager[bool]:
         return self.folder.hold(_name(number), [job.name for job in self._jobs(number, {})])
 
-    def _add_continued(self) -> None:
-        """Add the results of pruned trials whose runs were resumed to their end."""
+    def _add_continued(self, runner: Runner) -> None:
+        """Add the results of pruned trials whose first seed was resumed to its end, and run their other seeds."""
         import optuna
 
         known = {trial.user_attrs.get("continues") for trial in self.study.trials}
         for trial in self.study.get_trials(states=(optuna.trial.TrialState.PRUNED,)):
             jobs = self._jobs(trial.number, trial.params)
-            if trial.number not in known and all(is_finished(self.folder.run_dir(job.name)) for job in jobs):
-                self.study.add_trial(
-                    optuna.trial.create_trial(
-                        params=trial.params,
-                        distributions=trial.distributions,
-                        value=self._value(jobs),
-                        user_attrs={"continues": trial.number},
-                    )
+            if trial.number in known or not is_finished(self.folder.run_dir(jobs[0].name)):
+                continue
+            with self._hold(trial.number) as free:
+                place = f"trial {trial.number + 1}, which was pruned and resumed"
+                if not free or not all(runner.stop is None and runner.run(job, place) for job in jobs):
+                    continue
+            self.study.add_trial(
+                optuna.trial.create_trial(
+                    params=trial.params,
+                    distributions=trial.distributions,
+                    value=self._value(jobs),
+                    user_attrs={"continues": trial.number},
                 )
+            )
 
     def _sampler(self, number: int) -> "optuna.samplers.BaseSampler":
         from optuna.samplers import RandomSampler, TPESampler

@@ -8,7 +8,6 @@ from moa_train.runs.compare import (
     Comparison,
     Group,
     Report,
-    lower_is_better,
     mean_curve,
     seeds_of,
     shown,
@@ -146,7 +145,7 @@ def probability(p: float) -> str:
 
 def form(metric: str) -> str:
     """Return the format of the values of a metric."""
-    return ".4f" if lower_is_better(metric) else ".2f"
+    return ".2f" if metric in ("top1", "top5") else ".4f"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: int = 0) -> str:

@@ -17,6 +17,8 @@ from typing import Self
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_all
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""Errors of file systems that do not support locks."""
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +69,7 @@ class RunLock:
                     f"The run folder {self.path.parent} is in use by {_describe(os.pread(descriptor, 65536, 0))}. "
                     "Wait for that run, stop it, or choose another run folder."
                 ) from None
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            if error.errno not in NO_LOCKS:
                 raise
             log.warning(
                 "%s: this file system does not support locks (%s). Make sure that only one run uses the folder.",
