@@ -145,6 +145,14 @@ def test_the_command_line_overrides_choices_of_data_and_experiments(resolved):
     assert config.optim.lr == 0.3
 
 
+@pytest.mark.parametrize("experiment", OPTIONS["experiment"])
+def test_overfitting_a_batch_needs_images_that_stay_the_same(resolved, experiment):
+    found = resolved(f"experiment={experiment}", "debug=overfit_batch", "data.root=.").augment
+    strong = ("mixup", "cutmix", "randaugment_ops", "erasing", "color_jitter", "label_smoothing", "flip")
+    assert {name: getattr(found, name) for name in strong} == dict.fromkeys(strong, 0)
+    assert (found.crop, found.extra) == ("none", [])
+
+
 @pytest.mark.parametrize("debug", [None, *OPTIONS["debug"]])
 @pytest.mark.parametrize("experiment", OPTIONS["experiment"])
 def test_every_experiment_composes_with_every_debug_option(resolved, experiment, debug):

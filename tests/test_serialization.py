@@ -6,7 +6,7 @@ import pytest
 
 from moa_train.runtime.errors import UserError
 from moa_train.schema import RunConfig
-from moa_train.serialization import from_dict, to_dict
+from moa_train.serialization import FromEnvironment, from_dict, to_dict
 
 
 def test_a_configuration_can_be_stored_as_json():
@@ -22,3 +22,12 @@ def test_a_configuration_of_another_version():
     values["model"]["moa"]["overlapp"] = 2
     with pytest.raises(UserError, match=r"Unknown configuration key model\.moa\.overlapp.*'overlap'"):
         from_dict(values)
+
+
+def test_variables_in_own_settings_are_read_again(monkeypatch):
+    config = RunConfig()
+    config.data.args = {"folder": FromEnvironment("/a/x", "${oc.env:MOA_DATA}/x"), "names": ["b"]}
+    record = to_dict(config)
+    assert record["data"]["args"] == {"folder": "${oc.env:MOA_DATA}/x", "names": ["b"]}
+    monkeypatch.setenv("MOA_DATA", "/b")
+    assert from_dict(record).data.args == {"folder": "/b/x", "names": ["b"]}

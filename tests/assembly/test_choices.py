@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from moa_train.assembly.choices import DEFAULTS, Choices, apply, choose, decide
 from moa_train.assembly.measure import Clock, fastest, time_workers
@@ -13,9 +14,11 @@ from moa_train.assembly.training import build_state
 from moa_train.data.dataset import open_split
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.state import TrainState
+from moa_train.interfaces import Classifier
 from moa_train.model.attention import BiasedAttention
 from moa_train.model.layers import DropPath
 from moa_train.optim.muon import BatchedMuon
+from moa_train.optim.optimizers import Optimizers
 from moa_train.runtime.precision import Precision
 from moa_train.schema import RunConfig
 
@@ -179,6 +182,40 @@ def test_a_resume_keeps_the_choices_that_affect_numbers(
         {"optim.muon_precision": "bf16", "engine.eval_batch_size": 16},
         {"optim.muon_precision": "bf16", "engine.eval_batch_size": 4},
     ]
+
+
+def test_a_resume_does_not_measure_what_was_left_to_rules(tiny: Callable[..., Any]) -> None:
+    """Otherwise, the precision could change in the middle of a run that started on a slow machine."""
+    config = tiny(OPEN)
+    found = choose(config, state_of(config), recorded={"device": "cpu", "values": {}})
+    assert set(found.values) <= {"engine.eval_batch_size", "data.workers"}
+
+
+class Pair(nn.Module):
+    def forward(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        return x + position
+
+
+class OfPairs(Classifier):
+    head_name = "head"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Flatten(), Pair(), nn.Linear(3072, 10)
+
+    def layer_names(self) -> list[str]:
+        return ["stem", "block"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(self.stem(x), torch.ones(())))
+
+
+def test_own_models_whose_blocks_cannot_be_measured_take_the_fixed_choices(tiny: Callable[..., Any]) -> None:
+    config = tiny(OPEN)
+    config.model.name = "my:OfPairs"
+    config.optim.name = "adamw"
+    state = TrainState(OfPairs(), Optimizers([]), Precision.resolve("fp32", torch.device("cpu")), None)
+    assert not choose(config, state).values
 
 
 def test_choices_of_another_kind_of_device_are_not_kept(tiny: Callable[..., Any]) -> None:

@@ -11,9 +11,11 @@ import pytest
 
 from moa_train.assembly import session
 from moa_train.assembly.commands import command
+from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.nonfinite import RollBack
 from moa_train.runs.folder import status
 from moa_train.runtime.errors import UserError
+from moa_train.tracking.jsonl import read_rows
 
 RESNET = {
     "model__name": "resnet",
@@ -110,3 +112,34 @@ def test_a_rollback_releases_the_discarded_run(train, tmp_path, monkeypatch):
     monkeypatch.setattr(session, "train", train_once)
     assert train(tmp_path / "run") == 0
     assert len(built) == 2
+
+
+def test_a_rollback_is_saved_at_once(train, tmp_path, monkeypatch):
+    """A run that is killed before the next checkpoint must not return to the old learning rate."""
+    assert train(tmp_path / "run", engine__stop_after="4 steps") == 0
+    calls, real = [], session.train
+
+    def killed(step):
+        raise RuntimeError("killed before the first step")
+
+    def train_once(run, distributed):
+        calls.append(run.trainer.state.lr_factor)
+        if len(calls) == 1:
+            raise RollBack("Rolling back", nonfinite=1, lr_factor=0.5)
+        run.trainer.train_batches = killed
+        return real(run, distributed)
+
+    monkeypatch.setattr(session, "train", train_once)
+    with pytest.raises(RuntimeError, match="killed before"):
+        train(tmp_path / "run", resume=True)
+    assert calls == [1.0, 0.5]
+    newest = CheckpointStore(tmp_path / "run").newest()
+    assert newest.step == 4
+    assert [newest.state["train"][key] for key in ("lr_factor", "nonfinite")] == [0.5, 1]
+
+
+def test_an_evaluation_that_chose_the_checkpoint_is_logged_once(train, tmp_path):
+    changes = {"engine__eval_split": "test", "engine__eval_every": "4 steps", "engine__stop_after": "6 steps"}
+    assert train(tmp_path / "run", **changes) == 0
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == [4]

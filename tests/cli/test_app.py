@@ -150,7 +150,8 @@ RIGHT = {
     "completion": ["train", ["-sc", "install=bash"]],
     "quoted": ["train", ["run_dir='a=b, c'", "data.root=/data/x y", "model.moa={overlap:2}", "data.mean=null"]],
     "ä": ["train", ["run_dir=Läufe/é b", "engine.metrics=[top1]", "data.root=~/bilder", "init='ö'"]],
-    "homes": ["train", ["sweep.dir=~/sweeps", "distill.teachers=['~/a',b]"]],
+    "homes": ["train", ["sweep.dir=~/sweeps", "distill.teachers=[~/a, b/é]"]],
+    "numbers": ["train", ["run_dir=2024_01_15", "init=1e3", "data.root=1.10"]],
     "home": ["train", ["--config-dir", "own", "experiment=home"]],
     "no recipe": ["train", ["experiment=null", "debug=null"]],
     "environment": ["train", ["data.root=/data/${oc.env:HOME}"]],
@@ -326,7 +327,11 @@ def test_paths_are_accepted_as_typed(tried):
     assert ascii(["Läufe/é b", "ö", str(Path("~/bilder").expanduser())]) in tried["ä"]["out"]
     assert ascii([str(Path("~/images").expanduser())]) in tried["home"]["out"]  # of a recipe
     sweep, teacher = (str(Path(path).expanduser()) for path in ("~/sweeps", "~/a"))
-    assert ascii([sweep, teacher, "b"]) in tried["homes"]["out"]
+    assert ascii([sweep, teacher, "b/é"]) in tried["homes"]["out"]
+
+
+def test_texts_that_look_like_numbers_stay_as_they_were_typed(tried):
+    assert ascii(["2024_01_15", "1e3", "1.10"]) in tried["numbers"]["out"], tried["numbers"]["err"]
 
 
 def test_no_recipe_is_a_choice(tried):

@@ -123,3 +123,15 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_needs_no_torch() -> None:
     code = "import sys; from moa_train.cli.data import parser; parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_packs_of_splits_that_are_gone_are_refused(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their images may be in another split now."""
+    assert run("pack", tree, tmp_path / "packed") == 0
+    (tree / "test").rename(tmp_path / "test")
+    assert run("pack", tree, tmp_path / "packed") == 2
+    assert "packs of test, which" in capsys.readouterr().err
+    (tmp_path / "packed" / "pack-test.json").unlink()
+    assert run("pack", tree, tmp_path / "packed") == 0

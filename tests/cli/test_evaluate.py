@@ -246,7 +246,9 @@ def test_a_report_without_matplotlib_is_an_error_before_anything_is_opened(monke
 def test_other_evaluations_keep_the_predictions_of_the_run(copy, changed):
     """Otherwise, moa-compare would compare this run's flipped images or other weights with those of other runs."""
     before = (copy / "predictions-test.npz").stat().st_mtime_ns
-    run(**{"ckpt": copy, **changed, **({"ckpt": copy / changed["ckpt"]} if "ckpt" in changed else {})})
+    changed = {"ckpt": copy, **changed, **({"ckpt": copy / changed["ckpt"]} if "ckpt" in changed else {})}
+    run(**changed)
+    run(**changed, output=copy / "other.json")
     assert (copy / "predictions-test.npz").stat().st_mtime_ns == before
 
 

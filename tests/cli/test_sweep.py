@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -271,3 +272,42 @@ def test_pruned_trials_stop_early_and_can_be_resumed(tmp_path):
     assert [state for state, _, _ in found] == ["COMPLETE", "PRUNED", "COMPLETE"]
     assert found[2][1] == json.loads((run / "result.json").read_text())["val"]["top1"]
     assert found[2][2] == found[1][2]
+
+
+def test_two_processes_share_a_search(tmp_path):
+    """They start at the same time, when a new trial exists before its parameters and its lock."""
+    search = [*TINY, *SPACE, "sweep.trials=4", "sweep.startup=4", "sweep.dir=all"]
+    pair = [
+        subprocess.Popen([*COMMAND, "-m", *search], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate()[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    assert [state for state, _, _ in trials(tmp_path / "all")] == ["COMPLETE"] * 4
+    assert [len(starts(run)) for run in sorted((tmp_path / "all").glob("trial-*"))] == [1] * 4
+
+
+def test_a_trial_that_crashed_is_run_again(tmp_path):
+    obstacle = tmp_path / "all" / "trial-0001" / "config.json"
+    obstacle.mkdir(parents=True)
+    done = sweep(*TINY, *SPACE, "sweep.trials=2", "sweep.startup=2", "sweep.dir=all", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "To run these again: moa-train -m sweep.dir=all" in done.stderr
+    assert [state for state, _, _ in trials(tmp_path / "all")] == ["RUNNING", "COMPLETE"]
+    obstacle.rmdir()
+    assert sweep("sweep.dir=all", cwd=tmp_path).returncode == 0
+    assert [state for state, _, _ in trials(tmp_path / "all")] == ["COMPLETE", "COMPLETE"]
+
+
+def test_a_sweep_with_own_code_next_to_recipes_is_continued(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "focus.py").write_text(
+        "from moa_train.engine.loss import soft_cross_entropy\n\n\ndef smooth(logits, targets):\n"
+        "    return soft_cross_entropy(logits, targets)\n"
+    )
+    own = ["--config-dir", "recipes", "loss.name=focus:smooth"]
+    assert sweep(*TINY, *own, "optim.lr=1e-3,2e-3", "sweep.dir=all", cwd=tmp_path).returncode == 0
+    shutil.rmtree(tmp_path / "all" / "lr-0.001")
+    done = sweep("sweep.dir=all", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert status(tmp_path / "all" / "lr-0.001") == "finished"

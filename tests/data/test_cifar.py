@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import io
 import tarfile
@@ -209,3 +210,19 @@ def test_an_address_that_the_server_does_not_have_is_an_error(tmp_path, remote):
     server.content = b""  # answered with status 416
     with pytest.raises(UserError, match=r"could not be downloaded \(Requested Range Not Satisfiable\)"):
         opened("cifar10", tmp_path / "data", download=True)
+
+
+def test_the_folder_of_another_data_set_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KINDS["cifar10"], "archive", write_archive(tmp_path, "cifar10"))
+    monkeypatch.setattr(KINDS["cifar10"], "num_classes", 9)
+    with pytest.raises(UserError, match=r"holds images of 10 classes, but cifar10 has 9"):
+        opened("cifar10", tmp_path)
+
+
+def test_downloads_work_on_file_systems_without_locks(tmp_path, remote, monkeypatch):
+    def flock(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    remote()
+    monkeypatch.setattr("moa_train.data.download.fcntl.flock", flock)
+    assert len(opened("cifar10", tmp_path / "data", download=True)) == 5 * COUNT

@@ -53,6 +53,11 @@ def test_a_pack_next_to_other_files_is_refused(make_tree: Callable[..., Path]) -
     with pytest.raises(UserError, match=r"pack-train\.json was not created from .*1 added: cat/999\.jpg.*pack again"):
         open_source("folder", split="train", image_size=SIZE, root=root)
     new.unlink()
+    description = (root / "pack-train.json").read_bytes()
+    (root / "pack-train.json").write_bytes(description[:-9])
+    with pytest.raises(UserError, match=r"pack-train\.json .*pack again"):
+        open_source("folder", split="train", image_size=SIZE, root=root)
+    (root / "pack-train.json").write_bytes(description)
     for split in ("train", "val"):
         shutil.copytree(root / split / "cat", root / split / "eel")
         with pytest.raises(UserError, match=r"pack-.*\.json was not created from .*2 added: eel/000\.jpg"):

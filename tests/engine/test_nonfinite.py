@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -192,16 +192,26 @@ def test_the_first_non_finite_tensor_is_named(where, body, value):
 
 def test_a_policy_writes_a_report_and_aborts_skips_or_rolls_back(tmp_path: Path):
     alone = Distributed(0, 0, 1, 1, CPU)
+
+    def policy(name: str, budget: int) -> Callable[..., str]:
+        made = NonFinitePolicy(name, budget, 0.5, tmp_path, alone, f"moa-train resume={tmp_path}")
+        return partial(made.answer, saved=True, late=False)
+
     origins = [{"micro": 0, "origin": "module head", "epoch": [0], "index": [7], "bad": [7]}]
     with pytest.raises(
         UserError, match=r"step 12 is not finite: the first such value is in module head, micro-batch 0 \(rank 0\)"
     ):
-        NonFinitePolicy("abort", 10, 0.5, tmp_path, alone, f"moa-train resume={tmp_path}").answer(12, origins, 1, 1.0)
+        policy("abort", 10)(12, origins, 1, 1.0)
     assert '"index": [' in (tmp_path / "nonfinite-step-00000012.json").read_text()
-    skip = NonFinitePolicy("skip", 1, 0.5, tmp_path, alone, f"moa-train resume={tmp_path}")
-    assert "Skipped: number 1 of at most 1" in skip.answer(12, origins, 1, 1.0)
+    skip = policy("skip", 1)
+    assert "Skipped: number 1 of at most 1" in skip(12, origins, 1, 1.0)
+    assert "hardware fault" in skip(12, [], 1, 1.0)
+    assert "with the weights of a later step" in skip(12, [], 1, 1.0, late=True)
+    with pytest.raises(UserError, match=r"There is no checkpoint yet\. Start again with a lower optim\.lr") as error:
+        policy("abort", 10)(12, origins, 1, 1.0, saved=False)
+    assert "resume=" not in str(error.value)
     with pytest.raises(UserError, match=r"number 2, which exceeds engine\.nonfinite_budget=1"):
-        skip.answer(13, origins, 2, 1.0)
+        skip(13, origins, 2, 1.0)
     with pytest.raises(RollBack) as request:
-        NonFinitePolicy("rollback", 3, 0.5, tmp_path, alone, f"moa-train resume={tmp_path}").answer(12, origins, 2, 0.5)
+        policy("rollback", 3)(12, origins, 2, 0.5)
     assert (request.value.nonfinite, request.value.lr_factor) == (2, 0.25)

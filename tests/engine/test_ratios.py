@@ -3,6 +3,8 @@ import torch
 from torch import nn
 
 from moa_train.engine.ratios import UpdateRatios
+from moa_train.model.registry import create_model
+from moa_train.schema import ModelConfig
 from moa_train.tracking.jsonl import read_rows
 
 
@@ -54,3 +56,10 @@ def test_a_run_logs_ratios_pictures_and_nothing_else_changes(train, outcome, tmp
     assert [event.step for event in accumulator.Images("val/mistakes")] == [4, 8, 12]
     groups = sorted({tag.partition("/")[0] for tag in tags["scalars"]})
     assert groups == ["accuracy", "loss", "optimization", "per_layer", "speed"]
+
+
+def test_layers_of_timm_are_numbered():
+    model = create_model(ModelConfig(name="timm", variant="vit_tiny_patch16_224"), image_size=(32, 32), num_classes=3)
+    assert [f"layer{number:02}" for number in (0, 1, 12)] == [
+        name for name in UpdateRatios(model, lambda step: True).layers if name in ("layer00", "layer01", "layer12")
+    ]

@@ -85,6 +85,18 @@ def test_the_lr_follows_the_configuration(tmp_path):
     assert {group["lr"] for group in other.optimizer.param_groups} == {0.025}
 
 
+def test_how_an_optimizer_is_computed_follows_the_device(tmp_path):
+    """Fused kernels of one device may not exist on another, and momentum=0 has no Nesterov momentum."""
+    one, other = state(optimizer="sgd"), state(optimizer="sgd")
+    train(one, 1)
+    for group in one.optimizer.param_groups:
+        group |= {"foreach": True, "nesterov": False}
+    before = [(group["fused"], group["foreach"], group["nesterov"]) for group in other.optimizer.param_groups]
+    other.restore(save(one, tmp_path).at(1))
+    after = [(group["fused"], group["foreach"], group["nesterov"]) for group in other.optimizer.param_groups]
+    assert after == before != [(None, True, False)] * len(before)
+
+
 def test_weights_of_another_model_are_refused_with_the_differences(tmp_path):
     one = state()
     train(one, 1)

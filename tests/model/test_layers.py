@@ -236,3 +236,13 @@ def test_dropout_reaches_attention_and_mlp():
     x_BHWC = torch.randn(1, 4, 4, 8)
     assert not torch.equal(block.train()(x_BHWC), block(x_BHWC))
     assert torch.equal(block.eval()(x_BHWC), block(x_BHWC))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_stochastic_depth_can_select_samples_on_a_gpu():
+    drop, x = DropPath(0.25).cuda().train(), torch.rand(400, 2, device="cuda")
+    drop.method = "select"
+    out = drop.add(lambda x: 2 * x, x)
+    kept = (out - x) / (2 * x / 0.75)
+    assert ((kept - kept.round()).abs() < 1e-4).all()

@@ -77,6 +77,8 @@ def test_errors_relative_to_another_model():
     summary = errors_by_corruption(results({"fog": 30, "snow": 20}, "cifar-10-c"), 10)
     other = errors_by_corruption(results({"fog": 60, "snow": 10}, "cifar-10-c"), 10)
     assert relative_to(summary, other) == {"cifar-10-c": pytest.approx(125)}
+    extra = errors_by_corruption(results({"fog": 30, "snow": 20, "spatter": 90}, "cifar-10-c"), 10)
+    assert relative_to(extra, other) == {"cifar-10-c": pytest.approx(125)}, "spatter does not count"
     with pytest.raises(UserError, match="same corruptions"):
         relative_to(summary, {})
 
@@ -109,6 +111,11 @@ def test_corruptions_of_the_test_images_from_the_command(straight, tmp_path, bro
     assert again["results"] == first["results"]
     assert again["relative"] == {"corruptions": pytest.approx(100)}
     assert {"imagenet-v2", "cifar-10-c", "imagenet-real"} <= set(again["skipped"])
+    other = first | {"mean_corruption_error": {"cifar-10-c": first["mean_corruption_error"]["corruptions"]}}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="was not evaluated on the same corruptions"):
+        run(ckpt=straight, robustness=["corruptions"], output=tmp_path / "kept.json", reference=tmp_path / "other.json")
+    assert json.loads((tmp_path / "kept.json").read_text())["results"] == first["results"]
     with pytest.raises(UserError, match="was measured on other images"):
         run(ckpt=straight, robustness=["corruptions"], split="val", reference=tmp_path / "one.json")
     page = browser.new_page(viewport={"width": 390, "height": 800})

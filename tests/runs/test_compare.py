@@ -263,3 +263,39 @@ def test_a_full_disk_is_an_error(sweep, tmp_path, capsys):
     assert left.value.code == 2
     assert "page.html cannot be written: File too large. Free some space" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_repetition_of_a_seed_does_not_count(sweep, copied):
+    """It would add a degree of freedom, and no variance."""
+    shutil.copytree(copied / "fast0", copied / "again")
+    report, expected = compare(read_runs([copied])[0]), compare(read_runs([sweep])[0])
+    assert report.groups[0].final == expected.groups[0].final
+    assert len(report.groups[0].runs) == 3
+    assert report.comparisons[0].seeds == expected.comparisons[0].seeds
+    assert any("1 runs repeat the settings and the seed" in note for note in report.notes)
+
+
+def test_groups_have_distinct_labels(copied, tmp_path):
+    runs = [copied / "fast0", copied / "slow0"]
+    for number, run in enumerate(runs):
+        config = json.loads((run / "config.json").read_text())
+        config["augment"] |= {"flip": number / 2, "erasing": number / 2, "cutmix": number / 2}
+        (run / "config.json").write_text(json.dumps(config))
+        shutil.copytree(run, tmp_path / str(number) / "seed-0")
+    report = compare(read_runs([tmp_path / "0", tmp_path / "1"])[0])
+    assert [group.label for group in report.groups] == ["seed-0 [1]", "seed-0 [2]"]
+    assert "seed-0 [2], compared with seed-0 [1]:" in as_text(report)
+
+
+def test_results_say_whether_higher_is_better(copied):
+    assert json.loads((copied / "fast0" / "result.json").read_text())["higher_is_better"] == {
+        "top1": True, "top5": True, "loss": False
+    }  # fmt: skip
+    for path in copied.glob("*/result.json"):
+        path.write_text(path.read_text().replace('"top1": true', '"top1": false'))
+    assert [group.label for group in compare(read_runs([copied])[0]).groups] == ["lr=1e-05", "lr=0.01"]
+
+
+def test_top5_is_tested_over_the_images(sweep):
+    (comparison,) = compare(read_runs([sweep / "fast0", sweep / "slow0"])[0], metric="top5").comparisons
+    assert comparison.verdict.startswith(("worse on these images", "within noise: other images"))

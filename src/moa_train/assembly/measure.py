@@ -259,7 +259,7 @@ def time_block(
 
     precision, kernel = kept.get("runtime.precision", config.runtime.precision), "auto"
     per_image = taken / images
-    if precision == "auto":
+    if precision == "auto" and "runtime.precision" in wanted:
         # Without instructions for it, bf16 is emulated, 10 to 100 times as slowly. A small product finds out.
         times["runtime.precision"] = _time_product(clock)
         if times["runtime.precision"]["bf16"] < EMULATED * times["runtime.precision"]["fp32"]:

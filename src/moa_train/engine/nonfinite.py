@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moa_train.optim.optimizers import Optimizers
+from moa_train.runtime.device import copies_overlap
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_whole
@@ -60,7 +61,7 @@ class GradientGuard:
             self.found = (~grad_norm.isfinite()).float()
             for part in self.optimizer.parts:
                 part.found_inf = self.found  # type: ignore[attr-defined]
-            host, copied = self.found.to("cpu", non_blocking=self.found.is_cuda), None
+            host, copied = self.found.to("cpu", non_blocking=copies_overlap(self.found.device)), None
             if self.found.is_cuda:
                 copied = torch.cuda.Event(blocking=True)  # waiting for it leaves the core to others
                 copied.record()

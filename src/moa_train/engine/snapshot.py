@@ -14,6 +14,7 @@ from torch import Tensor
 from moa_train.engine.manifest import MANIFEST, PARTS, compose, fsync_folder
 from moa_train.engine.tensorfile import write_tensors
 from moa_train.runtime import faults
+from moa_train.runtime.device import copies_overlap
 from moa_train.runtime.files import write_flushed
 
 
@@ -76,4 +77,4 @@ def _to_host(tensor: Tensor, copy: bool) -> Tensor:
     tensor = tensor.detach()
     if tensor.device.type == "cpu":
         return tensor.clone() if copy else tensor
-    return tensor.to("cpu", non_blocking=tensor.is_cuda)  # torch places the copy in pinned memory
+    return tensor.to("cpu", non_blocking=copies_overlap(tensor.device))  # torch places the copy in pinned memory
