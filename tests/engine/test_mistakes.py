@@ -34,3 +34,12 @@ def test_confusion_and_worst_mistakes_by_loops(batches):
     assert found.labels.tolist() == [label for _, _, label, _ in expected]
     assert found.predicted.tolist() == [predicted for _, _, _, predicted in expected]
     np.testing.assert_allclose(found.probability, [-negative for negative, _, _, _ in expected], rtol=1e-6)
+
+
+def test_many_classes_have_no_matrix():
+    recorder = MistakesRecorder(1)
+    recorder(Part(torch.tensor([0, 1]), torch.tensor([5, 6])), torch.eye(1001)[[5, 5]])
+    with Distributed.start("cpu", 60.0) as distributed:
+        found = recorder.gather(distributed)
+    assert found.confusion is None
+    assert (found.index.tolist(), found.predicted.tolist()) == ([1], [5])

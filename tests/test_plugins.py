@@ -1,0 +1,36 @@
+"""Parts by name and by import path; tests/own_code tests complete ones."""
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from moa_train.plugins import args_type
+from moa_train.runtime.errors import UserError
+
+DROP = """
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from torch import Tensor
+    from elsewhere import Hidden
+
+@dataclass
+class Args:
+    rate: float = 0.5
+
+def plain(images: Tensor) -> Tensor: ...
+def typed(images: Tensor, args: Args) -> Tensor: ...
+def hidden(images: Tensor, args: Hidden) -> Tensor: ...
+"""
+
+
+def test_other_annotations_may_be_for_type_checkers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("drops")
+    monkeypatch.setitem(sys.modules, "drops", module)
+    exec(DROP, vars(module))
+    assert args_type(module.plain) is None
+    assert args_type(module.typed) is module.Args
+    with pytest.raises(UserError, match=r"args in drops:hidden cannot be read .*Hidden.*outside of TYPE_CHECKING"):
+        args_type(module.hidden)
