@@ -20,6 +20,11 @@ class Classifier:
 
     head_name = "head"
 
+    @property
+    def head_names(self) -> list[str]:
+        """Names of all classifiers; a distilled model may have two."""
+        return [self.head_name]
+
     def forward_features(self, images_BCHW: Tensor) -> list[Tensor]:
         """Return the feature map (B, C, H, W) of every stage, for use as a backbone."""
         raise NotImplementedError(f"{type(self).__name__} has no feature maps")
@@ -37,11 +42,11 @@ class Classifier:
 
     def hidden_matrices(self) -> set[str]:
         """Return the parameters that Muon updates: all matrices except those of the head, tables and embeddings."""
-        exempt = self.no_weight_decay()
+        exempt, heads = self.no_weight_decay(), tuple(f"{head}." for head in self.head_names)
         return {
             name
             for name, parameter in self.described_module.named_parameters()
-            if parameter.ndim == 2 and name not in exempt and not name.startswith(f"{self.head_name}.")
+            if parameter.ndim == 2 and name not in exempt and not name.startswith(heads)
         }
 
     def layer_names(self) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moa_train.assembly.choices import DEFAULTS, Choices, apply, choose, decide
-from moa_train.assembly.measure import Clock, fastest, time_workers
+from moa_train.assembly.measure import Clock, fastest, time_block, time_workers
 from moa_train.assembly.training import build_state
 from moa_train.data.dataset import open_split
 from moa_train.engine.checkpoint import CheckpointStore
@@ -196,7 +196,7 @@ class Pair(nn.Module):
         return x + position
 
 
-class OfPairs(Classifier):
+class OfPairs(Classifier, nn.Module):
     head_name = "head"
 
     def __init__(self) -> None:
@@ -210,12 +210,17 @@ class OfPairs(Classifier):
         return self.head(self.block(self.stem(x), torch.ones(())))
 
 
-def test_own_models_whose_blocks_cannot_be_measured_take_the_fixed_choices(tiny: Callable[..., Any]) -> None:
+def test_own_models_whose_blocks_cannot_be_measured_take_the_fixed_choices(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny(OPEN)
     config.model.name = "my:OfPairs"
     config.optim.name = "adamw"
     state = TrainState(OfPairs(), Optimizers([]), Precision.resolve("fp32", torch.device("cpu")), None)
+    timed = []
+    monkeypatch.setattr("moa_train.assembly.measure.time_block", lambda *args: timed.append(args) or time_block(*args))
     assert not choose(config, state).values
+    assert timed, "the block was found, and could not be run with one input"
 
 
 def test_choices_of_another_kind_of_device_are_not_kept(tiny: Callable[..., Any]) -> None:

@@ -1,6 +1,7 @@
 """How the settings of data and augmentation take effect."""
 
 import numpy as np
+import pytest
 import torch
 
 from moa_train.assembly import inputs
@@ -9,6 +10,7 @@ from moa_train.data.augment import Normalize
 from moa_train.data.dataset import open_split
 from moa_train.data.digits import Digits
 from moa_train.runtime.distributed import Distributed
+from moa_train.runtime.errors import UserError
 
 ALONE = Distributed(0, 0, 1, 1, torch.device("cpu"))
 
@@ -63,3 +65,9 @@ def test_rank_0_downloads_the_data_before_the_other_ranks_open_it(tiny, monkeypa
         open_splits(config, Second(1, 1, 2, 2, torch.device("cpu")))
         assert events[: len(expected)] == expected
         events.clear()
+
+
+def test_a_split_that_does_not_exist_cannot_choose_checkpoints(tiny):
+    config = tiny({"data.val_fraction": 0.0, "engine.eval_split": "val"})
+    with pytest.raises(UserError, match=r"eval_split=val, but digits has only train, test\. Hold out some training"):
+        open_splits(config, ALONE)

@@ -56,7 +56,7 @@ def test_equal_measurements_keep_the_best(straight, train, tmp_path, capsys):
     run_dir = shutil.copytree(straight, tmp_path / "run", symlinks=True)
     before = json.loads((run_dir / "result.json").read_text())
     assert train(run_dir, resume=True, engine__eval_split="val", engine__eval_batch_size=7) == 0  # it was auto
-    assert "anew" not in capsys.readouterr().out
+    assert "restarts at step" not in capsys.readouterr().out
     after = json.loads((run_dir / "result.json").read_text())
     assert [after[key] for key in ("step", "val", "measured")] == [before[key] for key in ("step", "val", "measured")]
 

@@ -143,3 +143,10 @@ def test_an_evaluation_that_chose_the_checkpoint_is_logged_once(train, tmp_path)
     assert train(tmp_path / "run", **changes) == 0
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows if row["kind"] == "eval"] == [4]
+
+
+def test_a_finished_run_refuses_what_would_only_change_its_training(straight, train, tmp_path):
+    run = shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    with pytest.raises(UserError, match=r"is finished: it has completed 12 steps.*\n  optim\.lr: 0\.0009 -> 1"):
+        train(run, resume=True, optim__lr=1.0)
+    assert train(run, resume=True, engine__eval_batch_size=7) == 0

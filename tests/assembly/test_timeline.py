@@ -12,6 +12,9 @@ def test_the_lr_follows_the_batch_size(tiny):
     schedule, to_steps = build_schedule(tiny(changes), 100)
     assert schedule.peak == pytest.approx(0.05)
     assert (schedule.total_steps, schedule.warmup_steps) == (12, 2)
+    assert (schedule.floor, schedule.warmup_start) == (pytest.approx(5e-6 / 2), pytest.approx(9e-7 / 2))
+    marks = build_schedule(tiny({"schedule.name": "step", "schedule.milestones": "['50%','9 steps']"}), 100)[0]
+    assert marks.milestones == (6, 9)
     assert to_steps("1 epoch", "x") == Fraction(100, 32)
     assert to_steps("50%", "x") == 6
     assert to_steps(None, "x") == 0

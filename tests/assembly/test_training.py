@@ -35,11 +35,11 @@ def build(config: RunConfig) -> nn.Module:
 )
 def test_what_is_compiled_when(tiny, monkeypatch, choice, device, steps, works, mode):
     monkeypatch.setattr(training, "compiles", lambda device: works)
-    monkeypatch.setattr(training, "compile_model", lambda model, mode, purpose: mode)
+    monkeypatch.setattr(training, "compile_model", lambda model, mode, purpose: (mode, purpose))
     config = tiny({"runtime.deterministic": "false"})
-    config.runtime.compile = choice
+    config.runtime.compile, config.runtime.compile_for = choice, "max-autotune"
     model = build(config)
-    assert build_compiled(config, model, steps, torch.device(device)) == (mode or model)
+    assert build_compiled(config, model, steps, torch.device(device)) == ((mode, "max-autotune") if mode else model)
     if choice == "auto":
         config.runtime.deterministic = True
         assert build_compiled(config, model, steps, torch.device(device)) is model
@@ -79,3 +79,25 @@ def test_weights_of_torchvisions_models_fit(tiny, tmp_path: Path):
     torch.save(theirs, tmp_path / "damaged.pth")
     with pytest.raises(UserError, match=r"missing: layer1\.0\.bn1\.weight"):
         load_init(model, tmp_path / "damaged.pth", config)
+
+
+def test_the_classifier_of_other_classes_is_refused(straight, tiny):
+    config = tiny()
+    model, classes = build(config), [str(digit) for digit in range(10)]
+    load_init(model, straight, config, classes)
+    with pytest.raises(UserError, match=r"first one that differs is '9'.*init_head=new"):
+        load_init(model, straight, config, classes[::-1])
+    config.init_head = "new"
+    load_init(model, straight, config, classes[::-1])
+
+
+def test_old_names_of_published_vits_are_known(tiny, tmp_path):
+    config = tiny({"model.name": "vit", "model.depths": "[2]", "model.heads": "[2]", "model.drop_path": 0})
+    weights = build(config).state_dict()
+    old = {name.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): value
+           for name, value in weights.items()}  # fmt: skip
+    assert old.keys() != weights.keys()
+    torch.save(old, tmp_path / "vit.pth")
+    model = build(config)
+    load_init(model, tmp_path / "vit.pth", config)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())

@@ -78,7 +78,7 @@ def test_options_are_separated_from_settings():
     )
     assert options.batch == [8, 16]
     assert options.against == ["timm/x:img_size=32,window=4"]
-    assert overrides == ["data.root=.", "model=moa_t", "data=imagenet"]  # no image is read
+    assert overrides == ["model=moa_t", "data=imagenet"]
     assert command.read(["loop", "data=imagenet"])[1] == ["data=imagenet"]
     assert command.read(["--config-dir", "mine"])[0].config_dir == ["--config-dir=mine"]
     assert command.read([])[0].parts == list(command.PARTS)

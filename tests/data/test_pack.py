@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from moa_train.data.image import EncodedImage
 from moa_train.data.pack import check_origin, is_packed, pack_paths, read_pack, verify_pack, write_pack
 from moa_train.data.tree import scan
+from moa_train.data.view import CenterCrop
 from moa_train.runtime.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 3, 8, 6), dtype=np.uint8)
@@ -175,3 +179,16 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     process.join()
     assert process.exitcode == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_are_not_square_are_seen_as_their_files_are(tmp_path: Path) -> None:
+    """A pack keeps the aspect ratio, as the crop of image files does."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 3, 20, 40), dtype=np.uint8)
+    write_pack(tmp_path, "train", images, np.array([0, 1]), ["a", "b"])
+    for size in ((20, 20), (12, 12), (16, 30)):
+        view = CenterCrop(size, 1.0)
+        for row, image in enumerate(images):
+            Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "x.png")
+            expected = view(EncodedImage.of(tmp_path / "x.png"), np.empty(0))
+            assert torch.equal(read_pack(tmp_path, "train", "x", size).gather(np.array([row]))[0], expected), size

@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,15 +26,22 @@ def save(store: CheckpointStore, step: int, score: float | None = None, backgrou
     store.save(step, tensors, {"step": step}, score=score, background=background)
 
 
-def in_child(action: Callable[[], object]) -> int:
-    """Run ``action`` in a process of its own; return its exit code, negative for a signal."""
+def fork(action: Callable[[], object]) -> int:
+    """Run ``action`` in a process of its own, and return its number."""
     child = os.fork()
     if child == 0:
-        with contextlib.suppress(BaseException):
+        try:
             action()
             os._exit(0)
-        os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return child
+
+
+def in_child(action: Callable[[], object]) -> int:
+    """Run ``action`` in a process of its own; return its exit code, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(fork(action), 0)[1])
 
 
 def valid_steps(store: CheckpointStore) -> list[int]:
@@ -104,9 +112,7 @@ def test_killed_at_random_moments_a_finished_save_is_never_lost(tmp_path):
                     save(store, step, score=float(-step))
                     os.write(pipe, b"%d\n" % step)
 
-        child = os.fork()
-        if child == 0:
-            savings()
+        child = fork(savings)
         reported = last
         if attempt % 2:  # once a save is known to be done, and otherwise whenever
             reported = int(os.read(reader, 100).split()[-1])
@@ -178,9 +184,7 @@ def test_a_reader_never_sees_less_than_a_valid_checkpoint(tmp_path):
             for step in range(2, 100_000):
                 save(store, step, score=float(step))
 
-    child = os.fork()
-    if child == 0:
-        savings()
+    child = fork(savings)
     try:
         seen = [1]
         while len(set(seen)) < 5:

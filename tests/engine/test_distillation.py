@@ -79,7 +79,7 @@ def test_a_teacher_predicts_the_images_that_it_was_trained_on(teacher, tiny) -> 
 def test_batches_get_the_targets_of_their_own_images(teacher, tiny) -> None:
     config = tiny({"augment.mixup": 0})
     source = open_split(config.data, "train")
-    teachers = Teachers.open([str(teacher)], 1.0, source)
+    teachers = Teachers.open([str(teacher)], 1.0, source.classes, source.fingerprint)
     transform = build_train_transform(config, source, weak_from=100, teachers=teachers)
     batches = build_train_loader(config, source, Distributed(0, 0, 1, 1, torch.device("cpu"))).batches()
     predictions = Outcomes.read(teacher / "predictions-train.npz")

@@ -60,6 +60,10 @@ def test_a_lone_file_needs_nothing_around_it(run_dir, tmp_path):
     found = find_weights(path)
     assert (found.checkpoint, found.description) == (None, "the file lone.safetensors")
     assert found.load()[1] == {"config": "{}"}
+    for other in (path, run_dir / "checkpoints/best/model.safetensors"):
+        with pytest.raises(CheckpointError, match="holds one set of weights, so weights=ema selects nothing"):
+            find_weights(other, ("ema",))
+    assert find_weights(run_dir / "checkpoints/best/model.safetensors", ("model",)).checkpoint is not None
 
 
 def test_damage_beside_a_manifest_is_noticed_in_a_single_file_too(run_dir):

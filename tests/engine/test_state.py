@@ -93,6 +93,10 @@ def test_how_an_optimizer_is_computed_follows_the_device(tmp_path):
         group |= {"foreach": True, "nesterov": False}
     before = [(group["fused"], group["foreach"], group["nesterov"]) for group in other.optimizer.param_groups]
     other.restore(save(one, tmp_path).at(1))
+    wished = {"weight_decay": 0.3, "momentum": 0.7}
+    other.optimizer.param_groups[0].update(wished)
+    other.restore(save(one, tmp_path / "again").at(1))
+    assert {key: other.optimizer.param_groups[0][key] for key in wished} == wished
     after = [(group["fused"], group["foreach"], group["nesterov"]) for group in other.optimizer.param_groups]
     assert after == before != [(None, True, False)] * len(before)
 

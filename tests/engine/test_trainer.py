@@ -59,8 +59,7 @@ def test_evaluation_logging_and_saving_do_not_change_the_training(straight, trai
     assert train(tmp_path / "run", **changes) == 0
     found, expected = outcome(tmp_path / "run"), outcome(straight)
     assert found["tensors"] == expected["tensors"]
-    losses = {row["step"]: row["grad_norm"] for row in expected["rows"] if row["kind"] == "train"}
-    assert len(losses) == 4  # the runs were logged
+    assert [row for row in found["rows"] if row["kind"] == "train"]
 
 
 def test_a_different_lr_changes_the_weights(straight, train, outcome, tmp_path):

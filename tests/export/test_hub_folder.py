@@ -7,10 +7,12 @@ import shlex
 import pytest
 import torch
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors import safe_open
 
 from moa_train.assembly.trained import Trained
 from moa_train.assembly.training import load_init
+from moa_train.cli.compose import addable
 from moa_train.cli.evaluate import evaluate
 from moa_train.cli.train import with_overrides
 from moa_train.engine.tensorfile import write_tensors
@@ -122,6 +124,11 @@ def test_timm_loads_the_folder(tiny, export, tmp_path, architecture, model, caps
     theirs = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs(images), own(images), rtol=1e-5, atol=1e-5)
+    card = (tmp_path / "hub" / "README.md").read_text()
+    command = next(line for line in card.splitlines() if line.startswith("moa-train init="))
+    ready = [addable(text) for text in shlex.split(command)[1:] if not text.startswith(("init", "data"))]
+    OverridesParser.create().parse_overrides(ready)  # Hydra's grammar has no quoted keys
+    assert ("++model.args.kwargs={depth:2}" in ready) == (architecture == "test_vit")
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
     settings = config.get("model_args", {}) | {"num_classes": 10}
     again = timm.create_model(architecture, checkpoint_path=tmp_path / "hub" / "model.safetensors", **settings).eval()

@@ -28,6 +28,7 @@ def test_killed_at_random_steps_and_resumed(tmp_path, whole_pair, draw, inject):
             break  # the rest of the run was shorter than the draw
         inject(row=3 if kill < 3 else 1)
         assert KILLED in codes, job.output  # the other rank may fail before its own fault
+    assert kill >= 3
     Job(f"{TINY} run_dir={run} resume=auto", tmp_path, ranks=2, record=record).ended(0)
     assert result(run) == result(whole_pair)
     assert samples(record) == samples(whole_pair.parent / "samples")
@@ -48,7 +49,7 @@ POINTS = [
 @pytest.mark.fault(2)
 def test_killed_at_every_point_of_a_save(tmp_path, whole, draw, inject):
     """Kill one run at all points; once there is a checkpoint, the newest valid one never gets older."""
-    run, newest = tmp_path / "run", 0
+    run, newest, tried = tmp_path / "run", 0, []
     for point in draw.sample(POINTS, len(POINTS)):
         job = Job(f"{TINY} run_dir={run} resume=auto", tmp_path, faults=f"checkpoint.{point}")
         code = job.codes()[0]
@@ -59,6 +60,8 @@ def test_killed_at_every_point_of_a_save(tmp_path, whole, draw, inject):
         checkpoint = CheckpointStore(run).newest()
         assert (checkpoint.step if checkpoint else 0) >= newest
         newest = checkpoint.step if checkpoint else 0
+        tried.append(point)
+    assert len(tried) >= len(POINTS) // 2
     Job(f"{TINY} run_dir={run} resume=auto", tmp_path).ended(0)
     assert result(run) == result(whole)
 
@@ -76,7 +79,7 @@ STOPS = [
 @pytest.mark.fault(6)
 def test_stopped_at_any_point(tmp_path, whole_pair, draw, inject):
     """All ranks stop at the same step and save, and the resumed run ends like an uninterrupted one."""
-    run = tmp_path / "run"
+    run, tried = tmp_path / "run", []
     for stop in draw.sample(STOPS, len(STOPS)):
         job = Job(f"{TINY} run_dir={run} resume=auto", tmp_path, ranks=2, faults=stop)
         codes = job.codes()
@@ -88,6 +91,8 @@ def test_stopped_at_any_point(tmp_path, whole_pair, draw, inject):
         checkpoint = CheckpointStore(run).newest()
         assert f"Stopped at step {checkpoint.step}; saved" in said
         assert "Traceback" not in said
+        tried.append(stop)
+    assert len(tried) >= len(STOPS) // 2
     Job(f"{TINY} run_dir={run} resume=auto", tmp_path, ranks=2).ended(0)
     assert result(run) == result(whole_pair)
 
@@ -187,6 +192,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path, whole_pair, inject):
     process = torchrun(tmp_path, command, "--max-restarts", "1", faults="step.loss=kill@8/1")
     inject()
     assert process.wait(PATIENCE) == 0, (tmp_path / "torchrun.txt").read_text()
+    assert len(json.loads((run / "provenance.json").read_text())) == 2
     assert result(run) == result(whole_pair)
 
 
@@ -260,7 +266,8 @@ def test_killed_while_tensorboard_writes(tmp_path, draw, inject):
     run = tmp_path / "run"
     command = f"{TINY} run_dir={run} resume=auto tracking.loggers=[tensorboard]"
     for _ in range(3):
-        Job(command, tmp_path, faults=f"step.loss=kill@{draw.randint(4, 6)}").codes()
+        job = Job(command, tmp_path, faults=f"step.loss=kill@{draw.randint(4, 6)}")
+        assert job.codes() == [KILLED], job.output
         inject()
     Job(command, tmp_path).ended(0)
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})

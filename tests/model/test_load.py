@@ -154,3 +154,21 @@ def test_a_trained_model_degrades_gracefully_at_another_resolution_and_window(di
     found = (logits.argmax(1) == labels).float().mean().item()
     assert expected > 0.8
     assert found == expected if size == 16 else found > expected - 0.15, f"{expected:.3f} -> {found:.3f}"
+
+
+def test_vit_positions_keep_their_place_if_the_grid_turns(small):
+    """Tables of equal size can belong to different grids."""
+    model = small("vit", image_size=(16, 64))
+    rows, columns = model.grid
+    assert rows != columns
+    weights = model.state_dict()
+    table = torch.zeros(1, rows * columns + 1, 16)
+    table[0, 1:, 0] = torch.arange(rows).repeat_interleave(columns)  # the row of each position
+    weights["encoder.pos_embedding"] = table
+    load_weights(model, weights, grid=(rows, columns))
+    assert torch.equal(model.encoder.pos_embedding, table)
+    turned = small("vit", image_size=(64, 16))
+    load_weights(turned, weights, grid=(rows, columns))
+    found = turned.encoder.pos_embedding[0, 1:, 0].unflatten(0, turned.grid)
+    assert (found.diff(dim=0) >= 0).all()
+    torch.testing.assert_close(found, found[:, :1].expand_as(found))

@@ -150,6 +150,10 @@ def kinds(fields: dict, stages: Sequence[StagePlan]) -> Iterator[str]:
         ({"depths": (2, 2)}, ["depths=[2, 2]", "heads=[3, 6, 12]"]),
         ({"mlp_ratio": 0.001}, ["mlp_ratio=0.001"]),
         ({"patch_size": 6, "conv": ["stem"]}, ["model.conv=[stem]", "patch_size=6", "2, 4, 8 or 16"]),
+        (
+            {"conv": ["stem"], "patch_size": 16, "embed_dim": 4, "heads": [1, 2, 4]},
+            ["embed_dim=4", "half of patch_size=16"],
+        ),
         ({"stem_blocks": 2, "conv": ["mlp"]}, ["model.stem_blocks=2", "add stem to model.conv"]),
         ({"moa_form": "published", "conv": ["mlp"]}, ["model.conv=['mlp']", "moa.form=paper"]),
     ],

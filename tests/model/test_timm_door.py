@@ -1,6 +1,7 @@
 """Models of timm: settings, descriptions, pretrained weights, and real runs."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from moa_train.model.load import load_weights
 from moa_train.model.registry import check_model, create_model
 from moa_train.model.summary import summarize, training_cost
 from moa_train.optim.groups import parameter_groups, split_matrices
@@ -227,3 +229,33 @@ def test_a_run_resumes_exactly_and_evaluates_after_its_pretrained_file_is_gone(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["total"] == 359
+
+
+def test_both_classifiers_of_a_distilled_model_are_renewed(build):
+    weights = build("deit_tiny_distilled_patch16_224").state_dict()
+    loaded = load_weights(build("deit_tiny_distilled_patch16_224", num_classes=3), weights, head="new")
+    assert loaded.new == [f"net.{head}.{name}" for head in ("head", "head_dist") for name in ("bias", "weight")]
+
+
+def test_the_original_file_of_a_swin_is_converted(build, tmp_path):
+    """Its classifier has another name than timm's, and a stage ends with the merging that begins one in timm."""
+    weights = build("swin_tiny_patch4_window7_224", num_classes=5).net.state_dict()
+    old = {
+        re.sub(
+            r"(\d)\.downsample", lambda found: f"{int(found[1]) - 1}.downsample", name.replace("head.fc.", "head.")
+        ): value
+        for name, value in weights.items()
+    }
+    save_file(old, tmp_path / "swin.safetensors")
+    for classes in (5, 7):
+        model = build("swin_tiny_patch4_window7_224", num_classes=classes, pretrained=tmp_path / "swin.safetensors")
+        head = model.net.state_dict()["head.fc.weight"].clone()
+        model.load_pretrained()
+        found = model.net.state_dict()
+        assert torch.equal(found["head.fc.weight"], weights["head.fc.weight"] if classes == 5 else head)
+        assert torch.equal(found["layers.0.blocks.0.attn.qkv.weight"], weights["layers.0.blocks.0.attn.qkv.weight"])
+
+
+def test_models_that_compute_on_the_host_while_they_are_built_are_summarized(model_config):
+    config = model_config(name="timm", variant="regnety_002")
+    assert summarize(config, image_size=(32, 32), num_classes=10).total_macs > 0

@@ -99,7 +99,7 @@ def _plain(value):
     return str(value) if isinstance(value, Path) else value
 
 
-def test_corruptions_of_the_test_images_from_the_command(straight, tmp_path, browser):
+def test_corruptions_of_the_test_images_from_the_command(straight, tmp_path):
     first = run(ckpt=straight, robustness=["corruptions"], output=tmp_path / "one.json")
     logged = json.loads((straight / "result.json").read_text())["test"]
     assert first["clean"]["value"] == logged["top1"]
@@ -118,6 +118,12 @@ def test_corruptions_of_the_test_images_from_the_command(straight, tmp_path, bro
     assert json.loads((tmp_path / "kept.json").read_text())["results"] == first["results"]
     with pytest.raises(UserError, match="was measured on other images"):
         run(ckpt=straight, robustness=["corruptions"], split="val", reference=tmp_path / "one.json")
+
+
+def test_the_page_in_a_browser(straight, tmp_path, browser):
+    run(ckpt=straight, robustness=["corruptions"], output=tmp_path / "one.json")
+    run(ckpt=straight, robustness=["all"], output=tmp_path / "two.json", reference=tmp_path / "one.json",
+        benchmarks=tmp_path)  # fmt: skip
     page = browser.new_page(viewport={"width": 390, "height": 800})
     page.goto((tmp_path / "two.html").as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

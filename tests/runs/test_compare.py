@@ -12,12 +12,14 @@ import pytest
 
 from moa_train.cli import compare as command
 from moa_train.engine.predictions import Outcomes
+from moa_train.knobs import knobs
 from moa_train.runs.compare import compare
 from moa_train.runs.folder import SweepFolder, mark, named
 from moa_train.runs.html import as_html
-from moa_train.runs.read import read_run, read_runs
+from moa_train.runs.read import NOT_COMPARED, read_run, read_runs
 from moa_train.runs.text import as_text
 from moa_train.runtime.errors import UserError
+from moa_train.schema import RunConfig
 
 LR = {"slow": "1e-5", "fast": "1e-2"}
 LEARNING = {
@@ -299,3 +301,8 @@ def test_results_say_whether_higher_is_better(copied):
 def test_top5_is_tested_over_the_images(sweep):
     (comparison,) = compare(read_runs([sweep / "fast0", sweep / "slow0"])[0], metric="top5").comparisons
     assert comparison.verdict.startswith(("worse on these images", "within noise: other images"))
+
+
+def test_settings_that_do_not_distinguish_runs_exist():
+    keys = [key for key, _, _ in knobs(RunConfig())]
+    assert all(any(key.startswith(prefix) for key in keys) for prefix in NOT_COMPARED)

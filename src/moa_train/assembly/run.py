@@ -80,7 +80,9 @@ def build_run(
     train = sources["train"]
     check_batch_size(config, len(train))
     distill = config.distill
-    teachers = Teachers.open(distill.teachers, distill.weight, train) if distill.teachers else None
+    teachers = None
+    if distill.teachers:
+        teachers = Teachers.open(distill.teachers, distill.weight, train.classes, train.fingerprint)
 
     length = len(train) * config.augment.repeats
     schedule, to_steps = build_schedule(config, length)
@@ -91,7 +93,8 @@ def build_run(
     # Rank 0 selects the checkpoint for all ranks.
     newest = distributed.on_main(lambda: getattr(store.newest(until=config.replay), "step", None))
     # With a checkpoint, the initial weights are no longer needed, and their file may be gone.
-    state = build_state(config, len(train.classes), schedule.peak, precision, fresh=newest is None)
+    classes = train.classes
+    state = build_state(config, len(classes), schedule.peak, precision, fresh=newest is None, classes=classes)
     recorded = store.at(newest).state.get("choices") if newest is not None else None
     choices = Choices(
         **distributed.on_main(lambda: choose(config, state, train, recorded, distributed.local_world_size).as_dict())

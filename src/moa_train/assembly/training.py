@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,11 +35,20 @@ from moa_train.serialization import from_dict
 log = logging.getLogger(__name__)
 
 
-def build_state(config: RunConfig, num_classes: int, lr: float, precision: Precision, *, fresh: bool) -> TrainState:
+def build_state(
+    config: RunConfig,
+    num_classes: int,
+    lr: float,
+    precision: Precision,
+    *,
+    fresh: bool,
+    classes: Sequence[str] | None = None,
+) -> TrainState:
     """Return the state before the first step, on the device of ``precision``.
 
     A ``fresh`` state has the weights from ``config.init``, or the pretrained weights that the model's own settings
-    name, if any. Otherwise, the weights are random, and a checkpoint overwrites them.
+    name, if any. Otherwise, the weights are random, and a checkpoint overwrites them. ``classes`` are their names, with
+    which those of ``config.init`` are compared.
     """
     seed_everything(config.runtime.seed)
     model = create_model(config.model, image_size=image_shape(config.data.image_size), num_classes=num_classes)
@@ -45,7 +56,7 @@ def build_state(config: RunConfig, num_classes: int, lr: float, precision: Preci
     if config.runtime.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if fresh and config.init:
-        load_init(model, Path(config.init), config)
+        load_init(model, Path(config.init), config, classes)
     elif fresh:
         model.load_pretrained()
     decay = config.engine.ema_decay
@@ -53,7 +64,7 @@ def build_state(config: RunConfig, num_classes: int, lr: float, precision: Preci
     return TrainState(model, optimizer, precision, AveragedWeights(model, decay) if decay else None)
 
 
-def load_init(model: nn.Module, path: Path, config: RunConfig) -> None:
+def load_init(model: nn.Module, path: Path, config: RunConfig, classes: Sequence[str] | None = None) -> None:
     """Load the weights that a run starts from.
 
     Raises:
@@ -61,14 +72,32 @@ def load_init(model: nn.Module, path: Path, config: RunConfig) -> None:
     """
     if path.is_file() and path.suffix in (".pth", ".pt"):  # for example torchvision's weights
         weights, metadata = read_state_dict(path), dict[str, str]()
+        # torchvision renames these itself; its published ViTs have the old names.
+        new = {"linear_1": "0", "linear_2": "3"}
+        weights = {
+            re.sub(r"\.mlp\.(linear_[12])\.", lambda found: f".mlp.{new[found[1]]}.", name): value
+            for name, value in weights.items()
+        }
     else:
         weights, metadata = find_weights(path).load()
+    theirs: RunConfig | None = from_dict(json.loads(metadata["config"])) if "config" in metadata else None
+    grid = None
+    if theirs is not None:
+        height, width = image_shape(theirs.data.image_size)
+        grid = height // theirs.model.patch_size, width // theirs.model.patch_size
+    known = json.loads(metadata.get("classes", "null")) if metadata.get("named") != "false" else None
+    if config.init_head == "strict" and None not in (known, classes) and list(known) != list(classes or ()):
+        ours = next((name for name, other in zip(classes or (), known, strict=False) if name != other), "...")
+        raise UserError(
+            f"init={path}: its classes are not those of the training images (of {len(known)} and {len(classes or ())}; "
+            f"the first one that differs is {ours!r}), so its classifier does not fit. Give init_head=new to "
+            "reinitialize the classifier, or name and order the classes alike."
+        )
     try:
-        load_weights(model, weights, head=config.init_head)
+        load_weights(model, weights, head=config.init_head, grid=grid)
     except UserError as error:
-        if "config" not in metadata:
+        if theirs is None:
             raise
-        theirs: RunConfig = from_dict(json.loads(metadata["config"]))
         ours = {key: value for key, _, value in knobs(config.model)}
         other = [
             f"model.{key}={str(value).replace(' ', '')}"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -40,7 +40,7 @@ from moa_train.cli.compose import (
     typed,
 )
 from moa_train.knobs import in_words, knobs
-from moa_train.plugins import args_type
+from moa_train.plugins import DATASETS, args_type
 from moa_train.runtime.cpu import wait_briefly
 from moa_train.runtime.errors import LostRankError, UserError, check_all, choose
 from moa_train.runtime.output import protect_output
@@ -54,7 +54,9 @@ def run(
     config_name: str,
     examples: str,
     multirun: Callable[[Sequence[str], str], int] | None = None,
-) -> None:
+    *,
+    images: bool = True,
+) -> NoReturn:
     """Compose a configuration from the command line, validate it and run ``task`` with it. This never returns.
 
     Args:
@@ -63,6 +65,7 @@ def run(
         config_name: primary YAML file below ``conf/``, whose defaults list names the schema.
         examples: title and example commands, shown at the top of ``--help``.
         multirun: runs a sweep (-m), given the arguments and ``config_name``, and returns the exit code.
+        images: whether the command reads images. Otherwise, a data set whose classes are known needs no folder.
     """
     store = ConfigStore.instance()
     store.store(name=f"{config_name}_schema", node=schema)
@@ -71,6 +74,8 @@ def run(
         # This runs inside Hydra's task, so that Hydra still handles --help and --cfg.
         # Do not resolve the overrides, which would replace ${oc.env:NAME} with the value of the variable.
         overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        if not images and config.data.name in DATASETS.table and DATASETS.load(config.data.name).num_classes:
+            config.data.root = config.data.root or "."
         if code := _guarded(lambda: task(typed(config), overrides), arguments, schema):
             sys.exit(code)
 

@@ -17,7 +17,7 @@ import hydra
 from moa_train.cli import app
 from moa_train.cli.compose import typed
 from moa_train.plugins import DATASETS
-from moa_train.runtime.command_line import path
+from moa_train.runtime.command_line import leave_with, path
 from moa_train.runtime.errors import UserError, choose
 from moa_train.runtime.signals import Exit
 from moa_train.schema import PRECISIONS, RunConfig
@@ -189,8 +189,6 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             )
     options.config_dir = [f"--config-dir={options.config_dir}"] if options.config_dir else []
     options.json = options.json or Path("outputs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    if "data=imagenet" in overrides and IMAGELESS.issuperset(options.parts):
-        overrides.insert(0, "data.root=.")  # the number of its classes is known
     return options, overrides
 
 
@@ -228,15 +226,16 @@ def bench_isas(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point."""
-    try:
-        options, overrides = read(sys.argv[1:])
-        if options.isa:
-            sys.exit(bench_isas(options, sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(Exit.USER_ERROR)
+    leave_with(measure)
+
+
+def measure() -> None:
+    """Read the command line and measure, in a process for each instruction set if there are several."""
+    options, overrides = read(sys.argv[1:])
+    if options.isa:
+        sys.exit(bench_isas(options, sys.argv[1:]))
     sys.argv[1:] = [*options.config_dir, *overrides]
-    app.run(partial(bench, options), RunConfig, "train", EXAMPLES)
+    app.run(partial(bench, options), RunConfig, "train", EXAMPLES, images=not IMAGELESS.issuperset(options.parts))
 
 
 def _count(text: str) -> int:

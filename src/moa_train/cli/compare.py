@@ -3,13 +3,11 @@
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
 
-from moa_train.runtime.command_line import path
+from moa_train.runtime.command_line import leave_with, path
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.output import protect_output
-from moa_train.runtime.signals import Exit
 
 EXAMPLES = """moa-compare: compare runs, or show the leaderboard of a sweep.
 
@@ -68,11 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     protect_output()
     logging.basicConfig(format="%(message)s")
     options = parser().parse_args(arguments)
-    try:
-        sys.exit(run(options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(Exit.USER_ERROR)
+    leave_with(lambda: run(options))
 
 
 if __name__ == "__main__":

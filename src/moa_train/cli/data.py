@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from moa_train.runtime.command_line import path
+from moa_train.runtime.command_line import leave_with, path
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_file
 from moa_train.runtime.output import protect_output
@@ -31,16 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; exit with 0, with 1 if a check has findings, with 2 after an error that the user can fix."""
     protect_output()
     options = parser().parse_args(arguments)
-    try:
-        sys.exit(options.command(options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(Exit.USER_ERROR)
-    except OSError as error:
-        print(f"error: {error.filename or 'the output'}: {error.strerror or error}.", file=sys.stderr)
-        sys.exit(Exit.USER_ERROR)
-    except KeyboardInterrupt:
-        sys.exit(Exit.INTERRUPTED)
+    leave_with(lambda: options.command(options))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from moa_train.cli import app
 from moa_train.plugins import DATASETS
-from moa_train.runtime.command_line import path
+from moa_train.runtime.command_line import leave_with, path
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
@@ -170,16 +170,10 @@ def main() -> None:
     command, *rest = sys.argv[1:] or ["--help"]
     sys.argv[1:] = rest
     if command == "summary":
-        if "data=imagenet" in rest and not any(text.startswith("data.root=") for text in rest):
-            sys.argv.append("data.root=.")  # the number of its classes is known, so no image is read
-        app.run(partial(summary, take_gpus(sys.argv)), RunConfig, "train", EXAMPLES)
+        app.run(partial(summary, take_gpus(sys.argv)), RunConfig, "train", EXAMPLES, images=False)
     elif command == "convert":
         options = parser().parse_args(rest)
-        try:
-            sys.exit(convert(options.source, options.target, options.image_size))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(Exit.USER_ERROR)
+        leave_with(lambda: convert(options.source, options.target, options.image_size))
     elif command in ("--help", "-h"):
         print(HELP)
     else:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moa_train.data.fingerprint import Labels, fingerprint
 from moa_train.data.resample import resample
+from moa_train.data.view import just_covering
 
 
 class ArraySource:
@@ -83,10 +84,12 @@ class ArraySource:
         return None if self._all_files is None else self._all_files[self.rows]
 
     def gather(self, index: NDArray[np.int64]) -> Tensor:
-        """Return the images at these indices: uint8, B 3 H W."""
+        """Return the images at these indices: uint8, B 3 H W. As files, they keep their aspect ratio."""
         x_BCHW = torch.from_numpy(np.ascontiguousarray(self.images[self.rows[index]]))
         if x_BCHW.shape[-2:] != self.image_size:
-            x_BCHW = resample(x_BCHW, self.image_size)
+            resized = just_covering(self.image_size, *x_BCHW.shape[-2:])
+            top, left = (round((whole - side) / 2) for whole, side in zip(resized, self.image_size, strict=True))
+            x_BCHW = resample(x_BCHW, resized)[..., top : top + self.image_size[0], left : left + self.image_size[1]]
         return x_BCHW.repeat(1, 3, 1, 1) if x_BCHW.shape[1] == 1 else x_BCHW
 
     def describe(self) -> dict[str, Any]:

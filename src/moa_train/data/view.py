@@ -1,6 +1,7 @@
 """Stage 1 of augmentation, which workers run for each sample: from an image file to uint8 pixels of the input size."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,16 +81,20 @@ class CenterCrop:
         """Resize and cut out: uint8, 3 H W."""
         cover = [math.floor(side / self.ratio) for side in self.size]
         x_CHW = image.decode()
-        # Integer arithmetic, as in torchvision: one side gets exactly its cover's length, the other is rounded down.
-        if cover[0] * image.width >= cover[1] * image.height:
-            resized = cover[0], cover[0] * image.width // image.height
-        else:
-            resized = cover[1] * image.height // image.width, cover[1]
+        resized = just_covering(cover, image.height, image.width)
         start = [round((whole - side) / 2) for whole, side in zip(resized, self.size, strict=True)]
         if math.prod(resized) > max(image.height * image.width, _LARGE * math.prod(cover)):
             x_CHW, resized, start = _crop_before(x_CHW, resized, start, self.size)
         x_CHW = resample(x_CHW[None], resized, self.interpolation)[0]
         return x_CHW[:, start[0] : start[0] + self.size[0], start[1] : start[1] + self.size[1]]
+
+
+def just_covering(cover: Sequence[int], height: int, width: int) -> tuple[int, int]:
+    """Return the size to which an image is resized, keeping its aspect ratio, so that it just covers an area."""
+    # Integer arithmetic, as in torchvision: one side gets exactly its cover's length, the other is rounded down.
+    if cover[0] * width >= cover[1] * height:
+        return cover[0], cover[0] * width // height
+    return cover[1] * height // width, cover[1]
 
 
 def _crop_before(

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moa_train.data.source import Source
 from moa_train.engine.predictions import Outcomes, predictions_file
 from moa_train.runtime.command_line import argument
 from moa_train.runtime.device import to_device
@@ -42,8 +41,8 @@ class Teachers:
         self.fingerprint = digest.hexdigest()
 
     @classmethod
-    def open(cls, folders: Sequence[str], weight: float, source: Source) -> "Teachers":
-        """Read what the runs in ``folders`` predict for the training images ``source``.
+    def open(cls, folders: Sequence[str], weight: float, classes: Sequence[str], fingerprint: str) -> "Teachers":
+        """Read what the runs in ``folders`` predict for the training images with these classes and fingerprint.
 
         Raises:
             UserError: a run has not been evaluated on the training images, or on other ones.
@@ -58,10 +57,10 @@ class Teachers:
                     f"{again}"
                 )
             outcome = Outcomes.read(path)
-            if list(outcome.classes) != list(source.classes) or str(outcome.fingerprint) != source.fingerprint:
+            if list(outcome.classes) != list(classes) or str(outcome.fingerprint) != fingerprint:
                 raise UserError(
                     f"distill.teachers: {path} holds predictions for other training images (fingerprint "
-                    f"{outcome.fingerprint}) than this run has ({source.fingerprint}). A teacher must be trained with "
+                    f"{outcome.fingerprint}) than this run has ({fingerprint}). A teacher must be trained with "
                     "the same data, data.val_fraction and data.limit, so that no held-out image is in its training "
                     f"images. If the images were changed since its evaluation: {again}"
                 )

@@ -41,6 +41,8 @@ def find_weights(path: Path, parts: Sequence[str] = ("ema", "model")) -> FoundWe
         CheckpointError: there are no such weights.
     """
     path = resolve_link(path)
+    if len(parts) == 1 and (path.is_file() or _is_hub(path)) and path.name != f"{parts[0]}.safetensors":
+        raise CheckpointError(f"{path} holds one set of weights, so weights={parts[0]} selects nothing. Leave it out.")
     if path.is_file():
         if path.name == "optimizer.safetensors":
             raise CheckpointError(
@@ -54,7 +56,7 @@ def find_weights(path: Path, parts: Sequence[str] = ("ema", "model")) -> FoundWe
         raise CheckpointError(f"{path} does not exist. Give a run folder, a checkpoint folder or a .safetensors file.")
     if (path / MANIFEST).is_file():
         found, which = Checkpoint.open(path.resolve()), "checkpoint"
-    elif all((path / name).is_file() for name in HUB):
+    elif _is_hub(path):
         return FoundWeights(path / "model.safetensors", None, f"the folder {path.name}")
     else:
         found, which = _of_run(path)
@@ -63,6 +65,10 @@ def find_weights(path: Path, parts: Sequence[str] = ("ema", "model")) -> FoundWe
         raise CheckpointError(f"{found.path} has no {' or '.join(parts)} weights.")
     kind = "EMA weights" if part == "ema" else "weights"
     return FoundWeights(found.path / f"{part}.safetensors", found, f"{kind} of the {which}, step {found.step}")
+
+
+def _is_hub(path: Path) -> bool:
+    return not (path / MANIFEST).is_file() and all((path / name).is_file() for name in HUB)
 
 
 def resolve_link(path: Path) -> Path:

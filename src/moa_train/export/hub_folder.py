@@ -6,6 +6,7 @@ in timm's format, so that ``timm.create_model("local-dir:FOLDER", pretrained=Tru
 
 import json
 import re
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from moa_train.export import weights_file
 from moa_train.export.subject import Runner, Subject
 from moa_train.knobs import knobs
 from moa_train.model.timm_door import TimmModel
-from moa_train.runtime.command_line import argument
+from moa_train.runtime.command_line import argument, hydra_quoted
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_flushed
 from moa_train.schema import ExportConfig
@@ -140,7 +141,8 @@ def card(subject: Subject, timm_name: str | None) -> str:
         for key, item, value in knobs(subject.run.model)
         if (item.metadata["fixed"] or key == "variant") and key != "args"
     ]
-    settings += [f"'model.args.{key}={json.dumps(value)}'" for key, value in subject.run.model.args.items()]
+    own = {key: value for key, value in subject.run.model.args.items() if key != "pretrained"}
+    settings += [shlex.quote(f"model.args.{key}={_hydra(value)}") for key, value in own.items()]
     use = MOA_USE.format(height=height, width=width, settings=" ".join(settings))
     use += TIMM_USE.format(height=height, width=width) if timm_name else ""
     return CARD.format(
@@ -162,6 +164,15 @@ def card(subject: Subject, timm_name: str | None) -> str:
         commands="\n".join(commands) or "# The weights do not record the commands that produced them.",
         license=config.license,
     )
+
+
+def _hydra(value: Any) -> str:
+    """Return a value in Hydra's grammar, in which keys have no quotes."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_hydra(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_hydra, value))}]"
+    return hydra_quoted(value) if isinstance(value, str) else json.dumps(value)
 
 
 CARD = """---

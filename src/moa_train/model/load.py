@@ -22,7 +22,9 @@ class Loaded:
     new: list[str] = field(default_factory=list)  # parameters of the classifier that kept their initial values
 
 
-def load_weights(model: Any, weights: Mapping[str, Tensor], *, head: str = "strict") -> Loaded:
+def load_weights(
+    model: Any, weights: Mapping[str, Tensor], *, head: str = "strict", grid: tuple[int, int] | None = None
+) -> Loaded:
     """Copy ``weights``, a state dict of the same architecture, into a model of `create_model`.
 
     At another resolution or window size, position tables and the kernels of the paper's MOA block, which cover a
@@ -32,12 +34,14 @@ def load_weights(model: Any, weights: Mapping[str, Tensor], *, head: str = "stri
         model: the model, changed in place.
         weights: tensors by name.
         head: "strict" loads the classifier as well; "new" keeps the model's newly initialized one.
+        grid: rows and columns of a ViT's position table in ``weights``, if they are known; otherwise, tables of equal
+            size are copied, and others are taken for square.
 
     Raises:
         UserError: entries are missing, unexpected or different. The model is then unchanged.
     """
-    own = model.state_dict()
-    fresh = {name for name in own if head == "new" and name.startswith(f"{model.head_name}.")}
+    own, heads = model.state_dict(), tuple(f"{name}." for name in model.head_names)
+    fresh = {name for name in own if head == "new" and name.startswith(heads)}
     # Older weights of torchvision lack the counters, which only matter to batch normalization without momentum.
     fresh |= {name for name in own if name.endswith("num_batches_tracked") and name not in weights}
     given = {name: value for name, value in weights.items() if name not in fresh}
@@ -46,7 +50,7 @@ def load_weights(model: Any, weights: Mapping[str, Tensor], *, head: str = "stri
     problems += [f"missing: {name} {_size(value)}" for name, value in own.items() if name not in {*given, *fresh}]
     fitted: dict[str, Tensor] = {}
     for name in (name for name in own if name in given):
-        fitted[name] = fit(name, given, own)
+        fitted[name] = fit(name, given, own, (grid, getattr(model, "grid", None)))
         if fitted[name].shape != own[name].shape:
             problems.append(f"different: {name} {_size(given[name])}, the model has {_size(own[name])}")
         elif name.endswith("relative_position_index") and not torch.equal(fitted[name], own[name]):
@@ -59,10 +63,21 @@ def load_weights(model: Any, weights: Mapping[str, Tensor], *, head: str = "stri
     return result
 
 
-def fit(name: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Tensor:
-    """Return ``given[name]``, interpolated to the shape of ``own[name]`` if it is a position table or a MOA kernel."""
+Grids = tuple[tuple[int, int] | None, tuple[int, int] | None]
+
+
+def fit(name: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor], grids: Grids = (None, None)) -> Tensor:
+    """Return ``given[name]``, interpolated to the shape of ``own[name]`` if it is a position table or a MOA kernel.
+
+    Args:
+        name: of the tensor.
+        given: all given tensors.
+        own: all tensors of the model.
+        grids: rows and columns of the given and of the model's own table of absolute positions, if they are known.
+    """
     value, wanted = given[name], own[name]
-    if value.shape == wanted.shape or value.dim() != wanted.dim():
+    turned = name.endswith("pos_embedding") and None not in grids and grids[0] != grids[1]
+    if (value.shape == wanted.shape and not turned) or value.dim() != wanted.dim():
         return value
     if name.endswith("relative_position_index"):
         return wanted  # it depends only on the geometry
@@ -71,7 +86,7 @@ def fit(name: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Te
         index = name.replace("bias_table", "index")
         return resize_offsets(value, offsets(value, given.get(index)), wanted.shape, offsets(wanted, own.get(index)))
     if name.endswith("pos_embedding") and same_channels:
-        return resize_positions(value, wanted.shape[1])
+        return resize_positions(value, wanted.shape[1], grids)
     if name.endswith(("moa.q.weight", "moa.kv.weight")) and value.shape[:2] == wanted.shape[:2]:
         return resize_kernel(value, wanted.shape[-1])
     return value
@@ -99,13 +114,14 @@ def resize_offsets(table: Tensor, old: tuple[int, int], shape: torch.Size, new: 
     return resized_1NRR[0].permute(1, 2, 0).reshape(shape).to(table.dtype)
 
 
-def resize_positions(table_1LC: Tensor, length: int) -> Tensor:
-    """Interpolate the absolute positions of a ViT on a square grid; the class token's comes first and is kept."""
-    old, new = math.isqrt(table_1LC.shape[1] - 1), math.isqrt(length - 1)
-    if old**2 + 1 != table_1LC.shape[1] or new**2 + 1 != length:
+def resize_positions(table_1LC: Tensor, length: int, grids: Grids = (None, None)) -> Tensor:
+    """Interpolate the absolute positions of a ViT; the class token's comes first and is kept."""
+    sides = math.isqrt(table_1LC.shape[1] - 1), math.isqrt(length - 1)
+    old, new = (grid or (side, side) for grid, side in zip(grids, sides, strict=True))
+    if math.prod(old) + 1 != table_1LC.shape[1] or math.prod(new) + 1 != length:
         return table_1LC
-    grid_1CHW = table_1LC[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    resized_1CHW = F.interpolate(grid_1CHW, size=(new, new), mode="bicubic", align_corners=False)
+    grid_1CHW = table_1LC[:, 1:].unflatten(1, old).permute(0, 3, 1, 2)
+    resized_1CHW = F.interpolate(grid_1CHW, size=new, mode="bicubic", align_corners=False)
     return torch.cat([table_1LC[:, :1], resized_1CHW.flatten(2).transpose(1, 2)], dim=1)
 
 
@@ -124,6 +140,6 @@ def _mismatch(problems: list[str], model: Any, head: str) -> str:
     lines = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
     more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     hint = ""
-    if head == "strict" and any(f" {model.head_name}." in problem for problem in problems):
+    if head == "strict" and any(f" {name}." in problem for problem in problems for name in model.head_names):
         hint = "\nThe classifier differs. init_head=new reinitializes it."
     return f"The weights do not match the model in {len(problems)} entries:{lines}{more}{hint}"

@@ -104,6 +104,11 @@ def _check_conv(config: ModelConfig) -> None:
     patch = config.patch_size
     if "stem" in config.conv and (patch < 2 or patch & (patch - 1)):
         raise UserError(f"model.conv=[stem] halves the image repeatedly: patch_size={patch} must be 2, 4, 8 or 16.")
+    if "stem" in config.conv and config.embed_dim < patch // 2:
+        raise UserError(
+            f"model.conv=[stem] halves the channels toward the image: embed_dim={config.embed_dim} must be at least "
+            f"half of patch_size={patch}."
+        )
     if config.stem_blocks and "stem" not in config.conv:
         raise UserError(f"model.stem_blocks={config.stem_blocks} needs a convolutional stem: add stem to model.conv.")
     if config.conv and config.moa.form == "published":

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import re
+import sys
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -84,11 +85,10 @@ class TimmModel(Classifier, nn.Module):
         names = [name for name, _ in self.net.named_parameters()]
         return {f"net.{name}" for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
-    def hidden_matrices(self) -> set[str]:
-        """Return all matrices except those of the classifiers and those that are exempt from weight decay."""
-        return {
-            name for name in super().hidden_matrices() if not name.startswith(tuple(f"{head}." for head in self.heads))
-        }
+    @property
+    def head_names(self) -> list[str]:
+        """Names of all classifiers."""
+        return self.heads
 
     def layer_ids(self) -> dict[str, int]:
         """Return timm's own layer number of every parameter."""
@@ -115,6 +115,9 @@ class TimmModel(Classifier, nn.Module):
         if self.pretrained is None:
             return
         weights, own = read_weights(Path(self.pretrained)), self.net.state_dict()
+        # timm converts once more below, which changes nothing. Before, the file's head can have another name.
+        convert = getattr(sys.modules[type(self.net).__module__], "checkpoint_filter_fn", None)
+        weights = dict(convert(weights, self.net)) if convert is not None else weights
         for name, value in own.items():
             if f"net.{name}".startswith(tuple(f"{head}." for head in self.heads)):
                 given = weights.get(name)

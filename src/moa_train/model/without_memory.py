@@ -73,6 +73,9 @@ class WithoutMemory(LightMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if self.device.type == "meta":
+            elsewhere = any(isinstance(value, Tensor) and value.device.type != "meta" for value in args)
+            if elsewhere or torch.device(kwargs.get("device") or "meta").type != "meta":
+                return func(*args, **kwargs)
             return meta_result(func, args, kwargs)
         device = kwargs.get("device")
         here = device is None or device.type == self.device.type

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 NOT_COMPARED = (
     *("run_dir", "resume", "replay", "preflight", "code", "sweep.", "tracking.", "runtime.timeout"),
-    *("data.root", "data.download", "data.workers"),
+    *("data.root", "data.download", "data.url", "data.workers", "data.unreadable_budget", "data.max_seconds"),
     *("engine.save_every", "engine.keep_", "engine.stop_after", "engine.eval_batch_size"),
 )
 """Settings, or prefixes of settings, that do not distinguish two runs."""
