@@ -139,6 +139,14 @@ def test_retention_keeps_the_last_every_nth_and_the_best(tmp_path):
     assert pointed(store) == {"best": 3, "last": 10}
 
 
+def test_a_resume_with_another_interval_keeps_what_was_kept(train, tmp_path):
+    changes = {"engine__save_every": "2 steps", "engine__keep_last": 1, "engine__eval_split": "none"}
+    assert train(tmp_path, engine__keep_every="4 steps", engine__stop_after="10 steps", **changes) == 0
+    assert steps(CheckpointStore(tmp_path)) == [4, 8, 10]
+    assert train(tmp_path, resume=True, engine__keep_every="6 steps") == 0
+    assert steps(CheckpointStore(tmp_path)) == [4, 8, 12]
+
+
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), float("-inf")])
 def test_a_score_that_is_no_number_is_no_best(store, score):
     save(store, 1, 10.0)

@@ -16,6 +16,10 @@ rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=environ | {"TOR
 if sys.argv[2] == "looks":
     rank.wait()
     time.sleep(1.5)
+elif sys.argv[2] == "waits":
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3)"])
+    other.wait()  # as torchrun does, which has two ranks here
+    rank.wait()
 elif sys.argv[3] == "1":
     time.sleep(4)
 else:
@@ -24,10 +28,11 @@ else:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "restarts", "code"), [("stuck", "0", -signal.SIGKILL), ("looks", "0", 0), ("stuck", "1", 0)]
+    ("launcher", "restarts", "code"),
+    [("stuck", "0", -signal.SIGKILL), ("looks", "0", 0), ("stuck", "1", 0), ("waits", "0", 0)],
 )
 def test_a_launcher_that_misses_the_end_of_its_rank_is_killed(launcher, restarts, code):
-    """Unless it may still restart the rank."""
+    """Unless it may still restart the rank, or waits for another rank that still saves."""
     words = [sys.executable, "-c", LAUNCHER, RANK, launcher, restarts]
     done = subprocess.run(words, capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == code

@@ -150,3 +150,41 @@ def test_a_rank_whose_torchrun_has_died_stops(tmp_path: Path):
     )
     done = subprocess.run([sys.executable, "-c", launcher, ORPHAN], capture_output=True, text=True, timeout=60)
     assert "torchrun exited before this rank" in done.stderr  # communicate() waits until the rank has ended
+
+
+def test_a_save_that_failed_does_not_keep_a_stuck_process(pair, monkeypatch, capsys):
+    monkeypatch.setattr(peer_watch, "GRACE", 0.2)
+    monkeypatch.setattr(peer_watch, "INTERVAL", 0.2)
+    first = pair.watch(0)
+
+    def fail() -> None:
+        raise OSError("the storage does not answer")
+
+    first.finish = fail
+    pair.ends[1][0].close()
+    first._thread.join(60.0)
+    assert pair.calls[0][-1].startswith("Rank 1 exited without a message")
+    assert "the storage does not answer" in capsys.readouterr().err
+    first.close()
+
+
+ALONE = """
+import signal, sys, time
+from moa_train.runtime.distributed import Distributed
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+with Distributed.start("cpu", 60.0):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_single_rank_whose_torchrun_has_died_stops_as_well() -> None:
+    launcher = (
+        "import os, subprocess, sys\n"
+        "rank = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=subprocess.PIPE, text=True,\n"
+        "    env={**os.environ, 'TORCHELASTIC_RUN_ID': 'x', 'RANK': '0', 'WORLD_SIZE': '1'}, stderr=2)\n"
+        "assert rank.stdout.readline() == 'ready\\n'\n"
+        "os._exit(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", launcher, ALONE], capture_output=True, text=True, timeout=60)
+    assert "torchrun exited before this rank" in done.stderr

@@ -46,6 +46,17 @@ def test_every_logger_receives_everything_and_a_resume_continues(tmp_path: Path)
     assert stream.getvalue().count("the end") == 2
 
 
+def test_an_evaluation_that_a_killed_session_logged_is_not_logged_again(tmp_path: Path) -> None:
+    for remeasured, expected in ((False, [10]), (True, [10, 10])):
+        train(tmp_path, range(1, 11), io.StringIO())
+        tracker = open_tracker(
+            tmp_path, total_steps=30, steps_per_epoch=10, resumed_step=10, remeasured=remeasured, stream=io.StringIO()
+        )
+        tracker.log_eval(10, {"top1": 10.0})
+        tracker.close()
+        assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl") if row["kind"] == "eval"] == expected
+
+
 def test_a_run_that_starts_again_replaces_its_rows(tmp_path: Path) -> None:
     for _ in range(2):
         train(tmp_path, range(1, 6), io.StringIO())

@@ -17,7 +17,6 @@ from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_whole
 from moa_train.tracking.console import block
-from moa_train.tracking.jsonl import read_rows
 
 UNREADABLE = "unreadable.txt"
 """File in the run folder that lists the unreadable training images that were replaced (data.unreadable)."""
@@ -59,8 +58,7 @@ def report(run: Run, distributed: Distributed) -> str | None:
             outcomes.write(predictions_file(run_dir, run.final_split))
         outcome[run.final_split] = result.as_dict()
         # The evaluation of the best checkpoint on the split that chose it is logged already, at its own step.
-        logged = run.final_split == trainer.eval_split or is_logged(run_dir, state.step, run.final_split)
-        if distributed.is_main and not logged:
+        if distributed.is_main and run.final_split != trainer.eval_split:
             epoch = float(state.step / trainer.plan.steps_per_epoch)
             trainer.tracker.log_eval(state.step, {"epoch": epoch, **result.as_dict()}, run.final_split)
         trainer.tracker.close({f"{run.final_split}_{key}": value for key, value in result.as_dict().items()})
@@ -129,9 +127,3 @@ def quarantined(run: Run, distributed: Distributed) -> int:
         return len(messages)
 
     return int(distributed.on_main(merge))
-
-
-def is_logged(run_dir: Path, step: int, split: str) -> bool:
-    """Return whether the log already contains this result, which is the case if a finished run was resumed."""
-    rows = read_rows(run_dir / "metrics.jsonl")
-    return any(row["kind"] == "eval" and row["step"] == step and row["split"] == split for row in rows)

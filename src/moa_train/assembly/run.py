@@ -123,7 +123,9 @@ def build_run(
         distributed=distributed,
         teachers=teachers,
     )
-    tracker = Tracker() if config.replay is not None else _build_tracker(config, run_dir, plan, state.step, distributed)
+    tracker = Tracker()
+    if config.replay is None:
+        tracker = _build_tracker(config, run_dir, plan, state.step, distributed, remeasured=restarted is not None)
     threads.say = tracker.say
     if restarted:
         tracker.say(restarted)
@@ -225,7 +227,9 @@ def mixed_label(target_K: Tensor, classes: list[str]) -> str:
     return "\n".join(f"{classes[index]}: {100 * weight:.0f}%" for weight, index in pairs if weight > floor)
 
 
-def _build_tracker(config: RunConfig, run_dir: Path, plan: Plan, step: int, distributed: Distributed) -> Tracker:
+def _build_tracker(
+    config: RunConfig, run_dir: Path, plan: Plan, step: int, distributed: Distributed, *, remeasured: bool
+) -> Tracker:
     settings = config.tracking
     return open_tracker(
         run_dir,
@@ -240,4 +244,5 @@ def _build_tracker(config: RunConfig, run_dir: Path, plan: Plan, step: int, dist
         ],
         config=to_dict(config),
         profile_steps=settings.profile_steps,
+        remeasured=remeasured,
     )

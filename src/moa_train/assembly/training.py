@@ -64,6 +64,22 @@ def build_state(
     return TrainState(model, optimizer, precision, AveragedWeights(model, decay) if decay else None)
 
 
+def check_classes(path: Path, known: Sequence[str] | None, classes: Sequence[str]) -> None:
+    """Check that the weights in ``path`` classify the classes of the training images, in their order.
+
+    Raises:
+        UserError: they do not. Weights that do not record their classes, None, pass.
+    """
+    if known is None or list(known) == list(classes):
+        return
+    first = next((name for name, other in zip(classes, known, strict=False) if name != other), "the last one")
+    raise UserError(
+        f"init={path}: its {len(known)} classes are not the {len(classes)} classes of the training images, so its "
+        f"classifier does not fit. The first one that differs is {first!r}. Give init_head=new to reinitialize the "
+        "classifier, or name the classes alike."
+    )
+
+
 def load_init(model: nn.Module, path: Path, config: RunConfig, classes: Sequence[str] | None = None) -> None:
     """Load the weights that a run starts from.
 
@@ -85,14 +101,8 @@ def load_init(model: nn.Module, path: Path, config: RunConfig, classes: Sequence
     if theirs is not None:
         height, width = image_shape(theirs.data.image_size)
         grid = height // theirs.model.patch_size, width // theirs.model.patch_size
-    known = json.loads(metadata.get("classes", "null")) if metadata.get("named") != "false" else None
-    if config.init_head == "strict" and None not in (known, classes) and list(known) != list(classes or ()):
-        ours = next((name for name, other in zip(classes or (), known, strict=False) if name != other), "...")
-        raise UserError(
-            f"init={path}: its classes are not those of the training images (of {len(known)} and {len(classes or ())}; "
-            f"the first one that differs is {ours!r}), so its classifier does not fit. Give init_head=new to "
-            "reinitialize the classifier, or name and order the classes alike."
-        )
+    if config.init_head == "strict" and classes is not None and metadata.get("named") != "false":
+        check_classes(path, json.loads(metadata.get("classes", "null")), classes)
     try:
         load_weights(model, weights, head=config.init_head, grid=grid)
     except UserError as error:

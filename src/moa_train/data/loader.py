@@ -30,7 +30,7 @@ from moa_train.data.file_source import FileSource
 from moa_train.data.order import Draw, Indices, Order, micro_batches
 from moa_train.data.source import Source
 from moa_train.data.view import CenterCrop, View
-from moa_train.data.watch import FileWatch
+from moa_train.data.watch import FileWatch, start_method
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopRequestedError
 from moa_train.schema import DataConfig, RuntimeConfig
@@ -370,6 +370,7 @@ def _start_workers(
             num_workers=workers,
             pin_memory=pin_memory,
             timeout=_POLL,
+            multiprocessing_context=start_method(),
             worker_init_fn=partial(_set_up_worker, watch),
             generator=torch.Generator(),  # otherwise, starting a loader would advance the global generator
         )

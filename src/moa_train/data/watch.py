@@ -8,6 +8,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -100,6 +101,15 @@ def _name(slot: _Slot) -> str:
     return slot.path.decode(errors="backslashreplace")
 
 
+def start_method() -> str | None:
+    """Return how worker processes are started: forked on Linux, and elsewhere as Python prefers.
+
+    Python 3.14 prefers a server that forks. torchrun's signals end that server, and with it the workers, in the middle
+    of a save.
+    """
+    return "fork" if sys.platform.startswith("linux") else None
+
+
 def map_files(
     function: Callable[[str], Result], paths: Iterable[str], workers: int, max_seconds: float
 ) -> Iterator[Result]:
@@ -110,7 +120,8 @@ def map_files(
     """
     workers = max(1, workers)
     watch, number, others = FileWatch(workers, max_seconds), multiprocessing.Value("i", 0), set(active_children())
-    pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(watch, number))
+    context = multiprocessing.get_context(start_method())
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(watch, number))
     rest, pending, waited = iter(paths), deque[Future[list[Result]]](), 0.0
     try:
         while True:

@@ -356,7 +356,7 @@ class CheckpointStore:
         for path in self._folders():
             step = folder_step(path) or 0
             # A damaged checkpoint newer than all valid ones is kept for inspection until its step is reached again.
-            if path not in kept and step <= last[0].step and not self.keep(step):
+            if path not in kept and step <= last[0].step and not self.keep(step) and not _is_permanent(path):
                 remove_folder(path)
         self._point_links()
 
@@ -391,6 +391,14 @@ def _state(checkpoint: Checkpoint) -> dict[str, Any] | None:
         raise
     except CheckpointError:
         return None
+
+
+def _is_permanent(path: Path) -> bool:
+    """Return whether the run that saved a checkpoint kept it by ``engine.keep_every``, which may have changed since."""
+    try:
+        return bool(json.loads((path / "state.json").read_text()).get("kept"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _comparable(state: dict[str, Any] | None, now: dict[str, Any]) -> bool:

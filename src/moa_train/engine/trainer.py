@@ -182,6 +182,7 @@ class Trainer:
         meters = self.distributed.gather_objects(self.state.meters.state_dict())
         if self.distributed.is_main:
             state = {**self.record, "train": {**self.state.scalars(), "meters": meters}}
+            state |= {"kept": True} if self.plan.keep.due(self.state.step) else {}
             score = self._score(self.state.best[self.best_by]) if is_best else None
             self.store.save(
                 self.state.step, self.state.tensors(), state, metadata=self.metadata, score=score, background=True

@@ -80,7 +80,8 @@ class Distributed:
         chosen = pick_device(device, local_rank, local_world_size)
         self = cls(rank, local_rank, world_size, local_world_size, chosen)
         if world_size == 1:
-            yield self
+            with self._watched_launcher(timeout):
+                yield self
             return
         limit = timedelta(seconds=timeout)
         cuda = chosen.type == "cuda"
@@ -117,6 +118,19 @@ class Distributed:
             raise lost from error
         self._watch.close()
         self._leave()
+
+    @contextmanager
+    def _watched_launcher(self, timeout: float) -> Iterator[None]:
+        """Save and stop if torchrun has exited, also with a single rank, which has no others to watch."""
+        watch = None
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            leave = self._leave_at_once
+            watch = PeerWatch(self.rank, {}, timeout, abort=lambda: None, finish=lambda: None, leave=leave)
+        try:
+            yield
+        finally:
+            if watch is not None:
+                watch.close()
 
     def _watch_peers(self, store: dist.Store, timeout: float) -> PeerWatch:
         connections = connect(

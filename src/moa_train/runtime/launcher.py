@@ -11,16 +11,22 @@ _SCRIPT = """
 import os, signal, sys, time
 launcher, rank, limit = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 ended = None
-for _ in range(600):
+
+def look(process):
     try:
-        with open(f"/proc/{rank}/stat") as file:
+        with open(f"/proc/{process}/stat") as file:
             state, parent = file.read().rpartition(")")[2].split()[:2]
+        return state, int(parent)
     except OSError:
-        break
-    if int(parent) != launcher:
+        return "", 0
+
+for _ in range(600):
+    if look(rank)[1] != launcher:
         break
     now = time.monotonic()
-    ended = (ended or now) if state == "Z" else None
+    # torchrun waits for its ranks one by one. While any of them still runs, it is not stuck.
+    ranks = [state for state, parent in map(look, filter(str.isdecimal, os.listdir("/proc"))) if parent == launcher]
+    ended = (ended or now) if set(ranks) == {"Z"} else None
     if ended and now - ended > limit:
         print("error: Killing torchrun because it waits for a machine that does not respond and has not noticed that "
               "its rank exited.", file=sys.stderr, flush=True)

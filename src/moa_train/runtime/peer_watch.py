@@ -90,12 +90,19 @@ class PeerWatch:
             return
         self._noticed.set()
         self._send_to_all("lost", self.lost)
-        self.abort()
+        self._attempt(self.abort)
         if self._closing.wait(GRACE):
             return
-        self.finish()
+        self._attempt(self.finish)
         if not self._closing.wait(INTERVAL):
             self.leave(self.lost)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        """Do what is still possible: a save that failed, for example, must not keep this process from exiting."""
+        try:
+            action()
+        except Exception as error:
+            print(f"error: {_brief(error)}", file=sys.stderr, flush=True)
 
     def _receive(self, patience: float) -> None:
         with selectors.DefaultSelector() as selector:

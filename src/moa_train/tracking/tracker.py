@@ -1,6 +1,6 @@
 """The one object that the trainer reports to."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from torch import Tensor
 
 from moa_train.tracking.console import Console
-from moa_train.tracking.jsonl import JsonLines
+from moa_train.tracking.jsonl import JsonLines, read_rows
 from moa_train.tracking.logger import Logger, Metrics
 
 if TYPE_CHECKING:
@@ -17,10 +17,16 @@ if TYPE_CHECKING:
 
 
 class Tracker(Logger):
-    """Pass everything to a list of loggers, in order. ``Tracker()`` discards everything."""
+    """Pass everything to a list of loggers, in order. ``Tracker()`` discards everything.
 
-    def __init__(self, loggers: Sequence[Logger] = ()) -> None:
-        self._loggers = loggers
+    Args:
+        loggers: the loggers.
+        known: (step, split) of evaluations that are logged already; a run that was killed after it had logged one may
+            repeat it.
+    """
+
+    def __init__(self, loggers: Sequence[Logger] = (), known: Collection[tuple[int, str]] = ()) -> None:
+        self._loggers, self._known = loggers, known
 
     def advance(self, step: int) -> None:
         """Note that ``step`` updates are complete."""
@@ -34,7 +40,7 @@ class Tracker(Logger):
 
     def log_eval(self, step: int, metrics: Metrics, split: str = "val") -> None:
         """Record the result of an evaluation."""
-        for logger in self._loggers:
+        for logger in self._loggers if (step, split) not in self._known else ():
             logger.log_eval(step, metrics, split)
 
     def log_images(self, step: int, images: Tensor, captions: Sequence[str] = (), name: str = "train/input") -> None:
@@ -71,6 +77,7 @@ def open_tracker(
     loggers: Sequence[Callable[[Path, int, Mapping[str, Any]], Logger]] = (),
     config: Mapping[str, Any] | None = None,
     profile_steps: int = 0,
+    remeasured: bool = False,
     stream: TextIO | None = None,
 ) -> Tracker:
     """Open the console, ``metrics.jsonl`` and ``loggers`` on rank 0; the other ranks get a tracker without loggers.
@@ -85,6 +92,8 @@ def open_tracker(
         loggers: further loggers: subclasses of `Logger`, or functions with the same parameters.
         config: the configuration of the run, for the loggers.
         profile_steps: if positive, trace so many steps into ``trace.json.gz``.
+        remeasured: whether evaluations measure something else than before. Otherwise, one that is logged already is not
+            logged again.
         stream: where the console writes; standard output by default.
     """
     if not is_main:
@@ -99,4 +108,5 @@ def open_tracker(
         from moa_train.tracking.profile import Profile  # importing the profiler is slow
 
         opened.append(Profile(run_dir / "trace.json.gz", profile_steps))
-    return Tracker(opened)
+    rows = [] if remeasured else read_rows(run_dir / "metrics.jsonl")
+    return Tracker(opened, {(row["step"], row["split"]) for row in rows if row["kind"] == "eval"})

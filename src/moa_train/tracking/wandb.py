@@ -55,9 +55,10 @@ class WandB(Logger):
 
     Every start of a run logs the rows of metrics.jsonl again, so that W&B has the whole curve even if a kill or a lost
     network cost it some rows. No step appears twice. Online, W&B resumes the run and ignores every step up to its last
-    one. Offline, the new files replace those of the previous start; if these may have been uploaded already, the new
-    files get a new run ID, because 'wandb sync' would append their rows to the uploaded ones. If W&B can't be reached
-    at the start, the run is logged offline. Failures are warnings.
+    one, also steps that a rollback or other settings have changed since; metrics.jsonl has their new rows. Offline, the
+    new files replace those of the previous start; if these may have been uploaded already, the new files get a new run
+    ID, because 'wandb sync' would append their rows to the uploaded ones. If W&B can't be reached at the start, the run
+    is logged offline. Failures are warnings.
     """
 
     def __init__(self, run_dir: Path, first_step: int, config: Mapping[str, Any], args: WandBArgs) -> None:
