@@ -7,6 +7,7 @@ result.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from moa_train.knobs import knob
@@ -487,27 +488,39 @@ class RunConfig:
 
 
 @dataclass
-class EvalConfig:
-    """Settings of ``moa-eval``; the checkpoint records its model and data set."""
+class WeightsConfig:
+    """Settings of every command that uses trained weights, which record their model and data set."""
 
     ckpt: str | None = knob(None, "run folder, checkpoint folder, folder of a model hub, or .safetensors file")
     weights: str = knob(
         "auto",
-        "weights to evaluate; auto: ema if the checkpoint contains them, else model",
+        "weights to use; auto: ema if the checkpoint contains them, else model",
         options=("auto", "model", "ema"),
     )
+    batch_size: int | None = knob(None, "images per forward pass (default: as in the training's evaluations)", least=1)
+    workers: int | None = knob(None, "processes that decode image files (default: as in training)", least=0)
+    code: list[str] = knob(
+        [], "your own modules or packages that the checkpoint's configuration may import, for example [my_package]"
+    )
+
+    def place(self) -> Path:
+        """Return ``ckpt`` as a path. Raises UserError if it is not given."""
+        if not self.ckpt:
+            raise UserError("ckpt is missing. Give ckpt=PATH: a run, checkpoint or hub folder, or a .safetensors file.")
+        return Path(self.ckpt)
+
+
+@dataclass
+class EvalConfig(WeightsConfig):
+    """Settings of ``moa-eval``."""
+
     split: str = knob("test", "split to evaluate", options=SPLITS)
     root: str | None = knob(None, "folder of the data set, if it is not where it was during training")
-    batch_size: int | None = knob(None, "examples per forward pass (default: as in training)", least=1)
-    workers: int | None = knob(None, "processes that decode image files (default: as in training)", least=0)
     device: str = knob(
         "auto", "auto, cpu, cuda, cuda:N, xpu (Intel) or mps (Apple); auto: an accelerator if there is one"
     )
     precision: str | None = knob(None, "precision (default: runtime.eval_precision of the run)", options=PRECISIONS)
     command: bool = knob(False, "print the commands that produced these weights instead of evaluating them")
-    code: list[str] = knob(
-        [], "your own modules or packages that the checkpoint's configuration may import, for example [my_package]"
-    )
     output: str | None = knob(None, "JSON file for the result (default: eval-SPLIT.json next to the weights)")
     tta: str = knob(
         "none",
@@ -540,10 +553,9 @@ class EvalConfig:
 
 
 @dataclass
-class ExportConfig:
-    """Settings of ``moa-export``; the checkpoint records its model and data set."""
+class ExportConfig(WeightsConfig):
+    """Settings of ``moa-export``."""
 
-    ckpt: str | None = knob(None, "run folder, checkpoint folder, folder of a model hub, or .safetensors file")
     format: str = knob(
         "onnx",
         "onnx: for ONNX Runtime; int8: quantized for CPUs, for ONNX Runtime; torch_export: for torch.export.load; "
@@ -553,21 +565,11 @@ class ExportConfig:
     output: str | None = knob(
         None, "file or folder to write, which must not exist yet (default: in the folder export/ next to the weights)"
     )
-    weights: str = knob(
-        "auto",
-        "weights to export; auto: ema if the checkpoint contains them, else model",
-        options=("auto", "model", "ema"),
-    )
     split: str = knob("test", "split of the real images that the exported file is checked on", options=SPLITS)
     images: int = knob(10_000, "number of these images, drawn by seed; all if there are fewer", least=1)
     root: str | None = knob(None, "folder of the data set, if it is not where it was during training")
-    batch_size: int | None = knob(None, "images per forward pass in checks (default: as in training)", least=1)
-    workers: int | None = knob(None, "processes that decode image files (default: as in training)", least=0)
     threads: int = knob(0, "CPU threads; 0: as many as there are cores", least=0)
     seed: int = knob(0, "random seed for drawing images", least=0)
-    code: list[str] = knob(
-        [], "your own modules or packages that the checkpoint's configuration may import, for example [my_package]"
-    )
     calibration: int = knob(
         256, "format=int8: number of training images, drawn by seed, that determine the ranges of activations", least=16
     )
@@ -588,10 +590,9 @@ class ExportConfig:
 
 
 @dataclass
-class PredictConfig:
-    """Settings of ``moa-predict``; the checkpoint records its model, its classes and how images are prepared."""
+class PredictConfig(WeightsConfig):
+    """Settings of ``moa-predict``."""
 
-    ckpt: str | None = knob(None, "run folder, checkpoint folder, folder of a model hub, or .safetensors file")
     input: str | None = knob(
         None,
         "image file, folder (with its subfolders), pattern such as 'photos/*.jpg', or - to read paths from standard "
@@ -613,18 +614,10 @@ class PredictConfig:
     explain_checks: int = knob(
         32, "explain: number of images whose class maps are measured by deletion and insertion; 0: none", least=0
     )
-    weights: str = knob(
-        "auto",
-        "weights to use; auto: ema if the checkpoint contains them, else model",
-        options=("auto", "model", "ema"),
+    device: str = knob(
+        "auto", "auto, cpu, cuda, cuda:N, xpu (Intel) or mps (Apple); auto: an accelerator if there is one"
     )
-    batch_size: int | None = knob(None, "images per forward pass (default: as in evaluation)", least=1)
-    workers: int | None = knob(None, "processes that decode image files (default: as in training)", least=0)
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N; auto: CUDA if available")
     precision: str | None = knob(None, "precision (default: runtime.eval_precision of the run)", options=PRECISIONS)
-    code: list[str] = knob(
-        [], "your own modules or packages that the checkpoint's configuration may import, for example [my_package]"
-    )
 
 
 def compile_mode(choice: Any) -> str:

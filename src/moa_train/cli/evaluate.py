@@ -30,10 +30,7 @@ Examples:
 
 def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     """Evaluate weights, and print and write the result."""
-    if not config.ckpt:
-        raise UserError(
-            "ckpt is missing. Give ckpt=PATH: a run folder, checkpoint folder, hub folder or .safetensors file."
-        )
+    place = config.place()
     if config.output and not Path(config.output).parent.is_dir():
         raise UserError(f"output={config.output}: there is no folder {Path(config.output).parent}.")
     from moa_train.assembly.evaluation import build_evaluation
@@ -47,7 +44,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     from moa_train.tracking.provenance import reproduce
 
     if config.command:
-        found = find_weights(Path(config.ckpt))
+        found = find_weights(place)
         origin = json.loads(found.load()[1].get("origin", "[]"))
         print(reproduce(origin) or f"{found.path} does not record the commands that produced it.")
         return
@@ -56,7 +53,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
 
         require_matplotlib()
     reference = read_reference(config)
-    trained = Trained.open(Path(config.ckpt), weights=config.weights, code=config.code)
+    trained = Trained.open(place, weights=config.weights, code=config.code)
     run = overlay(trained.config, config)
     output = Path(config.output) if config.output else trained.folder / f"{_kind(config)}-{config.split}.json"
     with Distributed.start(config.device, run.runtime.timeout) as distributed:
@@ -105,7 +102,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     write(outcome, output, required=bool(config.output))
     # The file in a run folder is what moa-compare tests: the run's own weights and images, without further settings.
     usual = (config.weights, config.tta, config.precision) == ("auto", "none", None)
-    own = usual and Path(config.ckpt).resolve() == trained.folder.resolve() and _knows(trained.folder, source, config)
+    own = usual and place.resolve() == trained.folder.resolve() and _knows(trained.folder, source, config)
     if own or (config.output and output.parent.resolve() != trained.folder.resolve()):
         try:
             outcomes.write(predictions_file(output.parent, config.split))

@@ -4,7 +4,6 @@ import json
 import sys
 
 from moa_train.cli import app
-from moa_train.runtime.errors import UserError
 from moa_train.schema import ExportConfig
 
 EXAMPLES = """moa-export: write trained weights to files that work without moa-train, and check them on real images.
@@ -20,10 +19,7 @@ Examples:
 
 def export(config: ExportConfig, overrides: list[str]) -> None:
     """Export weights and print the report."""
-    if not config.ckpt:
-        raise UserError(
-            "ckpt is missing. Give ckpt=PATH: a run folder, checkpoint folder, hub folder or .safetensors file."
-        )
+    config.place()  # before anything is imported
     from moa_train.export.job import export as run
 
     print(json.dumps(run(config, sys.stderr), indent=2))  # standard output is for the JSON only

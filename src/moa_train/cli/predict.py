@@ -29,10 +29,7 @@ Examples:
 
 def predict(config: PredictConfig, overrides: list[str]) -> int:
     """Predict, write the predictions, and return the exit code."""
-    if not config.ckpt:
-        raise UserError(
-            "ckpt is missing. Give ckpt=PATH: a run folder, checkpoint folder, hub folder or .safetensors file."
-        )
+    place = config.place()
     if not config.input:
         raise UserError("input is missing. Give input=PATH: an image file, a folder, a pattern in quotes, or -.")
     for key, folder in (("output", config.output), ("explain", config.explain)):
@@ -50,7 +47,7 @@ def predict(config: PredictConfig, overrides: list[str]) -> int:
     from moa_train.runtime.distributed import Distributed
     from moa_train.tracking.console import EvaluationProgress
 
-    trained = Trained.open(Path(config.ckpt), weights=config.weights, code=config.code)
+    trained = Trained.open(place, weights=config.weights, code=config.code)
     if config.explain_class is not None and config.explain_class not in trained.classes:
         raise UserError(choose("explain_class", config.explain_class, trained.classes))
     unreadable = 0

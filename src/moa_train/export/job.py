@@ -37,7 +37,7 @@ def export(config: ExportConfig, stream: TextIO) -> dict[str, Any]:
     module, name = FORMATS[config.format]
     form = import_module(f"moa_train.export.{module}")
     form.check(config)
-    trained = Trained.open(Path(config.ckpt or ""), weights=config.weights, code=config.code)
+    trained = Trained.open(config.place(), weights=config.weights, code=config.code)
     output = Path(config.output) if config.output else trained.folder / "export" / name
     check_output(output, make_parent=not config.output)
     run = overlay(trained.config, config)
