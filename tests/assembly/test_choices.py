@@ -125,7 +125,7 @@ def test_only_emulated_formats_are_ruled_out_by_a_small_product(
     monkeypatch.setattr("moa_train.assembly.measure._time_product", lambda clock: {"fp32": 1.0, "bf16": bf16})
     monkeypatch.setattr(Clock, "race", race)
     config = tiny({**OPEN, "optim.muon_precision": "fp32"})
-    assert choose(config, state_of(config))["runtime.precision"] == chosen
+    assert choose(config, state_of(config)).values["runtime.precision"] == chosen
 
 
 def test_choices_reach_the_model_and_the_optimizer(tiny: Callable[..., Any]) -> None:
@@ -226,7 +226,7 @@ def test_own_models_whose_blocks_cannot_be_measured_take_the_fixed_choices(
 def test_choices_of_another_kind_of_device_are_not_kept(tiny: Callable[..., Any]) -> None:
     config = tiny({**OPEN, "runtime.precision": "fp32"})
     recorded = Choices("cuda", {"optim.muon_precision": "nothing"}).as_dict()
-    assert choose(config, state_of(config), recorded=recorded)["optim.muon_precision"] in ("fp32", "bf16")
+    assert choose(config, state_of(config), recorded=recorded).values["optim.muon_precision"] in ("fp32", "bf16")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_there_are_as_many_workers_as_keep_up_with_the_training(
 def test_workers_are_chosen_for_images_in_files(tiny: Callable[..., Any], make_classes: Callable[[int], Path]) -> None:
     config = tiny({**OPEN, "data.name": "folder", "data.root": make_classes(3), "data.val_fraction": 0})
     chosen = choose(config, state_of(config), open_split(config.data, "train"))
-    assert 1 <= chosen["data.workers"] <= 8
+    assert 1 <= chosen.values["data.workers"] <= 8
 
 
 class Simulated(Clock):

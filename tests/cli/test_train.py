@@ -16,7 +16,6 @@ import torch
 
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.runtime.errors import UserError
-from moa_train.schema import RunConfig
 from moa_train.tracking.jsonl import read_rows
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -244,15 +243,3 @@ def test_a_failed_run_releases_its_folder(train, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         train(tmp_path / "run", init=tmp_path / "nowhere")
     assert train(tmp_path / "run", **SHORT) == 0
-
-
-def test_the_examples_are_valid():
-    from moa_train.cli.app import check_overrides
-    from moa_train.cli.train import EXAMPLES
-
-    lines = [line.split("  ")[1].split() for line in EXAMPLES.splitlines() if line.startswith("  ")]
-    # Own recipes need a folder, and completion needs a shell; test_app.py tests both.
-    lines = [line for line in lines if line[0] != "eval" and "--config-dir" not in line]
-    assert len(lines) >= 6
-    for line in lines:
-        check_overrides([word for word in line if "=" in word or word == "-m"], RunConfig)

@@ -59,7 +59,7 @@ def test_a_run_works_without_float64_and_bf16(
     assert device.operations > 1000
     assert all(parameter.device == DEVICE for parameter in run.model.parameters())
     if optimizer == "muon" and torch.bfloat16 in refused:
-        assert run.choices["optim.muon_precision"] == "fp32"
+        assert run.choices.values["optim.muon_precision"] == "fp32"
 
 
 def test_the_stand_in_refuses_what_it_lacks() -> None:

@@ -52,9 +52,6 @@ class Choices:
     gains: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def __getitem__(self, key: str) -> Any:
-        return self.values.get(key, DEFAULTS[key])
-
     def as_dict(self) -> dict[str, Any]:
         """Return the choices as JSON."""
         return {"device": self.device, "values": self.values, "gains": self.gains, "seconds": round(self.seconds, 3)}

@@ -12,11 +12,10 @@ from types import FrameType
 
 from moa_train.runs.folder import Job, SweepFolder, is_finished, mark
 from moa_train.runtime.command_line import hydra_quoted
-from moa_train.runtime.signals import Exit
+from moa_train.runtime.signals import Exit, StopSignals
 
 POLL = 0.5
 """Seconds between checks of a running job."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 STOPPED = (Exit.STOPPED, Exit.INTERRUPTED)
 
 
@@ -91,8 +90,8 @@ class Runner:
         def handle(number: int, frame: FrameType | None) -> None:
             self.stop = int(Exit.STOPPED)
 
-        ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]  # by nohup
-        before = {number: signal.signal(number, handle) for number in SIGNALS if number not in ignored}
+        ignored = [number for number in StopSignals.HANDLED if signal.getsignal(number) == signal.SIG_IGN]  # by nohup
+        before = {number: signal.signal(number, handle) for number in StopSignals.HANDLED if number not in ignored}
         try:
             yield
         finally:

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 from moa_train.plugins import METRICS, short_name
 from moa_train.runs.folder import Job, SweepFolder, is_finished, scores
 from moa_train.runs.jobs import Runner
+from moa_train.runs.read import SEED
 from moa_train.runtime.errors import UserError
 from moa_train.schema import RunConfig
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     import optuna
 
 JOURNAL = "trials.jsonl"
-SEED = "runtime.seed"
 
 
 class Search:
