@@ -103,7 +103,9 @@ def accept(program: str, arguments: list[str]) -> None:
             return accept("train", [*arguments, "data.root=."])  # it reads no image
         assert command == "convert"
     if program == "bench":
-        return accept("train", bench.read(arguments)[1])
+        options, overrides = bench.read(arguments)
+        known = ["data.root=."] if bench.IMAGELESS.issuperset(options.parts) else []
+        return accept("train", [*overrides, *known])
     if program not in SCHEMAS and "--help" in arguments:
         return None
     if program not in SCHEMAS:
