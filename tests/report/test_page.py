@@ -2,13 +2,14 @@
 
 import re
 
-from moa_train.report.page import escape, page, preformatted, visible
+from moa_train.report.page import page, preformatted
+from moa_train.runtime.text import escape, printable
 
 
 def test_invisible_characters_are_written_as_escapes():
-    assert visible("tench, Tinca tinca") == "tench, Tinca tinca"
-    assert visible("Zürich 東京") == "Zürich 東京"
-    assert visible("\x1b[31mred\n\u202eabc\udcff\u2028") == "\\x1b[31mred\\n\\u202eabc\\udcff\\u2028"
+    assert printable("tench, Tinca tinca") == "tench, Tinca tinca"
+    assert printable("Zürich 東京") == "Zürich 東京"
+    assert printable("\x1b[31mred\n\u202eabc\udcff\u2028") == "\\x1b[31mred\\n\\u202eabc\\udcff\\u2028"
 
 
 def test_markup_is_escaped():

@@ -43,8 +43,9 @@ def predict(config: PredictConfig, overrides: list[str]) -> int:
     from moa_train.assembly.predictor import Predictor
     from moa_train.assembly.process import set_up_process
     from moa_train.assembly.trained import Trained
-    from moa_train.report.rows import open_rows, printable
+    from moa_train.report.rows import open_rows
     from moa_train.runtime.distributed import Distributed
+    from moa_train.runtime.text import printable
     from moa_train.tracking.console import EvaluationProgress
 
     trained = Trained.open(place, weights=config.weights, code=config.code)

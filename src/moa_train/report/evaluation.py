@@ -18,11 +18,11 @@ from moa_train.engine.predictions import Predictions
 from moa_train.report import page, thumbnails
 from moa_train.report.findings import SHOWN, Findings
 from moa_train.report.intervals import Interval
-from moa_train.report.page import escape
 from moa_train.report.plots import curve_plots, reliability_plot
 from moa_train.report.thumbnails import Sheets
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_whole
+from moa_train.runtime.text import escape, printable
 from moa_train.schema import RunConfig
 from moa_train.serialization import to_dict
 from moa_train.tracking.curves import Curves
@@ -117,14 +117,14 @@ class Evaluated:
                 int(found.predicted[row]),
                 round(float(found.probability[row]), 4),
                 round(float(found.own_probability[row]), 4),
-                page.visible(found.file(row)),
+                printable(found.file(row)),
                 *sheets.places.get(row, ()),
             ]
             for row in sorted(shown)
         }
         used = sorted({label for pair in found.confusion for label in pair})
         data = {
-            "classes": [page.visible(name) for name in found.classes],
+            "classes": [printable(name) for name in found.classes],
             "sheets": [thumbnails.PREFIX + file for file in sheets.files],
             "tile": sheets.size,
             "columns": thumbnails.COLUMNS,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moa_train.report.attention import WindowMap
 from moa_train.report.class_map import CELLS
-from moa_train.report.rows import printable
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

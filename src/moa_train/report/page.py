@@ -1,28 +1,11 @@
 """A self-contained HTML page: styles and scripts are inside, nothing is loaded from elsewhere."""
 
-import html
 import json
-import unicodedata
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
-_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # control, format (changes of direction), surrogates, line separators
-
-
-def visible(text: str) -> str:
-    """Return text in which characters that are invisible or change the layout are written as escapes."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        character.encode("unicode_escape").decode() if unicodedata.category(character) in _HIDDEN else character
-        for character in text
-    )
-
-
-def escape(text: object) -> str:
-    """Return text for HTML, also inside of attributes."""
-    return html.escape(visible(str(text)))
+from moa_train.runtime.text import escape
 
 
 def page(title: str, body: str, *, data: Any = None, scripts: Sequence[str] = ()) -> str:
@@ -31,7 +14,7 @@ def page(title: str, body: str, *, data: Any = None, scripts: Sequence[str] = ()
     Args:
         title: plain text.
         body: HTML.
-        data: JSON for the scripts, which read it as ``DATA``. Its strings must be `visible`.
+        data: JSON for the scripts, which read it as ``DATA``. Its strings must be `printable`.
         scripts: names of files of this package that run after the body.
     """
     package = files(__package__)
@@ -116,5 +99,5 @@ def details(summary: str, body: str) -> str:
 
 def preformatted(text: str) -> str:
     """Return lines of plain text."""
-    lines = "\n".join(visible(line) for line in text.split("\n"))
-    return f'<pre tabindex="0">{html.escape(lines)}</pre>'
+    lines = "\n".join(map(escape, text.split("\n")))
+    return f'<pre tabindex="0">{lines}</pre>'

@@ -21,10 +21,10 @@ from moa_train.interfaces import Batch
 from moa_train.report import page
 from moa_train.report.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from moa_train.report.intervals import Interval, share
-from moa_train.report.page import escape
 from moa_train.report.shifts import ALEXNET, READERS, Model, SkipError, real_labels
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.text import escape
 from moa_train.schema import RunConfig
 from moa_train.tracking.provenance import command
 

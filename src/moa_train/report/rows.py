@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from moa_train.tracking.pictures import printable
+from moa_train.runtime.text import printable
 
 Row = Callable[[str, Sequence[str], Sequence[float]], None]
 """Writes the prediction for one image: its path, names of classes, and their probabilities."""

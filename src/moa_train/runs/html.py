@@ -1,7 +1,6 @@
 """A comparison as a page: leaderboard, curves, differences, settings and cost."""
 
 from collections.abc import Iterator, Sequence
-from html import escape
 from typing import Any
 
 from moa_train.runs import text
@@ -9,6 +8,7 @@ from moa_train.runs.compare import Report, shown
 from moa_train.runs.figures import Points, color, figure
 from moa_train.runs.page import page
 from moa_train.runs.read import Run
+from moa_train.runtime.text import escape
 
 MOST_POINTS = 400
 """Points of a training curve that are drawn."""
@@ -111,7 +111,7 @@ def _difference(report: Report, place: int) -> str:
         header = ["class", "images", "reference %", "this %", "difference"]
         parts.append(_details("Classes that differ most", header, cells))
     if comparison.missing:
-        lines = escape("\n".join(comparison.missing))
+        lines = "\n".join(map(escape, comparison.missing))
         parts.append(f"<p>Tests on the same images need the predictions of each run:</p><pre>{lines}</pre>")
     return "".join(parts)
 

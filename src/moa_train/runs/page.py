@@ -1,7 +1,8 @@
 """The frame of a page: a title, sections, and a style sheet for light and dark themes and for phones."""
 
 from collections.abc import Iterable
-from html import escape
+
+from moa_train.runtime.text import escape
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1c2127; --quiet: #5b6570; --line: #d9dee3; --soft: #f4f6f8;

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from moa_train.runtime.text import printable
+
 _SIDE, _LINE, _GAP = 112, 13, 2
 _NAMED = 30
 """Classes up to which a confusion matrix has names and numbers."""
@@ -85,13 +87,6 @@ def confusion_picture(counts_KK: NDArray[np.int64], classes: Sequence[str]) -> T
                 middle = (left + column * side + side // 2, top + place)
                 draw.text(middle, text, fill=fill, font=_font(), anchor="mm")
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-def printable(text: str) -> str:
-    """Return the text with escapes in place of characters that do not print, such as those that control a terminal."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
 
 
 @cache
