@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from moa_train.runtime.files import write_file
 from moa_train.schema import EvalConfig, RunConfig
 
 if TYPE_CHECKING:
+    from moa_train.assembly.trained import Trained
     from moa_train.data.source import Source
+    from moa_train.runtime.distributed import Distributed
 
 EXAMPLES = """moa-eval: compute accuracy and loss of trained weights, from exact counts.
 
@@ -33,89 +36,137 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     place = config.place()
     if config.output and not Path(config.output).parent.is_dir():
         raise UserError(f"output={config.output}: there is no folder {Path(config.output).parent}.")
-    from moa_train.assembly.evaluation import build_evaluation
-    from moa_train.assembly.outcome import describe
-    from moa_train.assembly.process import adaptive_threads, set_up_process
-    from moa_train.assembly.trained import Trained
-    from moa_train.assembly.views import Views
-    from moa_train.engine.find_weights import find_weights
-    from moa_train.engine.predictions import OutcomeRecorder, Recorder, predictions_file
-    from moa_train.runtime.distributed import Distributed
-    from moa_train.tracking.provenance import reproduce
-
     if config.command:
-        found = find_weights(place)
-        origin = json.loads(found.load()[1].get("origin", "[]"))
-        print(reproduce(origin) or f"{found.path} does not record the commands that produced it.")
+        print_commands(place)
         return
+    from moa_train.assembly.process import set_up_process
+    from moa_train.assembly.trained import Trained
+    from moa_train.runtime.distributed import Distributed
+
     if config.report:
-        from moa_train.report.plots import preload, require_matplotlib
+        from moa_train.report.plots import require_matplotlib
 
         require_matplotlib()
     reference = read_reference(config)
     trained = Trained.open(place, weights=config.weights, code=config.code)
     run = overlay(trained.config, config)
-    output = Path(config.output) if config.output else trained.folder / f"{_kind(config)}-{config.split}.json"
+    name = f"{'robustness' if config.robustness else 'eval'}-{config.split}.json"
+    output = Path(config.output) if config.output else trained.folder / name
     with Distributed.start(config.device, run.runtime.timeout) as distributed:
         set_up_process(run.runtime, distributed)
         source = trained.open_split(config.split, config.root, config.workers)
         if reference is not None and reference["data"].get("fingerprint") != source.fingerprint:
             raise UserError(f"reference={config.reference} was measured on other images. Evaluate it on the same ones.")
-        model = trained.build().to(distributed.device)
-        recorder = Recorder() if config.report else OutcomeRecorder()
         if config.robustness:
-            from moa_train.report.robustness import Robustness
-
-            folder = Path(config.benchmarks) if config.benchmarks else None
-            measured = Robustness(trained, run, config.tta, model, distributed).measure(
-                config.robustness, folder, source
-            )
+            write = evaluate_shifts(config, trained, run, source, distributed, reference)
         else:
-            views = Views.plan(config.tta, run, source)
-            if config.report and source.in_memory and distributed.is_main:
-                preload()
-            # Standard output is for the JSON only.
-            evaluation = build_evaluation(
-                run,
-                source,
-                distributed,
-                stream=sys.stderr,
-                record=recorder,
-                views=views,
-                threads=adaptive_threads(run.runtime, distributed),
-            )
-            result = evaluation(model)
-            if isinstance(recorder, Recorder):
-                predictions = recorder.gather(distributed)
-                outcomes = predictions.outcomes(source)
-            else:
-                outcomes = recorder.gather(distributed, source)
-    if not distributed.is_main:
-        return
-    if config.robustness:
-        write_robustness(measured, reference, output, config)
-        return
-    assert result is not None
-    path = trained.found.path
-    outcome = {"split": config.split, **result.as_dict(), "weights": str(path), "data": source.describe()}
-    outcome |= {"tta": config.tta} if config.tta != "none" else {}
-    write(outcome, output, required=bool(config.output))
-    # The file in a run folder is what moa-compare tests: the run's own weights and images, without further settings.
-    usual = (config.weights, config.tta, config.precision) == ("auto", "none", None)
-    own = usual and place.resolve() == trained.folder.resolve() and _knows(trained.folder, source, config)
-    if own or (config.output and output.parent.resolve() != trained.folder.resolve()):
-        try:
-            outcomes.write(predictions_file(output.parent, config.split))
-        except UserError as error:
-            print(error, file=sys.stderr)
-    if config.report:
-        from moa_train.report.class_map import class_map
-        from moa_train.report.evaluation import Evaluated
+            write = evaluate_split(config, trained, run, source, distributed)
+    if distributed.is_main:
+        write(output)
 
-        evaluated = Evaluated(trained, run, config.split, config.tta, source, predictions, model)
-        html, _ = evaluated.write(output.parent / f"report-{config.split}", class_map)
-        print(f"Report: {html}", file=sys.stderr)
-    print(f"{describe(result, config.split)}; {trained.found.description}", file=sys.stderr)
+
+def print_commands(place: Path) -> None:
+    """Print the commands that produced the weights in ``place``."""
+    from moa_train.engine.find_weights import find_weights
+    from moa_train.tracking.provenance import reproduce
+
+    found = find_weights(place)
+    origin = json.loads(found.load()[1].get("origin", "[]"))
+    print(reproduce(origin) or f"{found.path} does not record the commands that produced it.")
+
+
+def evaluate_split(
+    config: EvalConfig, trained: "Trained", run: RunConfig, source: "Source", distributed: "Distributed"
+) -> Callable[[Path], None]:
+    """Evaluate a split on all ranks, and return a function for rank 0 that writes the result to a file."""
+    from moa_train.assembly.evaluation import build_evaluation
+    from moa_train.assembly.outcome import describe
+    from moa_train.assembly.process import adaptive_threads
+    from moa_train.assembly.views import Views
+    from moa_train.engine.predictions import OutcomeRecorder, Recorder, predictions_file
+
+    if config.report and source.in_memory and distributed.is_main:
+        from moa_train.report.plots import preload
+
+        preload()
+    model = trained.build().to(distributed.device)
+    recorder = Recorder() if config.report else OutcomeRecorder()
+    evaluation = build_evaluation(
+        run,
+        source,
+        distributed,
+        stream=sys.stderr,  # standard output is for the JSON only
+        record=recorder,
+        views=Views.plan(config.tta, run, source),
+        threads=adaptive_threads(run.runtime, distributed),
+    )
+    result = evaluation(model)
+    assert result is not None
+    predictions = None
+    if isinstance(recorder, Recorder):
+        predictions = recorder.gather(distributed)
+        outcomes = predictions.outcomes(source)
+    else:
+        outcomes = recorder.gather(distributed, source)
+
+    def write(output: Path) -> None:
+        outcome = {"split": config.split, **result.as_dict(), "weights": str(trained.found.path)}
+        outcome |= {"data": source.describe(), **({"tta": config.tta} if config.tta != "none" else {})}
+        write_json(outcome, output, required=bool(config.output))
+        # The file in a run folder is what moa-compare tests: the run's own weights and images, as in its training.
+        usual = (config.weights, config.tta, config.precision) == ("auto", "none", None)
+        own = usual and config.place().resolve() == trained.folder.resolve()
+        own = own and _knows(trained.folder, source, config)
+        if own or (config.output and output.parent.resolve() != trained.folder.resolve()):
+            try:
+                outcomes.write(predictions_file(output.parent, config.split))
+            except UserError as error:
+                print(error, file=sys.stderr)
+        if predictions is not None:
+            from moa_train.report.class_map import class_map
+            from moa_train.report.evaluation import Evaluated
+
+            evaluated = Evaluated(trained, run, config.split, config.tta, source, predictions, model)
+            html, _ = evaluated.write(output.parent / f"report-{config.split}", class_map)
+            print(f"Report: {html}", file=sys.stderr)
+        print(f"{describe(result, config.split)}; {trained.found.description}", file=sys.stderr)
+
+    return write
+
+
+def evaluate_shifts(
+    config: EvalConfig,
+    trained: "Trained",
+    run: RunConfig,
+    source: "Source",
+    distributed: "Distributed",
+    reference: dict[str, Any] | None,
+) -> Callable[[Path], None]:
+    """Evaluate shifted images on all ranks, and return a function for rank 0 that writes the result and its page."""
+    from moa_train.report.robustness import Robustness, relative_to, robustness_page
+    from moa_train.runtime.files import write_whole
+
+    folder = Path(config.benchmarks) if config.benchmarks else None
+    model = trained.build().to(distributed.device)
+    measured = Robustness(trained, run, config.tta, model, distributed).measure(config.robustness, folder, source)
+
+    def write(output: Path) -> None:
+        mistake = None
+        if reference is not None:
+            measured["reference"] = config.reference
+            errors = measured["mean_corruption_error"]
+            try:
+                measured["relative"] = relative_to(errors, reference["mean_corruption_error"])
+            except UserError as error:  # an hour of evaluations must not be lost
+                mistake = error
+        write_json(measured, output, required=bool(config.output))
+        html = output.with_suffix(".html")
+        write_whole(html, robustness_page(measured))
+        print(f"Robustness: {html}", file=sys.stderr)
+        if mistake is not None:
+            raise mistake
+
+    return write
 
 
 def _knows(run_dir: Path, source: "Source", config: EvalConfig) -> bool:
@@ -124,10 +175,6 @@ def _knows(run_dir: Path, source: "Source", config: EvalConfig) -> bool:
 
     recorded = [start["data"][config.split] for start in provenance.read(run_dir)[-1:] if config.split in start["data"]]
     return all(images["fingerprint"] == source.fingerprint for images in recorded)
-
-
-def _kind(config: EvalConfig) -> str:
-    return "robustness" if config.robustness else "eval"
 
 
 def read_reference(config: EvalConfig) -> dict[str, Any] | None:
@@ -157,28 +204,6 @@ def read_reference(config: EvalConfig) -> dict[str, Any] | None:
     return reference
 
 
-def write_robustness(
-    measured: dict[str, Any], reference: dict[str, Any] | None, output: Path, config: EvalConfig
-) -> None:
-    """Write and print the results of robustness, as JSON and as a page next to it."""
-    from moa_train.report.robustness import relative_to, robustness_page
-    from moa_train.runtime.files import write_whole
-
-    mistake = None
-    if reference is not None:
-        measured["reference"] = config.reference
-        try:
-            measured["relative"] = relative_to(measured["mean_corruption_error"], reference["mean_corruption_error"])
-        except UserError as error:  # an hour of evaluations must not be lost
-            mistake = error
-    write(measured, output, required=bool(config.output))
-    html = output.with_suffix(".html")
-    write_whole(html, robustness_page(measured))
-    print(f"Robustness: {html}", file=sys.stderr)
-    if mistake is not None:
-        raise mistake
-
-
 def overlay(run: RunConfig, config: EvalConfig) -> RunConfig:
     """Return the run's configuration with the settings of this command applied to it."""
     data = replace(run.data, workers=run.data.workers if config.workers is None else config.workers)
@@ -187,7 +212,7 @@ def overlay(run: RunConfig, config: EvalConfig) -> RunConfig:
     return replace(run, data=data, engine=engine, runtime=replace(run.runtime, eval_precision=precision))
 
 
-def write(outcome: dict[str, Any], path: Path, required: bool) -> None:
+def write_json(outcome: dict[str, Any], path: Path, required: bool) -> None:
     """Write the result as JSON and print it.
 
     Raises:
