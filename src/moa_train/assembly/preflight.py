@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from moa_train.assembly.checks import check_batch_size, check_config, check_same_data, fill_micro_batch_size
 from moa_train.assembly.evaluation import build_validation
 from moa_train.assembly.inputs import open_splits
 from moa_train.assembly.process import set_up_process
 from moa_train.assembly.run import Run, build_run
 from moa_train.assembly.timeline import build_schedule
 from moa_train.assembly.training import build_state
-from moa_train.assembly.validation import check_batch_size, check_config, check_same_data, resolve
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.find_weights import find_weights
 from moa_train.engine.state import check_form
@@ -147,7 +147,7 @@ def list_problems(config: RunConfig, distributed: Distributed, first: UserError)
         if config.init and not config.init.endswith((".pth", ".pt")):
             find_weights(Path(config.init))
 
-    resolving, checking = partial(resolve, config, distributed), partial(check_config, config)
+    resolving, checking = partial(fill_micro_batch_size, config, distributed), partial(check_config, config)
     check_all([known, resolving, checking, data, length, init, model])
 
 

@@ -8,6 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moa_train.assembly.checks import (
+    check_batch_size,
+    check_config,
+    check_same_data,
+    fill_micro_batch_size,
+    training_record,
+)
 from moa_train.assembly.choices import Choices, apply, choose
 from moa_train.assembly.commands import command
 from moa_train.assembly.evaluation import build_validation, measurement
@@ -15,7 +22,6 @@ from moa_train.assembly.inputs import build_train_loader, open_splits, validatio
 from moa_train.assembly.process import adaptive_threads
 from moa_train.assembly.timeline import build_plan, build_schedule
 from moa_train.assembly.training import build_state, build_train_step
-from moa_train.assembly.validation import check_batch_size, check_config, check_same_data, resolve, training_record
 from moa_train.data.augment import Normalize
 from moa_train.data.loader import TrainLoader
 from moa_train.data.source import Source
@@ -72,7 +78,7 @@ def build_run(
         origin: provenance of this start (command, code); checkpoints hold the origins of all starts.
         rolled_back: the rollback because of which the run is rebuilt, if any.
     """
-    resolve(config, distributed)
+    fill_micro_batch_size(config, distributed)
     check_config(config)
     precision = Precision.resolve(config.runtime.precision, distributed.device)
 

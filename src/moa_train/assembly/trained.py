@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moa_train.assembly.validation import check_same_data, training_record
+from moa_train.assembly.checks import check_same_data, training_record
 from moa_train.data.dataset import available_splits, create_dataset
 from moa_train.data.dataset import open_split as open_source
 from moa_train.data.source import Source, align

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
+from moa_train.assembly.checks import check_config
 from moa_train.assembly.inputs import open_splits
 from moa_train.assembly.run import Run, build_run
-from moa_train.assembly.validation import check_config
 from moa_train.bench.job import Job
 from moa_train.bench.loop import before_each_step, training
 from moa_train.bench.tables import Row, Table

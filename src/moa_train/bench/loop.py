@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moa_train.assembly.checks import check_config
 from moa_train.assembly.inputs import open_splits
 from moa_train.assembly.run import Run, build_run
 from moa_train.assembly.training import build_compiled
-from moa_train.assembly.validation import check_config
 from moa_train.bench import plain
 from moa_train.bench.job import Job
 from moa_train.bench.tables import Row, Table

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
+from moa_train.assembly.checks import check_config
 from moa_train.assembly.inputs import open_splits
-from moa_train.assembly.validation import check_config
 from moa_train.bench.job import Job
 from moa_train.bench.tables import Row, Table
 from moa_train.bench.timing import alternate

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
+from moa_train.assembly.checks import check_config, fill_micro_batch_size
 from moa_train.assembly.run import build_run
-from moa_train.assembly.validation import check_config, resolve
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals
@@ -51,8 +51,8 @@ def test_the_defaults_pass(tiny):
 def test_the_error_for_an_indivisible_batch_names_the_nearest_size(tiny):
     three = Distributed(0, 0, 3, 3, torch.device("cpu"))
     with pytest.raises(UserError, match=r"engine\.batch_size=32 cannot be divided among 3 ranks\. Nearest: 33"):
-        resolve(tiny(), three)
-    assert resolve(tiny({"engine.batch_size": 33}), three).engine.micro_batch_size == 11
+        fill_micro_batch_size(tiny(), three)
+    assert fill_micro_batch_size(tiny({"engine.batch_size": 33}), three).engine.micro_batch_size == 11
 
 
 @pytest.mark.parametrize(

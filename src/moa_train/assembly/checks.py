@@ -13,8 +13,8 @@ from moa_train.runtime.errors import UserError, check_all
 from moa_train.schema import RunConfig, image_shape
 
 
-def resolve(config: RunConfig, distributed: Distributed) -> RunConfig:
-    """Fill in the settings whose defaults depend on the number of ranks; a resume keeps these values."""
+def fill_micro_batch_size(config: RunConfig, distributed: Distributed) -> RunConfig:
+    """Fill in engine.micro_batch_size, whose default depends on the number of ranks; a resume keeps the value."""
     engine = config.engine
     if engine.micro_batch_size is None:
         if engine.batch_size % distributed.world_size:
