@@ -263,6 +263,11 @@ def test_files_are_seen_as_the_pack_was_in_training(train, make_classes, tmp_pat
     trained = json.loads((tmp_path / "run" / "result.json").read_text())["test"]
     found = run(ckpt=tmp_path / "run", root=tree)
     assert found["loss"] == pytest.approx(trained["loss"], rel=1e-6)
+    (tmp_path / "run" / "provenance.json").rename(tmp_path / "starts.json")
+    for starts in ("[{}]", "[]"):  # of older versions, or damaged
+        (tmp_path / "run" / "provenance.json").write_text(starts)
+        assert run(ckpt=tmp_path / "run", root=tree)["loss"] == found["loss"]
+    (tmp_path / "starts.json").rename(tmp_path / "run" / "provenance.json")
     kept = (tmp_path / "run" / "predictions-test.npz").read_bytes()
     next((tree / "test").rglob("*.png")).unlink()
     assert run(ckpt=tmp_path / "run", root=tree)["total"] == found["total"] - 1

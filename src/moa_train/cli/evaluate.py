@@ -173,8 +173,8 @@ def _knows(run_dir: Path, source: "Source", config: EvalConfig) -> bool:
     """Return whether the images are those of the run's own data set, as far as its records say."""
     from moa_train.tracking import provenance
 
-    recorded = [start["data"][config.split] for start in provenance.read(run_dir)[-1:] if config.split in start["data"]]
-    return all(images["fingerprint"] == source.fingerprint for images in recorded)
+    recorded = [start.get("data", {}).get(config.split, {}) for start in provenance.read(run_dir)[-1:]]  # old: no data
+    return all(images.get("fingerprint", source.fingerprint) == source.fingerprint for images in recorded)
 
 
 def read_reference(config: EvalConfig) -> dict[str, Any] | None:
