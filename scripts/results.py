@@ -28,9 +28,9 @@ def write() -> None:
     rows = [row for table in tables.values() for row in table.rows]
     blocks: dict[str, Callable[[], str]] = {name: partial(markdown, table) for name, table in tables.items()}
     blocks |= {f"{name}.sentence": partial(sentence, table.rows[0]) for name, table in tables.items()}
-    blocks["conclusions"] = lambda: "\n".join(
-        conclusion(table, row) for table in small for row in table.rows if row.claim
-    )
+    claims = [(table, row) for table in small for row in table.rows if row.claim]
+    blocks |= {f"{table.name}.{row.name}": partial(gain, table, row) for table, row in claims}
+    blocks["conclusions"] = lambda: "\n".join(conclusion(table, row) for table, row in claims)
     blocks["small"] = lambda: picture("small", differences(small))
     blocks["minutes"] = lambda: picture("minutes", minutes(rows))
     for path in (records.ROOT / "docs" / "RESULTS.md", records.ROOT / "README.md"):
@@ -120,10 +120,16 @@ def compared(table: Table, row: Row) -> tuple[str, str]:
     return described(found), ", ".join(filter(None, (verdict(found), row.decision)))
 
 
+def gain(table: Table, row: Row) -> str:
+    """Return the difference of the first row from this one in words."""
+    found = paired(table.rows[0], row)
+    return f"{described(found)}, {result}" if (result := verdict(found)) else "not measured yet"
+
+
 def conclusion(table: Table, row: Row) -> str:
     """Return one line: the difference of the first row from this one, and whether it agrees with the paper."""
     first = table.rows[0]
-    found = [-value for value in paired(row, first)]
+    found = paired(first, row)
     if not (result := verdict(found)):
         return f"- {row.claim}: not measured yet."
     ratios = [f"{first.cost()[key] / row.cost()[key]:.2f} times the {name}" for key, name in COSTS.items()]
