@@ -60,7 +60,7 @@ def markdown(table: Table) -> str:
         found, cost = list(row.accuracies().values()), row.cost()
         cells = [row.label, f"{cost['parameters'] / 1e3:,.0f}", f"{cost['macs'] / 1e6:,.1f}", str(len(found) or "")]
         lines.append(f"| {' | '.join([*cells, mean(found), *compared(table, row)])} |")
-    below = [provenance(table.rows), needed(table)]
+    below = [provenance(table.rows), needed(table), reached(table)]
     drawn = {"curves": curves, "loss": losses, "differences": lambda table: differences([table])}
     if table.figure:
         below.append(picture(table.name, drawn[table.figure](table)))
@@ -148,11 +148,15 @@ def sentence(row: Row) -> str:
     for record in runs.values():
         if record["minutes"] is not None:
             times[machine(record["starts"][-1])].append(record["minutes"])
-    places = [
+    return " in ".join(filter(None, [text, timed(times)]))
+
+
+def timed(minutes: Mapping[str, Sequence[float]]) -> str:
+    """Return the mean minutes on each machine in words."""
+    return " or ".join(
         f"{statistics.fmean(found):.0f} minutes on {place} ({len(found)} timed run{'s' * (len(found) > 1)})"
-        for place, found in times.items()
-    ]
-    return " in ".join([text, *filter(None, [" or ".join(places)])])
+        for place, found in minutes.items()
+    )
 
 
 def machine(start: Mapping[str, Any]) -> str:
@@ -214,6 +218,28 @@ def needed(table: Table) -> str:
         f"paired t test; estimated from the first three seeds, whose differences have a standard deviation of "
         f"{pooled:.2f})."
     )
+
+
+def reached(table: Table) -> str:
+    """Return a sentence for each row: the epochs and minutes after which its runs first reach the table's target."""
+    lines = []
+    for row in table.rows if table.target is not None else ():
+        runs, epochs, places = row.records().values(), [], defaultdict(list)
+        for record in runs:
+            curve = [(found["epoch"], found["top1"]) for found in record["evaluations"] if found["split"] == "val"]
+            first = next((epoch for epoch, top1 in curve if top1 >= table.target), None)
+            if first is not None:
+                epochs.append(first)
+                if record["minutes"] is not None:
+                    places[machine(record["starts"][-1])].append(record["minutes"] * first / curve[-1][0])
+        if not runs:
+            continue
+        time = timed(places)
+        after = f" after {mean(epochs)} epochs{f' ({time})' if time else ''}" if epochs else ""
+        lines.append(
+            f"{row.label}: {len(epochs)} of {len(runs)} runs reach {table.target:g}% of the held-out images{after}."
+        )
+    return "\n".join(map(wrapped, lines))
 
 
 def picture(name: str, figure: dict[str, Any] | None) -> str:

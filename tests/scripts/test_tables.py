@@ -195,6 +195,7 @@ def test_without_records_there_are_no_results(copy):
     assert "- MOA (paper form), compared with local windows only: not measured yet." in text
     assert "| local windows only | 406 | 14.7 |  |  |  |  |" in text
     assert "±" not in text.partition("<!-- conclusions -->")[2]
+    assert "<!-- small_moa.no_moa -->not measured yet<!-- end -->" in (copy / "README.md").read_text()
     assert "![" not in text
     assert not list((copy / "docs" / "images").iterdir())
 
@@ -233,6 +234,27 @@ def test_runs_on_other_hardware_are_counted(copy):
     expected = f"Runs: 2 on 2 cores of Zen {facts}; 1 on NVIDIA H200 {facts}."
     assert results.provenance([row]).split() == expected.split()
     assert results.sentence(row).endswith(f"(n = 3) in {time}"), "the run on the GPU has no minutes"
+
+
+def test_the_text_states_when_runs_first_reach_the_target(copy):
+    """Of three runs, one never reaches it, and only one had its machine for itself."""
+    rows = next(table.rows for table in records.tables().values() if table.name == "cifar10_cpu")
+    shutil.rmtree(rows[0].record(0).parent, ignore_errors=True)
+    rows[0].record(0).parent.mkdir()
+    curves = ([80.0, 90.0, 89.9, 91.0], [80.0, 89.9, 89.9, 90.1], [80.0, 85.0, 86.0, 89.9])
+    for seed, curve in enumerate(curves):
+        record = records.read_json(copy / "docs" / "results" / "cifar100_ablation" / "base-s0.json")
+        evaluated = [{"split": "val", "epoch": 2.0 * i, "top1": top1} for i, top1 in enumerate(curve, 1)]
+        record |= {"seed": seed, "minutes": 12.0 if seed == 1 else None}
+        record["evaluations"] = [*evaluated, {"split": "test", "top1": 99.0}]
+        rows[0].record(seed).write_text(json.dumps(record))
+    target = records.Table("cifar10_cpu", "", rows, target=90.0)
+    text = (
+        "cifar10_cpu: 2 of 3 runs reach 90% of the held-out images after 6.00 ± 2.83 epochs (12 minutes on NVIDIA H200"
+    )
+    assert results.reached(target).replace("\n", " ") == f"{text} (1 timed run))."
+    assert results.reached(records.Table("cifar10_cpu", "", rows, target=95.0)).startswith("cifar10_cpu: 0 of 3 runs")
+    assert not results.reached(records.Table("cifar10_cpu", "", rows))
 
 
 def test_a_band_is_the_deviation_of_curves():
