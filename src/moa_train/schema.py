@@ -80,7 +80,7 @@ class ModelConfig:
     mlp_ratio: float = knob(4.0, "hidden width of an MLP relative to its input width", above=0, fixed=True)
     conv: list[str] = knob(
         [],
-        "where to use 3x3 convolutions, which small data sets profit from. stem: instead of the patch embedding; "
+        "where to use 3x3 convolutions, which help on small data sets. stem: instead of the patch embedding; "
         "merging: instead of each patch merging; block: depthwise, before each local block; mlp: depthwise, in its MLP",
         options=("stem", "merging", "block", "mlp"),
         fixed=True,
@@ -96,7 +96,7 @@ class ModelConfig:
         most=0.99,
     )
     checkpointing: bool = knob(
-        False, "recompute activations in the backward pass: about half the memory, a third more time"
+        False, "recompute activations in the backward pass: a quarter to a third of the memory, a third more time"
     )
     moa: MoaConfig = field(default_factory=MoaConfig)
     args: dict[str, Any] = knob({}, "settings of your own model: model.args.KEY=VALUE", fixed=True)
@@ -127,7 +127,8 @@ class DataConfig:
     )
     workers: int | None = knob(
         None,
-        "processes per rank that decode image files (default: measured on a CPU; its CPU cores, at most 8, on a GPU)",
+        "processes per rank that decode image files (default: measured if training runs on a CPU; on a GPU, CPU cores "
+        "/ ranks, at most 8)",
         least=0,
     )
     mean: list[float] | None = knob(
@@ -312,7 +313,8 @@ class EngineConfig:
     keep_last: int = knob(2, "number of newest checkpoints to keep", least=1)
     keep_every: str | None = knob(None, "additionally keep one checkpoint per interval, permanently")
     stop_after: str | None = knob(
-        None, "stop this session at this point, such as '100 steps', to be resumed later; the schedule does not change"
+        None,
+        "end this session at this point of the run, such as '100 steps', and resume later; the schedule stays the same",
     )
     nonfinite: str = knob(
         "abort",
@@ -343,14 +345,13 @@ class TrackingConfig:
     images: int = knob(16, "number of augmented training images to log, with their mixed labels", least=0)
     mistakes: int = knob(
         16,
-        "number of the most confident mistakes of each evaluation that loggers show, along with the confusion matrix "
-        "(up to 1,000 classes); 0: neither",
+        "number of the most confident mistakes that loggers show for each evaluation, with the confusion matrix (up to "
+        "1,000 classes); 0: log neither",
         least=0,
     )
     ratios: bool = knob(
         False,
-        "log gradient norm and relative size of the update of every layer; each log row then takes a copy of the "
-        "parameters",
+        "log each layer's gradient norm and relative update size; copies the parameters at each log row",
     )
     profile_steps: int = knob(
         0, "number of steps to profile, after three warmup steps; written to trace.json.gz", least=0
@@ -367,7 +368,8 @@ class RuntimeConfig:
     )
     precision: str = knob(
         "auto",
-        "training precision; auto: on a GPU, bf16 if the hardware supports it; on a CPU, measured",
+        "training precision; auto: on a GPU, bf16 if the hardware supports it, else fp16 on CUDA and fp32 elsewhere; "
+        "on a CPU, measured",
         options=PRECISIONS,
     )
     eval_precision: str = knob(
@@ -407,11 +409,11 @@ class RuntimeConfig:
         "use only deterministic kernels, and fixed choices in place of measured ones: runs are reproducible bit for "
         "bit, but slower",
     )
-    timeout: float = knob(600.0, "seconds to wait for another rank before the run fails", above=0)
+    timeout: float = knob(600.0, "seconds to wait for another rank or for storage before the run fails", above=0)
     threads: Any = knob(
         "auto",
-        "CPU threads per rank; auto: the CPU cores of this machine / ranks on it, and fewer while other processes "
-        "use them, unless the run is deterministic",
+        "CPU threads per rank; auto: CPU cores / ranks on this machine, fewer while other processes use the cores; "
+        "deterministic runs do not adapt",
     )
     seed: int = knob(
         0,
@@ -436,8 +438,8 @@ class SweepConfig:
     sampler: str = knob("tpe", "how a search chooses the settings of a trial", options=("tpe", "random"))
     pruner: str = knob(
         "median",
-        "which trials of a search end early. median: those below the median of the trials before, at the same step; "
-        "halving: all but the best quarter, at each of several steps; none: no trial",
+        "which trials end early. median: a trial whose score is worse than the median of earlier trials at the same "
+        "step; halving: all but the best quarter at each of several steps; none: no trial",
         options=("median", "halving", "none"),
     )
     startup: int = knob(10, "number of trials that a search draws at random and does not prune", least=1)
@@ -464,7 +466,7 @@ class RunConfig:
     )
     init: str | None = knob(
         None,
-        "weights to start from: run folder, checkpoint folder, .safetensors file, or .pth file of a torchvision model",
+        "weights to start from: run, checkpoint or hub folder, .safetensors file, or .pth file of a torchvision model",
     )
     init_head: str = knob(
         "strict",
@@ -497,8 +499,12 @@ class WeightsConfig:
         "weights to use; auto: ema if the checkpoint contains them, else model",
         options=("auto", "model", "ema"),
     )
-    batch_size: int | None = knob(None, "images per forward pass (default: as in the training's evaluations)", least=1)
-    workers: int | None = knob(None, "processes that decode image files (default: as in training)", least=0)
+    batch_size: int | None = knob(
+        None, "images per forward pass (default: the run's setting, else 64 on a CPU and 256 on a GPU)", least=1
+    )
+    workers: int | None = knob(
+        None, "processes that decode image files (default: the run's setting, else one per core, at most 8)", least=0
+    )
     code: list[str] = knob(
         [], "your own modules or packages that the checkpoint's configuration may import, for example [my_package]"
     )
@@ -521,7 +527,11 @@ class EvalConfig(WeightsConfig):
     )
     precision: str | None = knob(None, "precision (default: runtime.eval_precision of the run)", options=PRECISIONS)
     command: bool = knob(False, "print the commands that produced these weights instead of evaluating them")
-    output: str | None = knob(None, "JSON file for the result (default: eval-SPLIT.json next to the weights)")
+    output: str | None = knob(
+        None,
+        "JSON file for the result (default: eval-SPLIT.json or robustness-SPLIT.json in the run folder, or next to a "
+        "weights file)",
+    )
     tta: str = knob(
         "none",
         "views whose probabilities are averaged; flip: the image and its mirror image; crops: also four corner crops",
@@ -530,8 +540,8 @@ class EvalConfig(WeightsConfig):
     report: bool = knob(False, "also write report-SPLIT.html and report-SPLIT.json next to the result")
     robustness: list[str] = knob(
         [],
-        "evaluate on shifted images instead, and write robustness-SPLIT.html and .json; corruptions: of the split's "
-        "own images; the others: published test sets in benchmarks=FOLDER; all: those that are there",
+        "evaluate on shifted images instead, and write robustness-SPLIT.html and .json. corruptions: computed from the "
+        "split's images; the others: published test sets in benchmarks=FOLDER; all: every set that is available",
         options=(
             "all",
             "corruptions",
@@ -563,7 +573,9 @@ class ExportConfig(WeightsConfig):
         options=("onnx", "int8", "torch_export", "safetensors", "hub"),
     )
     output: str | None = knob(
-        None, "file or folder to write, which must not exist yet (default: in the folder export/ next to the weights)"
+        None,
+        "file or folder to write, which must not exist yet (default: in export/ in the run folder, or next to a "
+        "weights file)",
     )
     split: str = knob("test", "split of the real images that the exported file is checked on", options=SPLITS)
     images: int = knob(10_000, "number of these images, drawn by seed; all if there are fewer", least=1)
@@ -575,8 +587,8 @@ class ExportConfig(WeightsConfig):
     )
     max_drop: float = knob(
         0.5,
-        "format=int8: largest loss of top-1 accuracy in percentage points; the layers that quantization affects most "
-        "stay in float until it is met",
+        "format=int8: largest allowed drop of top-1 accuracy, in percentage points; if it is exceeded, the most "
+        "sensitive layers stay in float",
         least=0,
     )
     reduce_range: bool = knob(
