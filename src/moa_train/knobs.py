@@ -88,6 +88,8 @@ def fits(value: Any, kind: Any) -> bool:
         return True
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, part) for part in parts)
+    if origin is typing.Literal:
+        return value in parts
     if origin in (list, tuple):
         inner = parts[0] if parts else Any
         return isinstance(value, list | tuple) and all(fits(entry, inner) for entry in value)
@@ -108,6 +110,8 @@ _NOUNS = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 def in_words(kind: Any) -> str:
     """Describe an annotated type for an error message."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, parts))}"
     if origin in (list, tuple):
         return f"a list, [x,y,...], where each entry is {in_words(parts[0])}"
     if origin is dict:

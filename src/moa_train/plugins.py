@@ -74,6 +74,8 @@ class Plugins:
         Raises:
             UserError: a setting is unknown, has the wrong type or is out of range.
         """
+        if not isinstance(values, Mapping):
+            raise UserError(f"{key}={values} must be settings of {self.kind} {name}: {key}.KEY=VALUE.")
         kind = args_type(self.load(name)) if self.may_have_args(name) else None
         if kind is None:
             if values:

@@ -1,12 +1,13 @@
 """Check the settings of a command: ranges, options, and rules that span several settings."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
 from moa_train.knobs import check_entries, knobs
 from moa_train.plugins import DATASETS, short_name
-from moa_train.runtime.errors import UserError, check_all
+from moa_train.runtime.errors import UserError, check_all, nearest
 from moa_train.schema import RunConfig, compile_mode, image_shape, parts, thread_count
 
 
@@ -95,6 +96,21 @@ def _broken_rules(config: RunConfig) -> Iterator[str]:
         yield f"replay={config.replay} requires resume=FOLDER, the run whose update to repeat."
     if config.resume == "auto" and not config.run_dir:
         yield "resume=auto requires run_dir=FOLDER; without it, every start would use a new folder."
+    for section in fields(config):
+        yield from _unused_args(section.name, getattr(config, section.name))
+
+
+def _unused_args(section: str, values: Any) -> Iterator[str]:
+    """Yield a message for each entry of ``args`` that belongs to none of the parts that a section lists."""
+    lists = [item for item in fields(values) if item.metadata.get("plugins")] if is_dataclass(values) else []
+    lists = [item for item in lists if isinstance(getattr(values, item.name), list)]
+    names = [short_name(name) for item in lists for name in getattr(values, item.name)]
+    known = {*names, *(name for item in lists for name in item.metadata["plugins"].configurable)}
+    for name in values.args if names else ():
+        if name not in known:
+            key = " and ".join(f"{section}.{item.name}" for item in lists)
+            entries = ", ".join(names)
+            yield f"{section}.args.{name} belongs to no entry of {key}.{nearest(name, known)} Entries: {entries}."
 
 
 def _multiples_near(value: int, unit: int) -> str:

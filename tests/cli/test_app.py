@@ -92,7 +92,7 @@ MISTAKES = {
     "run_dir=/tmp/a,b": ["add -m", "\"run_dir='a,b'\""],
     "-m optim.lr=1e-3,abc": ["optim.lr=abc", "a number"],
     "-m model=moa_t,moa_x": ["model=moa_x", "moa_t"],
-    "-m optim.lr=1e-3,1e-4 --cfg job": ["-m and --cfg exclude each other"],
+    "-m optim.lr=1e-3,1e-4 --cfg job": ["-m cannot be combined with --cfg"],
     # errors from Hydra
     "--cfg jobs": ["--cfg", "'job'"],
     "--cgf job": ["--cgf"],

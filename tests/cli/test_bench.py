@@ -81,4 +81,21 @@ def test_options_are_separated_from_settings():
     assert overrides == ["model=moa_t", "data=imagenet"]
     assert command.read(["loop", "data=imagenet"])[1] == ["data=imagenet"]
     assert command.read(["--config-dir", "mine"])[0].config_dir == ["--config-dir=mine"]
-    assert command.read([])[0].parts == list(command.PARTS)
+    assert command.read([])[0].parts == []
+
+
+def test_without_named_parts_those_that_the_machine_does_not_support_are_skipped(monkeypatch, capsys, tmp_path: Path):
+    options = ("--rounds", "1", "--seconds", "0", "--json", str(tmp_path / "result.json"), "runtime.threads=1")
+    monkeypatch.setattr(command, "PARTS", {part: command.PARTS[part] for part in ("ranks", "checkpoint")})
+    assert run(monkeypatch, *options, *SMALL[3:]) == 0
+    shown = capsys.readouterr()
+    assert "ranks is skipped: --ranks 2 requires as many CPU threads" in shown.err
+    assert "wrote" in shown.out
+    assert run(monkeypatch, "ranks", *options, *SMALL[3:]) == 2
+
+
+@pytest.mark.parametrize("given", [["--isa", "avx2"], ["--isa=avx2"]])
+def test_an_instruction_set_is_measured_in_a_process_of_its_own(monkeypatch, tmp_path: Path, given: list[str]):
+    own = ("checkpoint", "--rounds", "1", *given, f"--json={tmp_path / 'result.json'}")
+    assert run(monkeypatch, *own, "runtime.threads=1", *SMALL[3:]) == 0
+    assert (tmp_path / "result-avx2.json").is_file()

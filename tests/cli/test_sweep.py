@@ -79,6 +79,10 @@ def test_an_invalid_value_in_any_run_prevents_the_sweep(tmp_path):
         (["optim.lr=1e-3", "sweep.trials=2"], "needs a search space"),
         (["optim.lr=1e-3,1e-2", "runtime.seed=interval(0,1)", "sweep.trials=2"], "List them: runtime.seed=0,1,2"),
         (["optim.lr=interval(-1,1)", "sweep.trials=2"], "optim.lr=-1.0 is out of range"),
+        (["optim.lr=interval(1e-2,1e-4)", "sweep.trials=2"], "the lower bound exceeds the upper bound"),
+        (["optim.weight_decay=tag(log,interval(0,0.1))", "sweep.trials=2"], "log requires bounds above 0"),
+        (["model=glob(moa*)"], "a sweep takes no patterns. List the options: model=A,B"),
+        (["model=glob(moa*)", "sweep.trials=2"], "a sweep takes no patterns"),
         (["optim.lr=interval(1e-4,1e-2)", "sweep.trials=2", "data.val_fraction=0"], "compares trials on validation"),
         (["optim.lr=1e-3", "sweep.sampler=grid"], "Options: tpe, random"),
         (["engine.batch_size=16,17", "engine.micro_batch_size=16"], r"is in the run engine\.batch_size=17\."),
@@ -116,6 +120,13 @@ def test_what_may_change_when_a_sweep_is_continued():
     assert parsing._continued(["sweep.dir=all"], grid, place) == grid
     assert parsing._continued(["sweep.dir=all", "sweep.trials=9"], search, place) == [*search[:2], "sweep.trials=9"]
     assert parsing._continued(["data=digits", "optim.lr=1,2,3"], grid, place) == ["data=digits", "optim.lr=1,2,3"]
+    for other in (
+        ["optim.lr=1,2", "runtime.seed=0,1"],
+        ["runtime.seed=0,1"],
+        [],
+    ):  # would rename the folders of all runs
+        with pytest.raises(UserError, match="was started with other arguments"):
+            parsing._continued(["data=digits", *other], grid, place)
     with pytest.raises(UserError, match=r"  - optim\.lr=interval\(1,2\)\n  \+ optim\.lr=interval\(1,3\)"):
         parsing._continued(["data=digits", "optim.lr=interval(1,3)", "sweep.trials=3"], search, place)
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from moa_train.engine.optimizer_state import pack_optimizers, unpack_optimizers
 from moa_train.engine.tensorfile import CheckpointError, read_tensors, write_tensors
+from moa_train.runtime.errors import UserError
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -26,7 +27,20 @@ def muon(model):
     return [torch.optim.Muon([model[3].weight], lr=0.01), torch.optim.AdamW(rest, lr=0.01)]
 
 
+class Counting(torch.optim.SGD):
+    """Keeps a Python number in its state, as many optimizers of other libraries do."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["step"] = state.get("step", 0) + 1
+            parameter.grad.mul_(state["step"])
+        return super().step(closure)
+
+
 MAKERS = {
+    "numbers in the state": lambda model: [Counting(model.parameters(), lr=0.001, momentum=0.9)],
+    "only numbers in the state": lambda model: [Counting(model.parameters(), lr=0.001)],
     "adamw, fused": lambda model: adamw(model, fused=True),
     "adamw, foreach": lambda model: adamw(model, foreach=True, amsgrad=True),
     "nadamw": lambda model: [torch.optim.NAdam(model.parameters(), decoupled_weight_decay=True)],
@@ -71,8 +85,9 @@ def test_a_resumed_optimizer_continues_bit_for_bit(tmp_path, name):
         for old, new in zip(before.state.values(), after.state.values(), strict=True):
             for key, value in old.items():
                 if value is not None:
-                    assert torch.equal(value, new[key])
-                    assert (value.dtype, value.stride()) == (new[key].dtype, new[key].stride())
+                    value, restored = torch.as_tensor(value), torch.as_tensor(new[key])
+                    assert torch.equal(value, restored)
+                    assert (value.dtype, value.stride()) == (restored.dtype, restored.stride())
 
 
 def test_state_keeps_its_own_dtype(tmp_path):
@@ -168,3 +183,11 @@ def test_the_list_of_problems_is_cut():
     message = refused(model, adamw(model), {}, packed)
     assert "and 7 more" in message
     assert len(message.splitlines()) <= 10
+
+
+def test_state_that_is_neither_tensor_nor_number_is_an_error_that_names_it():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer.state[model[0].weight] = {"history": [1, 2]}
+    with pytest.raises(UserError, match="SGD cannot be saved: history must be tensors or numbers"):
+        pack_optimizers([optimizer], model.named_parameters())

@@ -142,6 +142,9 @@ def test_help_lists_the_own_settings(folder: Path) -> None:
         (["model.name=my_pakage.blocks:Tiny"], "no module named my_pakage"),
         (["engine.best_by=loss"], "engine.best_by=loss must be one of engine.metrics: top1, Balanced"),
         (["optim.args.x=1"], "has no settings of its own"),
+        (["engine.args.Balnced.x=1"], "engine.args.Balnced belongs to no entry of engine.metrics. Did you mean"),
+        (["tracking.args.file=x"], "tracking.args.file belongs to no entry of tracking.loggers. Entries: Notes"),
+        (["tracking.args.Notes=x"], "tracking.args.Notes=x must be settings of logger my_package."),
     ],
 )
 def test_mistakes_are_explained(tmp_path: Path, arguments: list[str], said: str) -> None:

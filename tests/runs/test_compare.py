@@ -279,6 +279,38 @@ def test_a_repetition_of_a_seed_does_not_count(sweep, copied):
     assert any("1 runs repeat the settings and the seed" in note for note in report.notes)
 
 
+def test_a_session_that_was_ended_early_is_another_setting(copied):
+    """A debug run, which ends after a step, must not stand in for the run with the same seed."""
+    config = json.loads((copied / "fast0" / "config.json").read_text())
+    config["engine"]["stop_after"] = "1 step"
+    shutil.copytree(copied / "fast0", copied / "a_debug_run")
+    (copied / "a_debug_run" / "config.json").write_text(json.dumps(config))
+    report = compare(read_runs([copied])[0])
+    assert sorted(len(group.runs) for group in report.groups) == [1, 2, 2]
+    assert not any("repeat the settings" in note for note in report.notes)
+
+
+def test_results_on_the_split_of_another_run_do_not_rank_it(copied):
+    """Slow runs whose checkpoint was chosen on the test images have no best result on the validation images."""
+    for name in ("slow0", "slow1"):
+        log = copied / name / "metrics.jsonl"
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        rows = [{**row, "split": "test", "top1": 100.0} if "best" in row else row for row in rows]
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = compare(read_runs([copied / "fast0", copied / "fast1", copied / "slow0", copied / "slow1"])[0])
+    assert [len(group.selected) for group in report.groups] == [2, 0]
+    assert any("slow0, slow1: another split than val chose the checkpoint" in note for note in report.notes)
+
+
+def test_predictions_of_an_unfinished_run_do_not_count(copied):
+    expected = compare(read_runs([copied])[0]).comparisons[0]
+    (copied / "fast1" / "result.json").unlink()  # as when the run is resumed with a longer schedule
+    found = compare(read_runs([copied])[0]).comparisons[0]
+    assert found.top1 != expected.top1
+    shutil.rmtree(copied / "fast1")
+    assert compare(read_runs([copied])[0]).comparisons[0].top1 == found.top1
+
+
 def test_groups_have_distinct_labels(copied, tmp_path):
     runs = [copied / "fast0", copied / "slow0"]
     for number, run in enumerate(runs):

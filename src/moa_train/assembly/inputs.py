@@ -63,6 +63,7 @@ def build_train_loader(
         world_size=distributed.world_size,
         workers=workers(config.data, distributed.local_world_size),
         pin_memory=distributed.device.type == "cuda",
+        timeout=config.runtime.timeout,
         stop=stop,
     )
 
@@ -79,6 +80,7 @@ def build_eval_loader(
         workers=workers(config.data, distributed.local_world_size),
         crop_ratio=config.data.eval_crop,
         pin_memory=distributed.device.type == "cuda",
+        timeout=config.runtime.timeout,
         stop=stop,
     )
 

@@ -169,7 +169,7 @@ def time_workers(read: float, step: float, cores: int) -> Times:
 
 @dataclass
 class Block:
-    """A copy of a model's first block, or of the whole model if it has no layers of its own, and its input."""
+    """A copy of a model's first block, and its input."""
 
     module: nn.Module
     example: Tensor

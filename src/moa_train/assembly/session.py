@@ -73,8 +73,8 @@ def run_session(config: RunConfig, changed: list[str], stop: StopSignals) -> int
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"{distributed.device} ran out of memory with {config.engine.micro_batch_size} images per forward "
-                    "pass. Set engine.micro_batch_size to a smaller divisor of engine.batch_size, which does not "
-                    "change the update, or set model.checkpointing=true."
+                    "pass. Set engine.micro_batch_size to a smaller divisor of engine.batch_size (mixing and dropout "
+                    "are then drawn per micro-batch), or set model.checkpointing=true."
                 ) from error
             finally:
                 run.trainer.tracker.close()

@@ -74,9 +74,9 @@ def check_classes(path: Path, known: Sequence[str] | None, classes: Sequence[str
         return
     first = next((name for name, other in zip(classes, known, strict=False) if name != other), "the last one")
     raise UserError(
-        f"init={path}: its {len(known)} classes are not the {len(classes)} classes of the training images, so its "
-        f"classifier does not fit. The first one that differs is {first!r}. Give init_head=new to reinitialize the "
-        "classifier, or name the classes alike."
+        f"init={path}: the weights have {len(known)} classes, the training images {len(classes)}, and the first "
+        f"difference is {first!r}. Give init_head=new to reinitialize the classifier, or rename the class folders to "
+        "match."
     )
 
 

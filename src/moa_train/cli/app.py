@@ -108,10 +108,10 @@ def run(
             if sweep.requested(arguments):
                 if multirun is None:
                     raise UserError(
-                        "-m is an option of moa-train, which starts several trainings. Call this command once for each."
+                        "-m is an option of moa-train, which starts several runs. Run this command once for each."
                     )
                 if {"--cfg", "-c"} & set(arguments):
-                    raise UserError("-m and --cfg exclude each other, because a sweep has many configurations.")
+                    raise UserError("-m cannot be combined with --cfg, because a sweep has many configurations.")
                 return multirun(arguments, config_name)
         # Options come first, because argparse accepts positional arguments only on one side of them.
         sys.argv[1:] = sorted(map(addable, arguments), key=lambda text: "=" in text and not text.startswith("-"))

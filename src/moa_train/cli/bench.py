@@ -32,8 +32,8 @@ PARTS = {
     "input": "input pipelines on one core, for training and evaluation: images/s in total and per stage",
     "loop": "the training loop, with logging and background checkpoints, compared with a bare loop",
     "checkpoint": "time to save (and how long training waits for it), verify and restore a checkpoint",
-    "ranks": "several processes compared with one that has all their threads; on CUDA, GPUs compared with one",
-    "load": "training next to 0, 1 and 2 busy processes, with a number of threads that follows the load and fixed ones",
+    "ranks": "several processes compared with one that has as many threads in total; on CUDA, several GPUs with one",
+    "load": "training alongside 0, 1 and 2 busy processes, with adaptive and fixed numbers of threads",
     "start": "time from starting moa-train to the first step, compared with imports and building the model",
 }
 
@@ -88,9 +88,14 @@ def bench(options: argparse.Namespace, config: RunConfig, overrides: list[str]) 
         against=options.against,
         ranks=options.ranks,
     )
-    measures = {
-        part: import_module(f"moa_train.bench.{MODULES.get(part, part)}").prepare(job) for part in options.parts
-    }
+    measures = {}
+    for part in options.parts or PARTS:
+        try:
+            measures[part] = import_module(f"moa_train.bench.{MODULES.get(part, part)}").prepare(job)
+        except UserError as error:
+            if options.parts:
+                raise
+            print(f"{part} is skipped: {error}", file=sys.stderr)
     header = {**tables.header(device, sys.orig_argv), "config": to_dict(config)}
     print(tables.describe(header))
     measured: list[Table] = []
@@ -117,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
         usage="moa-bench [PART ...] [OPTION ...] [GROUP=OPTION ...] [KEY=VALUE ...]",
         description="Measure speed and memory, alone or compared with other libraries.\n"
         "Candidates run interleaved in one process; the report gives medians, ratios and their spread.\n\n"
-        f"parts (default: all):\n{parts}\n\n"
+        f"parts (default: all that this machine supports):\n{parts}\n\n"
         "GROUP=OPTION and KEY=VALUE choose the model, data and settings to measure; moa-train --help lists them.",
         epilog=EXAMPLES.partition("\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -179,14 +184,17 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for part in options.parts:
         if part not in PARTS:
             raise UserError(choose("part", part, PARTS))
-    options.parts = options.parts or list(PARTS)
     for peer in options.against:
         suitable = ("step", "trace") if "/" in peer else ("input",)
-        if not set(suitable) & set(options.parts):
+        if options.parts and not set(suitable) & set(options.parts):
             raise UserError(
                 f"--against {peer} applies to the part {' or '.join(suitable)}, but the selected parts are: "
                 f"{', '.join(options.parts)}. Add {suitable[0]} to them."
             )
+    if options.config_dir:  # processes that a part starts find own code there as well
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(options.config_dir), os.environ.get("PYTHONPATH", "")]).strip(
+            ":"
+        )
     options.config_dir = [f"--config-dir={options.config_dir}"] if options.config_dir else []
     options.json = options.json or Path("outputs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}.json"
     return options, overrides
@@ -211,10 +219,11 @@ ISAS = {
 
 def bench_isas(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Measure each instruction set in its own process, one after the other, and return the exit code."""
-    place = arguments.index("--isa")
-    rest = [*arguments[:place], *arguments[place + 1 + len(options.isa) :]]
-    if "--json" in rest:
-        del rest[rest.index("--json") : rest.index("--json") + 2]
+    rest = list(arguments)
+    for option, count in (("--isa", len(options.isa)), ("--json", 1)):
+        if option in rest:
+            del rest[rest.index(option) : rest.index(option) + 1 + count]
+    rest = [text for text in rest if not text.startswith(("--isa=", "--json="))]
     for isa in options.isa:
         print(f"{'' if isa == options.isa[0] else chr(10)}instruction set {isa}", flush=True)
         path = options.json.with_name(f"{options.json.stem}-{isa}{options.json.suffix}")
@@ -235,7 +244,9 @@ def measure() -> None:
     if options.isa:
         sys.exit(bench_isas(options, sys.argv[1:]))
     sys.argv[1:] = [*options.config_dir, *overrides]
-    app.run(partial(bench, options), RunConfig, "train", EXAMPLES, images=not IMAGELESS.issuperset(options.parts))
+    app.run(
+        partial(bench, options), RunConfig, "train", EXAMPLES, images=not IMAGELESS.issuperset(options.parts or PARTS)
+    )
 
 
 def _count(text: str) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 
 from moa_train.cli.compose import addable, compose, config_roots, is_override, typed
 from moa_train.runtime.command_line import argument
@@ -141,9 +141,13 @@ def _continued(arguments: list[str], before: list[str] | None, folder: Path) -> 
         keys = {text.partition("=")[0] for text in own}
         return [*(text for text in before if text.partition("=")[0] not in keys), *own]
     grid = not any(text.startswith(f"{SECTION}trials=") for text in before)
+    axes = [{text.partition("=")[0] for text in some if _is_swept(text)} for some in (before, given)]
+    free = axes[0] if grid and axes[0] == axes[1] else set()  # a new axis would rename the folders of all runs
     lost, new = (
         sorted(
-            text for text in set(some) - set(others) if not text.startswith(SECTION) and not (grid and _is_swept(text))
+            text
+            for text in set(some) - set(others)
+            if not text.startswith(SECTION) and text.partition("=")[0] not in free
         )
         for some, others in ((before, given), (given, before))
     )
@@ -174,6 +178,8 @@ def _read(arguments: Sequence[str]) -> tuple[list[str], list[Override]]:
     shared = [text for text in fixed if not text.startswith(SECTION)]
     for override in overrides:
         key = override.key_or_group
+        if isinstance(override.value(), Glob):
+            raise UserError(f"{override.input_line}: a sweep takes no patterns. List the options: {key}=A,B.")
         if key in ("run_dir", "resume", "replay", "preflight"):
             raise UserError(
                 f"{override.input_line}: a sweep sets {key} itself. The runs are in the folder of the sweep, "
@@ -199,7 +205,7 @@ def _space(swept: Sequence[Override]) -> tuple[dict[str, dict[str, Any]], list[s
     space = {override.key_or_group: _options(override) for override in swept}
     seeds = space.pop(SEED, {"choices": []})
     if not space:
-        raise UserError("sweep.trials needs a search space, such as optim.lr=tag(log,interval(1e-4,1e-2)).")
+        raise UserError("sweep.trials needs a search space, such as 'optim.lr=tag(log,interval(1e-4,1e-2))'.")
     if "choices" not in seeds:
         raise UserError(f"A search runs every trial with all seeds. List them: {SEED}=0,1,2.")
     return space, seeds["choices"]
@@ -210,7 +216,11 @@ def _options(override: Override) -> dict[str, Any]:
     value = override.value()
     log = "log" in getattr(value, "tags", ())
     if isinstance(value, IntervalSweep):
-        return {"low": value.start, "high": value.end, "log": log, "step": None}
+        low, high = (float("nan") if bound is None else bound for bound in (value.start, value.end))
+        if not low <= high or (log and low <= 0):
+            rule = "log requires bounds above 0" if low <= high else "the lower bound exceeds the upper bound"
+            raise UserError(f"{override.input_line}: {rule}. An example: {override.key_or_group}=interval(0.1,0.5).")
+        return {"low": low, "high": high, "log": log, "step": None}
     if isinstance(value, RangeSweep) and not value.shuffle:
         last = list(value.range())[-1]
         return {"low": value.start, "high": last, "log": log, "step": None if log else value.step}

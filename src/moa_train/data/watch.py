@@ -143,8 +143,8 @@ def map_files(
                 )
     except BrokenProcessPool as error:
         raise UserError(
-            f"A process that reads images was killed, perhaps because memory ran out; use fewer of them. It read one "
-            f"of these files: {watch.files() or 'unknown'}."
+            "A worker process was killed, perhaps because memory ran out; use fewer workers. It was reading one of "
+            f"these files: {watch.files() or 'unknown'}."
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -62,7 +62,7 @@ class Teachers:
                     f"distill.teachers: {path} holds predictions for other training images (fingerprint "
                     f"{outcome.fingerprint}) than this run has ({fingerprint}). A teacher must be trained with "
                     "the same data, data.val_fraction and data.limit, so that no held-out image is in its training "
-                    f"images. If the images were changed since its evaluation: {again}"
+                    f"images. If the images changed after the teacher was evaluated, run: {again}"
                 )
             outcomes.append(outcome)
         return cls(outcomes, weight)

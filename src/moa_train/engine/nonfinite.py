@@ -146,8 +146,8 @@ class NonFinitePolicy:
             remedies = "a lower optim.lr, runtime.precision=fp32 or engine.nonfinite=skip or rollback"
             if not saved:
                 raise UserError(
-                    f"{message}{used}\nThere is no checkpoint yet. Start again with {remedies}. To investigate the "
-                    f"step with replay={step}, lower engine.save_every."
+                    f"{message}{used}\nThere is no checkpoint yet. Start again with {remedies}. To be able to "
+                    f"investigate the step with replay={step}, save more often (engine.save_every)."
                 )
             raise UserError(
                 f"{message}{used}\nTo investigate: {replay}\nTo continue from the last checkpoint: "

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moa_train.engine.tensorfile import CheckpointError
+from moa_train.runtime.errors import UserError
 
 Named = Iterable[tuple[str, nn.Parameter]]
 """``model.named_parameters()``"""
@@ -16,8 +17,11 @@ Named = Iterable[tuple[str, nn.Parameter]]
 def pack_optimizers(optimizers: Sequence[Optimizer], named: Named) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Return the live state of a model's optimizers: tensors with keys like ``exp_avg|layers.0.weight``, and JSON.
 
-    The JSON has one entry per optimizer: its class, its groups (hyperparameters and parameter names), and the names of
-    the state tensors of each parameter, so that `unpack_optimizers` notices a missing one.
+    The JSON has one entry per optimizer: its class, its groups (hyperparameters and parameter names), the names of the
+    state tensors of each parameter, so that `unpack_optimizers` notices a missing one, and the numbers of each.
+
+    Raises:
+        UserError: an optimizer keeps something else than tensors and numbers.
     """
     names = {id(parameter): name for name, parameter in named}
     tensors: dict[str, Tensor] = {}
@@ -28,14 +32,20 @@ def pack_optimizers(optimizers: Sequence[Optimizer], named: Named) -> tuple[dict
             for group in optimizer.param_groups
         ]
         state: dict[str, list[str]] = {}
+        numbers: dict[str, dict[str, Any]] = {}
         for parameter, values in optimizer.state.items():
             name = names[id(parameter)]
             present = {key: value for key, value in values.items() if value is not None}
-            objects = [key for key, value in present.items() if not isinstance(value, Tensor)]
-            assert not objects, f"{type(optimizer).__name__} cannot be saved: not tensors are {objects}"
-            state[name] = sorted(present)
-            tensors |= {f"{key}|{name}": value for key, value in present.items()}
-        packed.append({"class": type(optimizer).__name__, "groups": groups, "state": state})
+            own = {key: value for key, value in present.items() if isinstance(value, Tensor)}
+            numbers |= {name: {key: present[key] for key in present.keys() - own}} if present.keys() - own else {}
+            if others := [key for key, value in numbers.get(name, {}).items() if not isinstance(value, int | float)]:
+                raise UserError(
+                    f"{type(optimizer).__name__} cannot be saved: {', '.join(others)} must be tensors or numbers in "
+                    "its state."
+                )
+            state[name] = sorted(own)
+            tensors |= {f"{key}|{name}": value for key, value in own.items()}
+        packed.append({"class": type(optimizer).__name__, "groups": groups, "state": state, "numbers": numbers})
     return tensors, packed
 
 
@@ -111,7 +121,9 @@ def _load(
         for index, parameter in enumerate(parameters)
         if (name := names[id(parameter)]) in entry["state"]
     }
-    optimizer.load_state_dict({**state_dict, "state": stored})
+    numbers = entry.get("numbers", {})  # older checkpoints have none
+    full = {index: {**values, **numbers.get(names[id(parameters[index])], {})} for index, values in stored.items()}
+    optimizer.load_state_dict({**state_dict, "state": full})
     for index, values in stored.items():
         state = optimizer.state[parameters[index]]
         for key, tensor in values.items():

@@ -176,7 +176,7 @@ class Subject:
                 f"The exported model classifies {now['top1_count']} of {now['total']} images correctly, but the "
                 f"checkpoint {before['top1_count']}; the largest difference between logits is {difference:.3g}. "
                 "Nothing was written. If the logits differ only by rounding, the order of two nearly equal ones may "
-                "have changed: try another seed=. A larger difference is a bug of the exporter or of a library."
+                "have changed: try another seed=. A larger difference is a bug in the exporter or in a library."
             )
         changed = int((logits.argmax(1) != self.reference.argmax(1)).sum())
         return {**now, "different_answers": changed, "largest_difference": difference}

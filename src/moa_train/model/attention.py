@@ -36,7 +36,7 @@ class BiasedAttention(nn.Module):
         self.register_buffer("relative_position_index", relative_position_index(*grid), persistent=published_layout)
 
     def attend(self, q_GNLD: Tensor, k_GNLD: Tensor, v_GNLD: Tensor, bias: Tensor) -> Tensor:
-        """Call `attend` with the kernel that `choose_kernels` set for training or for evaluation."""
+        """Call `attend` with the kernel that `set_kernels` chose for training or for evaluation."""
         return attend(q_GNLD, k_GNLD, v_GNLD, bias, self.kernel if self.training else self.eval_kernel)
 
     def position_bias(self, like: Tensor) -> Tensor:

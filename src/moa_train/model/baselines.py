@@ -190,7 +190,7 @@ class BottleneckResNet(Classifier, ResNet):
         if config.patch_size not in (1, 2, 4):
             raise UserError(f"patch_size={config.patch_size}: resnet has stems for 1, 2 (small images) and 4.")
         if len(config.depths) != 4:
-            raise UserError(f"model.name=resnet has four stages: depths={config.depths}, not like [3, 4, 6, 3].")
+            raise UserError(f"model.name=resnet has four stages: depths={config.depths} must be like [3,4,6,3].")
         for key in ("drop_path", "dropout"):
             if getattr(config, key):
                 raise UserError(f"{key}={getattr(config, key)}: torchvision's ResNet has none; set it to 0.")

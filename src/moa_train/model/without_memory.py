@@ -140,11 +140,14 @@ def _quotient(x: Tensor, _: float) -> Tensor | None:
     return _elementwise(x) if x.is_floating_point() else None
 
 
-def _reduced(x: Tensor, dims: Sequence[int], keepdim: bool = False, **_: Any) -> Tensor | None:
+def _reduced(
+    x: Tensor, dims: Sequence[int], keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Tensor | None:
     if not dims or not x.is_floating_point():
         return None
     reduced = {dim % x.dim() for dim in dims}
-    return _new(x, [1 if dim in reduced else n for dim, n in enumerate(x.size()) if keepdim or dim not in reduced])
+    size = [1 if dim in reduced else n for dim, n in enumerate(x.size()) if keepdim or dim not in reduced]
+    return _new(x, size, dtype)
 
 
 def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
@@ -205,7 +208,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten._log_softmax_backward_data.default: lambda grad, out, dim, dtype: _contiguous(grad, dtype=dtype),
     aten.native_layer_norm.default: _normalized,
     aten.native_layer_norm_backward.default: lambda grad, x, shape, mean, rstd, weight, bias, mask: tuple(
-        map(_contiguous, (x, weight, bias))
+        None if tensor is None else _contiguous(tensor) for tensor in (x, weight, bias)
     ),
     aten.mm.default: lambda x, y: _new(x, [x.shape[0], y.shape[1]]),
     aten.bmm.default: lambda x, y: _new(x, [*x.shape[:2], y.shape[2]]),
@@ -214,7 +217,9 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.mean.dim: _reduced,
     aten.cat.default: _joined,
     aten.constant_pad_nd.default: _padded,
-    aten.index_select.default: lambda x, dim, index: _new(x, [*x.shape[:dim], len(index), *x.shape[dim + 1 :]]),
+    aten.index_select.default: lambda x, dim, index: _new(
+        x, [len(index) if place == dim % x.dim() else n for place, n in enumerate(x.shape)]
+    ),
     aten.index_add.default: _contiguous,
     aten.slice_backward.default: lambda grad, size, *_: _new(grad, size),
     aten.unfold_backward.default: lambda grad, size, *_: _new(grad, size),

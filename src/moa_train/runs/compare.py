@@ -199,13 +199,13 @@ def compare(
     ]
     if metrics and metric not in metrics:
         raise UserError(choose("metric", metric, metrics))
-    groups, lower = _groups(runs, split, metric, metrics), lower_is_better(metric, runs)
+    groups, lower = _groups(runs, split, selection, metric, metrics), lower_is_better(metric, runs)
     if ranked:
         groups.sort(key=lambda group: _rank(group, metric, lower))
     tested = [group for group in groups[1:] if group.final.get(metric) and groups[0].final.get(metric)][:TESTED]
     level = 1 - (1 - CONFIDENCE) / max(len(tested), 1)
     comparisons = [_compare(group, groups[0], groups, split, metric, metrics, lower, level) for group in tested]
-    notes = [*notes, *_notes(runs, groups, comparisons, level)]
+    notes = [*notes, *_notes(runs, selection, groups, comparisons, level)]
     return Report(split, selection, metric, metrics, groups, comparisons, _common(runs), level, notes)
 
 
@@ -225,7 +225,7 @@ def _check_same_images(runs: Sequence[Run], split: str) -> None:
         )
 
 
-def _groups(runs: Sequence[Run], split: str, metric: str, metrics: Sequence[str]) -> list[Group]:
+def _groups(runs: Sequence[Run], split: str, selection: str, metric: str, metrics: Sequence[str]) -> list[Group]:
     by_settings: dict[str, list[Run]] = {}
     for run in runs:
         by_settings.setdefault(repr(sorted(run.settings.items())), []).append(run)
@@ -242,7 +242,7 @@ def _groups(runs: Sequence[Run], split: str, metric: str, metrics: Sequence[str]
         if not 0 < len(different) <= LABELED:
             label = members[0].name + (f" (and {len(members) - 1} more)" if len(members) > 1 else "")
         group = Group(label, members, settings, [], {})
-        selected = [value for run in group.independent if (value := run.best(metric)) is not None]
+        selected = [value for run in group.independent if (value := run.best(metric, selection)) is not None]
         final = {
             name: [value for run in group.independent if (value := run.final(split, name)) is not None]
             for name in metrics
@@ -287,7 +287,7 @@ def _compare(
     level: float,
 ) -> Comparison:
     ours, theirs = (
-        {id(run): found for run in some.independent if (found := run.outcomes(split)) is not None}
+        {id(run): found for run in some.independent if run.result and (found := run.outcomes(split)) is not None}
         for some in (group, reference)
     )
     missing = [
@@ -413,8 +413,15 @@ def _common(runs: Sequence[Run]) -> dict[str, Any]:
     return {key: runs[0].config.get(key) for key in keys if len(values[key]) == 1}
 
 
-def _notes(runs: Sequence[Run], groups: Sequence[Group], comparisons: Sequence[Comparison], level: float) -> list[str]:
+def _notes(
+    runs: Sequence[Run], selection: str, groups: Sequence[Group], comparisons: Sequence[Comparison], level: float
+) -> list[str]:
     notes = []
+    if others := [run.name for run in runs if run.selection not in (selection, "none")]:
+        notes.append(
+            f"{', '.join(others[:4])}{', ...' if len(others) > 4 else ''}: another split than {selection} chose the "
+            f"checkpoint, so these runs have no best result on {selection}."
+        )
     states = [run.status for run in runs]
     if rest := [f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != "finished"]:
         notes.append(
@@ -426,14 +433,14 @@ def _notes(runs: Sequence[Run], groups: Sequence[Group], comparisons: Sequence[C
     if any(len(group.independent) == 1 for group in groups) and len(groups) > 1:
         notes.append("Some settings were run with one seed only; their own noise between seeds is unknown.")
     if len({run.machine for run in runs}) > 1:
-        notes.append("The runs used different machines, so that their speeds and times cannot be compared.")
+        notes.append("The runs used different machines, so their speeds and times cannot be compared.")
     if len({str(run.origin.get("code", {}).get("sha256")) for run in runs}) > 1:
         notes.append("The runs were started with different versions of the code.")
     if len(comparisons) == TESTED < len(groups) - 1:
         notes.append(f"Only the first {TESTED} settings are tested against the reference.")
     if len(comparisons) > 1:
         notes.append(
-            f"Each interval has a confidence of {100 * level:.4g}%, so that all {len(comparisons)} comparisons hold "
+            f"Each interval has a confidence of {100 * level:.4g}%, so all {len(comparisons)} comparisons hold "
             f"together with {100 * CONFIDENCE:.0f}% (Bonferroni)."
         )
     return notes

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 NOT_COMPARED = (
     *("run_dir", "resume", "replay", "preflight", "code", "sweep.", "tracking.", "runtime.timeout"),
     *("data.root", "data.download", "data.url", "data.workers", "data.unreadable_budget", "data.max_seconds"),
-    *("engine.save_every", "engine.keep_", "engine.stop_after", "engine.eval_batch_size"),
+    *("engine.save_every", "engine.keep_", "engine.eval_batch_size"),
 )
 """Settings, or prefixes of settings, that do not distinguish two runs."""
 SEED = "runtime.seed"
@@ -85,9 +85,9 @@ class Run:
         """Return the split that chooses the best checkpoint, or ``none``."""
         return next((str(row["split"]) for row in reversed(self.rows) if "best" in row), "none")
 
-    def best(self, metric: str) -> float | None:
-        """Return the value of a metric at the best evaluation so far."""
-        chosen = [row for row in self.rows if row.get("best") is True]
+    def best(self, metric: str, split: str) -> float | None:
+        """Return the value of a metric at the best evaluation so far, or None if another split chooses checkpoints."""
+        chosen = [row for row in self.rows if row.get("best") is True and row.get("split") == split]
         value = chosen[-1].get(metric) if chosen else None
         return float(value) if isinstance(value, int | float) else None
 

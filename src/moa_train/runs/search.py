@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import IO, TYPE_CHECKING, Any
 
-from moa_train.plugins import METRICS, short_name
+from moa_train.engine.metrics import create_metrics
+from moa_train.plugins import short_name
 from moa_train.runs.folder import Job, SweepFolder, is_finished, scores
 from moa_train.runs.jobs import Runner
 from moa_train.runs.read import SEED
@@ -45,7 +46,7 @@ class Search:
 
         self.folder, self.config, self.settings, self.seeds = folder, config, config.sweep, list(seeds)
         self.metric, self._crashed = short_name(config.engine.best_by), set[int]()
-        higher = METRICS.load(config.engine.best_by).higher_is_better
+        higher = create_metrics(config.engine)[self.metric].higher_is_better
         self.space = {key: _distribution(options) for key, options in space.items()}
         path = str(folder.path / JOURNAL)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -74,7 +75,8 @@ class Search:
             trial = self.study.best_trial
         except ValueError:
             return None
-        return f"{_name(trial.number)}: {' '.join(_overrides(trial.params))} ({self.metric} {trial.value:.4g})"
+        number = trial.user_attrs.get("continues", trial.number)  # the folder of a pruned and resumed trial
+        return f"{_name(number)}: {' '.join(_overrides(trial.params))} ({self.metric} {trial.value:.4g})"
 
     def _ask(self, held: ExitStack) -> "optuna.Trial | None":
         number = sum("continues" not in trial.user_attrs for trial in self.study.trials)
@@ -137,7 +139,7 @@ class Search:
             for step, value in new:
                 reported.add(step)
                 trial.report(value, step)
-            return bool(new) and trial.should_prune()
+            return bool(new) and trial.number >= self.settings.startup and trial.should_prune()
 
         return prune
 
