@@ -22,6 +22,7 @@ def knob(
     options: tuple[str, ...] | None = None,
     plugins: Any = None,
     fixed: bool = False,
+    form: str = "",
 ) -> Any:
     """Declare a field of a configuration dataclass.
 
@@ -33,9 +34,10 @@ def knob(
         options: the allowed values.
         plugins: a `plugins.Plugins` if the value names a part, either by its name in the table or by import path.
         fixed: whether the value cannot change when a run is resumed.
+        form: what a text means: "path", or "duration", such as 300 epochs or 5%.
     """
     bounds = {"least": least, "above": above, "most": most, "below": below}
-    rule = {"help": text, **bounds, "options": options, "plugins": plugins, "fixed": fixed}
+    rule = {"help": text, **bounds, "options": options, "plugins": plugins, "fixed": fixed, "form": form}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=rule)
     return field(default=default, metadata=rule)

@@ -7,6 +7,7 @@ result.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 KERNELS = ("auto", "fused", "plain")
 COMPILE_MODES = ("auto", "blocks", "model", "false")
 SPLITS = ("train", "val", "test")
+
+path = partial(knob, form="path")
+period = partial(knob, form="duration")
 
 
 @dataclass
@@ -112,7 +116,7 @@ class DataConfig:
     """Images and labels."""
 
     name: str = knob("digits", "data set", plugins=DATASETS, fixed=True)
-    root: str | None = knob(None, "folder of the data set (default: data/NAME; required for imagenet and folder)")
+    root: str | None = path(None, "folder of the data set (default: data/NAME; required for imagenet and folder)")
     image_size: Any = knob(32, "image size in pixels: one number, or [height, width]", fixed=True)
     download: bool | None = knob(
         None,
@@ -207,7 +211,9 @@ class AugmentConfig:
         least=1,
         fixed=True,
     )
-    weak_for: str = knob("0%", "length of the last part of the run, which uses only crop and flip: 10 epochs, 5%, ...")
+    weak_for: str = period(
+        "0%", "length of the last part of the run, which uses only crop and flip: 10 epochs, 5%, ..."
+    )
     args: dict[str, Any] = knob({}, "settings of your own augmentations: augment.args.NAME.KEY=VALUE")
 
 
@@ -223,7 +229,7 @@ class LossConfig:
 class DistillConfig:
     """Knowledge distillation: learn from the predictions of earlier runs as well."""
 
-    teachers: list[str] = knob(
+    teachers: list[str] = path(
         [],
         "run folders; the mean of their predictions becomes part of the targets. First run moa-eval ckpt=RUN "
         "split=train for each",
@@ -275,11 +281,11 @@ class ScheduleConfig:
     """Learning rate as a function of the step. Durations: 300 epochs, 5000 steps, 1e6 examples, or 5% (of the run)."""
 
     name: str = knob("cosine", "shape of the learning rate curve after the warmup", plugins=SCHEDULES)
-    duration: str = knob("300 epochs", "length of the run, in epochs, steps or examples")
-    warmup: str = knob("20 epochs", "length of the linear warmup, which is part of the duration")
+    duration: str = period("300 epochs", "length of the run, in epochs, steps or examples")
+    warmup: str = period("20 epochs", "length of the linear warmup, which is part of the duration")
     warmup_lr: float = knob(9e-7, "learning rate of the first step, for a batch of optim.lr_batch", least=0)
     min_lr: float = knob(5e-6, "final learning rate, for a batch of optim.lr_batch", least=0)
-    milestones: list[str] = knob([], "name=step: times at which the learning rate drops, for example ['50%','75%']")
+    milestones: list[str] = period([], "name=step: times at which the learning rate drops, for example ['50%','75%']")
     gamma: float = knob(0.1, "name=step: factor on the learning rate at each milestone", above=0, most=1)
     args: dict[str, Any] = knob({}, "settings of your own schedule: schedule.args.KEY=VALUE")
 
@@ -305,14 +311,14 @@ class EngineConfig:
     )
     metrics: list[str] = knob(["top1", "top5", "loss"], "metrics computed in evaluation", plugins=METRICS)
     best_by: str = knob("top1", "metric that chooses the best checkpoint, one of engine.metrics", fixed=True)
-    eval_every: str = knob("1 epoch", "interval between evaluations")
+    eval_every: str = period("1 epoch", "interval between evaluations")
     eval_batch_size: int | None = knob(
         None, "examples per forward pass in evaluation (default: measured on a CPU, 256 on a GPU)", least=1
     )
-    save_every: str = knob("1 epoch", "interval between checkpoints")
+    save_every: str = period("1 epoch", "interval between checkpoints")
     keep_last: int = knob(2, "number of newest checkpoints to keep", least=1)
-    keep_every: str | None = knob(None, "additionally keep one checkpoint per interval, permanently")
-    stop_after: str | None = knob(
+    keep_every: str | None = period(None, "additionally keep one checkpoint per interval, permanently")
+    stop_after: str | None = period(
         None,
         "end this session at this point of the run, such as '100 steps', and resume later; the schedule stays the same",
     )
@@ -428,7 +434,7 @@ class RuntimeConfig:
 class SweepConfig:
     """Several runs from one command (-m)."""
 
-    dir: str | None = knob(
+    dir: str | None = path(
         None,
         "folder of the sweep (default: outputs/sweep-TIME); -m sweep.dir=FOLDER alone continues the sweep in it",
     )
@@ -450,8 +456,8 @@ class SweepConfig:
 class RunConfig:
     """Settings of ``moa-train``."""
 
-    run_dir: str | None = knob(None, "run folder (default: outputs/DATA-MODEL-TIME)")
-    resume: str | None = knob(
+    run_dir: str | None = path(None, "run folder (default: outputs/DATA-MODEL-TIME)")
+    resume: str | None = path(
         None, "run folder to resume; auto: resume run_dir if it contains a checkpoint, else start a new run there"
     )
     replay: int | None = knob(
@@ -464,7 +470,7 @@ class RunConfig:
         "check everything and estimate time, memory and disk with a few real steps, an evaluation and a checkpoint, "
         "instead of training",
     )
-    init: str | None = knob(
+    init: str | None = path(
         None,
         "weights to start from: run, checkpoint or hub folder, .safetensors file, or .pth file of a torchvision model",
     )
@@ -489,11 +495,15 @@ class RunConfig:
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
+PLACES = tuple(item.name for item in fields(RunConfig) if item.metadata)  # all but the sections
+"""Settings that locate a run or control one session of it. A resume takes them from the command line."""
+
+
 @dataclass
 class WeightsConfig:
     """Settings of every command that uses trained weights, which record their model and data set."""
 
-    ckpt: str | None = knob(None, "run folder, checkpoint folder, folder of a model hub, or .safetensors file")
+    ckpt: str | None = path(None, "run folder, checkpoint folder, folder of a model hub, or .safetensors file")
     weights: str = knob(
         "auto",
         "weights to use; auto: ema if the checkpoint contains them, else model",
@@ -521,13 +531,13 @@ class EvalConfig(WeightsConfig):
     """Settings of ``moa-eval``."""
 
     split: str = knob("test", "split to evaluate", options=SPLITS)
-    root: str | None = knob(None, "folder of the data set, if it is not where it was during training")
+    root: str | None = path(None, "folder of the data set, if it is not where it was during training")
     device: str = knob(
         "auto", "auto, cpu, cuda, cuda:N, xpu (Intel) or mps (Apple); auto: an accelerator if there is one"
     )
     precision: str | None = knob(None, "precision (default: runtime.eval_precision of the run)", options=PRECISIONS)
     command: bool = knob(False, "print the commands that produced these weights instead of evaluating them")
-    output: str | None = knob(
+    output: str | None = path(
         None,
         "JSON file for the result (default: eval-SPLIT.json or robustness-SPLIT.json in the run folder, or next to a "
         "weights file)",
@@ -556,8 +566,8 @@ class EvalConfig(WeightsConfig):
             "cifar-100-c",
         ),
     )
-    benchmarks: str | None = knob(None, "folder that holds published test sets for robustness, as they are distributed")
-    reference: str | None = knob(
+    benchmarks: str | None = path(None, "folder that holds published test sets for robustness, as they are distributed")
+    reference: str | None = path(
         None, "robustness-SPLIT.json of another model, to which the mean corruption error is relative"
     )
 
@@ -572,14 +582,14 @@ class ExportConfig(WeightsConfig):
         "safetensors: one weights file for moa-eval and init=; hub: a folder for a model hub, with a model card",
         options=("onnx", "int8", "torch_export", "safetensors", "hub"),
     )
-    output: str | None = knob(
+    output: str | None = path(
         None,
         "file or folder to write, which must not exist yet (default: in export/ in the run folder, or next to a "
         "weights file)",
     )
     split: str = knob("test", "split of the real images that the exported file is checked on", options=SPLITS)
     images: int = knob(10_000, "number of these images, drawn by seed; all if there are fewer", least=1)
-    root: str | None = knob(None, "folder of the data set, if it is not where it was during training")
+    root: str | None = path(None, "folder of the data set, if it is not where it was during training")
     threads: int = knob(0, "CPU threads; 0: as many as there are cores", least=0)
     seed: int = knob(0, "random seed for drawing images", least=0)
     calibration: int = knob(
@@ -605,7 +615,7 @@ class ExportConfig(WeightsConfig):
 class PredictConfig(WeightsConfig):
     """Settings of ``moa-predict``."""
 
-    input: str | None = knob(
+    input: str | None = path(
         None,
         "image file, folder (with its subfolders), pattern such as 'photos/*.jpg', or - to read paths from standard "
         "input, one per line",
@@ -614,8 +624,8 @@ class PredictConfig(WeightsConfig):
     format: str = knob(
         "table", "table; jsonl: one JSON object per image; csv: one row per class", options=("table", "jsonl", "csv")
     )
-    output: str | None = knob(None, "file for the predictions (default: standard output)")
-    explain: str | None = knob(None, "folder for one PNG per image: class map, and the attention of MOA models")
+    output: str | None = path(None, "file for the predictions (default: standard output)")
+    explain: str | None = path(None, "folder for one PNG per image: class map, and the attention of MOA models")
     explain_class: str | None = knob(None, "explain: class that the class map explains (default: the predicted class)")
     explain_window: list[int] | None = knob(
         None,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moa_train.assembly.run import build_run
-from moa_train.bench import loop, ranks, saving, start
+from moa_train.bench import checkpoint, loop, ranks, start
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals
@@ -60,8 +60,8 @@ def test_the_bare_loop_makes_the_same_updates_as_the_trainer(job, tmp_path):
 
 
 def test_checkpoint_measurements(job, monkeypatch, tmp_path):
-    monkeypatch.setattr(saving.tempfile, "TemporaryDirectory", lambda: Kept(tmp_path))
-    (table,) = saving.prepare(job(rounds=2))()
+    monkeypatch.setattr(checkpoint.tempfile, "TemporaryDirectory", lambda: Kept(tmp_path))
+    (table,) = checkpoint.prepare(job(rounds=2))()
     assert [row.what for row in table.rows] == [
         "training waits", "full save", "find and verify", "restore", "torch.save", "training waits / torch.save",
         "full save / torch.save",

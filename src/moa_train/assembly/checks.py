@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from moa_train.data.source import Source
+from moa_train.knobs import knobs
 from moa_train.model.registry import check_model
 from moa_train.optim.duration import Duration
 from moa_train.runtime.distributed import Distributed
@@ -32,24 +33,14 @@ def check_config(config: RunConfig) -> None:
     Raises:
         UserError: settings are invalid. The message names their keys.
     """
-    schedule, engine = config.schedule, config.engine
     # Only the syntax can be checked here. Errors that depend on the length of an epoch are raised later.
-    durations: list[tuple[str, list[str | None]]] = [
-        ("schedule.warmup", [schedule.warmup]),
-        ("schedule.milestones", [*schedule.milestones]),
-        ("augment.weak_for", [config.augment.weak_for]),
-        ("engine.eval_every", [engine.eval_every]),
-        ("engine.save_every", [engine.save_every]),
-        ("engine.keep_every", [engine.keep_every]),
-        ("engine.stop_after", [engine.stop_after]),
+    durations = [
+        partial(Duration.parse, text, what=key, allow_zero=key != "schedule.duration")
+        for key, item, value in knobs(config)
+        if item.metadata["form"] == "duration" and value is not None
+        for text in (value if isinstance(value, list) else [value])
     ]
-    check_all(
-        [
-            lambda: Duration.parse(schedule.duration, what="schedule.duration", allow_zero=False),
-            *(partial(Duration.parse, text or "0", what=what) for what, texts in durations for text in texts),
-            lambda: check_model(config.model, image_shape(config.data.image_size)),
-        ]
-    )
+    check_all([*durations, lambda: check_model(config.model, image_shape(config.data.image_size))])
 
 
 def check_batch_size(config: RunConfig, images: int) -> None:

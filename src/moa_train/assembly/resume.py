@@ -10,11 +10,8 @@ from moa_train.knobs import knobs
 from moa_train.plugins import check_trusted
 from moa_train.runtime.command_line import argument
 from moa_train.runtime.errors import UserError
-from moa_train.schema import RunConfig, own_code
+from moa_train.schema import PLACES, RunConfig, own_code
 from moa_train.serialization import from_dict
-
-PLACES = ("run_dir", "resume", "replay", "preflight", "init", "init_head", "code")
-"""Settings that locate a run and control how this session treats it; a resume takes them from the command line."""
 
 
 def resolve_resume(config: RunConfig, with_overrides: Callable[[RunConfig], RunConfig]) -> tuple[RunConfig, list[str]]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from moa_train.bench import plain
 from moa_train.bench.job import Job
-from moa_train.bench.model_step import Entrant, our_model, peer_model
+from moa_train.bench.step import Entrant, our_model, peer_model
 from moa_train.bench.tables import Row, Table
 from moa_train.model.without_memory import LightMode
 from moa_train.optim.clip import clip_gradients

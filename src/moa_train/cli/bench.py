@@ -37,9 +37,6 @@ PARTS = {
     "start": "time from starting moa-train to the first step, compared with imports and building the model",
 }
 
-MODULES = {"step": "model_step", "checkpoint": "saving"}
-"""Parts whose module has another name."""
-
 EXAMPLES = """moa-bench: measure speed and memory, alone or compared with other libraries.
 
 Examples:
@@ -91,7 +88,7 @@ def bench(options: argparse.Namespace, config: RunConfig, overrides: list[str]) 
     measures = {}
     for part in options.parts or PARTS:
         try:
-            measures[part] = import_module(f"moa_train.bench.{MODULES.get(part, part)}").prepare(job)
+            measures[part] = import_module(f"moa_train.bench.{part}").prepare(job)
         except UserError as error:
             if options.parts:
                 raise

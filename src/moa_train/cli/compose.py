@@ -11,6 +11,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import moa_train.conf
+from moa_train.knobs import knobs
 from moa_train.runtime.command_line import hydra_quoted, path
 from moa_train.runtime.errors import UserError
 from moa_train.serialization import ENVIRONMENT, SECRET, FromEnvironment
@@ -100,29 +101,12 @@ def typed(config: DictConfig) -> Any:
     return result
 
 
-PATHS = (
-    "run_dir",
-    "resume",
-    "init",
-    "ckpt",
-    "root",
-    "input",
-    "output",
-    "explain",
-    "benchmarks",
-    "reference",
-    "data.root",
-    "sweep.dir",
-    "distill.teachers",
-)
-
-
 def expand_home(config: Any) -> None:
     """Expand ~ in the paths of a command's configuration, where the shell did not."""
-    for key in PATHS:
-        section, _, name = key.rpartition(".")
-        holder = getattr(config, section, None) if section else config
-        if value := getattr(holder, name, None):
+    for key, item, value in list(knobs(config)):
+        if value and item.metadata["form"] == "path":
+            section, _, name = key.rpartition(".")
+            holder = getattr(config, section) if section else config
             setattr(holder, name, [_expanded(text) for text in value] if isinstance(value, list) else _expanded(value))
 
 

@@ -10,7 +10,7 @@ from moa_train.cli.compose import GROUPS, typed
 from moa_train.knobs import knobs
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals
-from moa_train.schema import RunConfig
+from moa_train.schema import PLACES, RunConfig
 from moa_train.serialization import FromEnvironment
 
 EXAMPLES = """moa-train: train, resume or fine-tune a MOA-Transformer or a baseline model.
@@ -52,8 +52,6 @@ def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     Raises:
         UserError: an argument selects an option of a group, which would replace many settings of the run.
     """
-    from moa_train.assembly.resume import PLACES
-
     result = OmegaConf.structured(copy.deepcopy(config))
     for key, _, value in knobs(config):
         if isinstance(value, FromEnvironment):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from moa_train.bench import memory, model_step, plain
+from moa_train.bench import memory, plain, step
 from moa_train.bench.peers import build_peer, check_peer, read_arguments
 from moa_train.model.summary import summarize
 from moa_train.optim.optimizers import create_optimizer
@@ -21,7 +21,7 @@ SWIN = "swin_tiny_patch4_window7_224:img_size=32,patch_size=4,window_size=4,embe
 
 def test_there_is_a_table_per_case_with_all_candidates_and_ratios(job):
     peer = "torchvision/resnet18"
-    tables = list(model_step.prepare(job(checkpointings=(False, True), batches=(2, 3), against=(peer,)))())
+    tables = list(step.prepare(job(checkpointings=(False, True), batches=(2, 3), against=(peer,)))())
     assert [table.title.split(",")[0] + table.title.split(",")[2] for table in tables] == [
         "train batch 2", "train batch 3", "infer batch 2", "infer batch 3",
     ]  # fmt: skip
@@ -52,7 +52,7 @@ def test_there_is_a_table_per_case_with_all_candidates_and_ratios(job):
 
 def test_mfu_follows_from_counted_macs(job):
     work = job()
-    training, inference = model_step.prepare(work)()
+    training, inference = step.prepare(work)()
     for table, factor in ((training, 6), (inference, 2)):
         ours, product = table.rows
         reached = ours.values[0] * factor * ours.facts["GMACs"]
@@ -71,7 +71,7 @@ def test_peers_can_be_options_of_the_group_model(job, tiny):
         return tiny({"model.depths": "[2,1]"})
 
     work = replace(job(against=("moa-train/vit_b_16",), modes=("infer",)), overrides=["a=b"], compose=compose)
-    (table,) = model_step.prepare(work)()
+    (table,) = step.prepare(work)()
     assert asked == [["a=b", "model=vit_b_16"]]
     assert table.rows[1].what == "moa-train/vit_b_16"
     assert table.rows[1].facts["GMACs"] != table.rows[0].facts["GMACs"]
@@ -100,7 +100,7 @@ def test_peers_have_the_configured_number_of_classes(text):
 )
 def test_invalid_peers_are_rejected_before_any_measurement(job, text, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        model_step.prepare(job(against=(text,)))
+        step.prepare(job(against=(text,)))
 
 
 def test_arguments_are_parsed_as_literals():
@@ -111,7 +111,7 @@ def test_arguments_are_parsed_as_literals():
 
 def test_an_unsupported_precision_is_rejected_before_any_measurement(job):
     with pytest.raises(UserError, match="fp16 requires a GPU"):
-        model_step.prepare(job(precisions=("fp32", "fp16")))
+        step.prepare(job(precisions=("fp32", "fp16")))
 
 
 def test_the_plain_update_equals_a_handwritten_one():
@@ -156,5 +156,5 @@ def test_gpu_memory_excludes_earlier_allocations():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_memory_is_measured_for_every_candidate(job):
-    for table in model_step.prepare(replace(job(against=("torchvision/resnet18",)), device=torch.device("cuda")))():
+    for table in step.prepare(replace(job(against=("torchvision/resnet18",)), device=torch.device("cuda")))():
         assert all(row.facts["MiB"] > 0 for row in table.rows[:2])
