@@ -103,7 +103,9 @@ class ModelConfig:
         False, "recompute activations in the backward pass: a quarter to a third of the memory, a third more time"
     )
     moa: MoaConfig = field(default_factory=MoaConfig)
-    args: dict[str, Any] = knob({}, "settings of your own model: model.args.KEY=VALUE", fixed=True)
+    args: dict[str, Any] = knob(
+        {}, "settings of your own model, or of timm's (see --help model=timm): model.args.KEY=VALUE", fixed=True
+    )
 
     @property
     def title(self) -> str:
