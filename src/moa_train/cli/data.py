@@ -57,13 +57,6 @@ def parser() -> argparse.ArgumentParser:
     )
     check.add_argument("root", metavar="ROOT", type=path, help=root + "; or a folder that holds class folders")
     check.add_argument(
-        "--workers",
-        type=_whole,
-        default=1,
-        metavar="COUNT",
-        help="number of processes that decode images (default: 1)",
-    )
-    check.add_argument(
         "--show",
         type=_whole,
         metavar="COUNT",
@@ -71,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         help="number of findings to print of each kind (default: 10)",
     )
     check.add_argument("--json", type=path, metavar="FILE", help="write all findings to this JSON file")
-    _add_decoding(check)
+    _add_decoding(check, workers=True)
 
     stats = _command(
         commands, "stats", run_stats, "compute the mean and standard deviation of each channel over the training images"
@@ -91,14 +84,7 @@ def parser() -> argparse.ArgumentParser:
         default=10_000,
         help="largest number of images to use (default: 10000; 0: all)",
     )
-    stats.add_argument(
-        "--workers",
-        type=_whole,
-        default=1,
-        metavar="COUNT",
-        help="number of processes that decode images (default: 1)",
-    )
-    _add_decoding(stats)
+    _add_decoding(stats, workers=True)
     return result
 
 
@@ -193,7 +179,10 @@ def _command(
     return command
 
 
-def _add_decoding(command: argparse.ArgumentParser) -> None:
+def _add_decoding(command: argparse.ArgumentParser, *, workers: bool = False) -> None:
+    if workers:
+        text = "number of processes that decode images (default: 1)"
+        command.add_argument("--workers", type=_whole, default=1, metavar="COUNT", help=text)
     command.add_argument(
         "--range",
         nargs=2,
@@ -204,16 +193,16 @@ def _add_decoding(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--max-pixels",
         type=_whole,
-        default=100_000_000,
+        default=DataConfig.max_pixels,
         metavar="COUNT",
-        help="images with more pixels count as unreadable, like data.max_pixels (default: 100000000)",
+        help="images with more pixels count as unreadable, like data.max_pixels (default: %(default)s)",
     )
     command.add_argument(
         "--max-seconds",
         type=float,
         default=DataConfig.max_seconds,
         metavar="SECONDS",
-        help="an image whose decoding takes longer is an error, like data.max_seconds (default: 60)",
+        help="an image whose decoding takes longer is an error, like data.max_seconds (default: %(default)s)",
     )
 
 
