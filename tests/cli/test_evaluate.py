@@ -196,6 +196,15 @@ def test_evaluation_never_downloads_data(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("split", "total"), [("test", 8), ("val", 6), ("train", 26)])
+def test_a_root_with_its_own_validation_split_needs_no_held_out_one(make_classes, tmp_path, split, total):
+    config = RunConfig()
+    config.data = DataConfig(name="folder", root=str(tmp_path / "moved away"), val_fraction=0.2)
+    before = {"classes": json.dumps(["class0", "class1"]), "fingerprint": json.dumps("that of other images")}
+    trained = Trained(FoundWeights(tmp_path, None, ""), {}, before, config, ["class0", "class1"])
+    assert len(trained.open_split(split, str(make_classes(2)))) == total
+
+
 def test_the_outcome_of_every_image_is_written_next_to_the_result(copy, logged, tmp_path):
     """The file agrees with the counts and with training's own, however the images are split into batches."""
     run(ckpt=copy, batch_size=7, output=tmp_path / "x.json")
