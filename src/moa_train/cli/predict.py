@@ -1,6 +1,7 @@
 """moa-predict: predict the classes of image files, and explain the predictions."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,8 @@ def predict(config: PredictConfig, overrides: list[str]) -> int:
         raise UserError(f"explain_window={config.explain_window} must be [row,column].")
     from moa_train.data.paths import find_images
 
-    paths = find_images(config.input, sys.stdin)
+    # as bytes, because names of files need not be valid UTF-8
+    paths = find_images(config.input, map(os.fsdecode, sys.stdin.buffer) if config.input == "-" else ())
     from moa_train.assembly.predictor import Predictor
     from moa_train.assembly.process import set_up_process
     from moa_train.assembly.trained import Trained
