@@ -224,7 +224,8 @@ def test_find_images(tmp_path):
     (tmp_path / "linked").mkdir()
     for name, target in {"sub": "../sub", "up": "..", "photo.png": "../a.png"}.items():
         (tmp_path / "linked" / name).symlink_to(target)
-    assert find_images(f"{tmp_path / 'linked'}/") == [str(tmp_path / "linked" / name) for name in ("photo.png", "sub/c.tiff")]
+    linked = [str(tmp_path / "linked" / name) for name in ("photo.png", "sub/c.tiff")]
+    assert find_images(f"{tmp_path / 'linked'}/") == linked
     (tmp_path / "x[1].png").write_bytes(b"")
     assert find_images(str(tmp_path / "x[1].png")) == [str(tmp_path / "x[1].png")]
     assert find_images("-", ["a b.png\n", "\n", "c.png\r\n"]) == ["a b.png", "c.png"]

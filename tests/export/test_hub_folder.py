@@ -134,7 +134,9 @@ def test_timm_loads_the_folder(tiny, export, tmp_path, architecture, model, caps
     again = timm.create_model(architecture, checkpoint_path=tmp_path / "hub" / "model.safetensors", **settings).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(images), theirs(images))
-    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    used = timm.data.resolve_data_config(model=theirs, use_test_size=True)
+    assert (used["input_size"], used["crop_pct"], used["crop_mode"]) == ((3, 32, 32), 1.0, "center")
+    assert not {"tag", "paper_ids", "origin_url", "url"} & set(config["pretrained_cfg"])
     assert config["label_names"] == [str(digit) for digit in range(10)]
     found = evaluation(tmp_path / "hub", tmp_path / "x.json", capsys)
     assert found["total"] == 359

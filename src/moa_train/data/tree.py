@@ -100,7 +100,7 @@ def scan(root: Path) -> ClassTree:
                 files.append(os.fsencode(path))
                 found += 1
             elif kind == "system":
-                raise UserError(f"{root / path}: this folder is not part of a data set. Delete it or move it elsewhere.")
+                raise UserError(f"{root / path}: this folder is not part of a data set. Delete or move it.")
             else:
                 others += 1
                 broken += [str(root / path)] if kind == "broken" else []
@@ -136,7 +136,7 @@ def class_folders(root: Path) -> list[str]:
 
 
 def _images(root: Path, folder: str, above: list[tuple[int, int]]) -> Iterator[tuple[str, str]]:
-    """Yield (path, kind) of the files in a folder, then of those in its subfolders; kind: image, other, broken or system.
+    """Yield (path, kind) of the files in a folder, then in its subfolders. Kind: image, other, broken or system.
 
     Args:
         root: folder that the paths are relative to.
