@@ -16,7 +16,7 @@ from PIL import Image
 import moa_train
 from moa_train.assembly.evaluation import build_evaluation
 from moa_train.assembly.trained import Trained
-from moa_train.cli.predict import predict
+from moa_train.cli.predict import _Explainer, predict
 from moa_train.data.paths import find_images
 from moa_train.engine.predictions import Recorder
 from moa_train.report.rows import open_rows
@@ -179,6 +179,19 @@ def test_explanations_are_pictures(straight, tmp_path, capsys):
         run(capsys, **options, explain_class="33")
 
 
+def test_class_maps_are_computed_in_parts(straight, tmp_path, monkeypatch):
+    """A backward pass over a whole evaluation batch needs too much memory."""
+    for number in range(3):
+        Image.effect_noise((8, 8), 50).save(tmp_path / f"{number}.png")
+    predictor, sizes = moa_train.load(straight, device="cpu"), []
+    (batch,) = predictor.batches(find_images(str(tmp_path)), processes=0)
+    predictor.model.register_forward_pre_hook(lambda _, images: sizes.append(len(images[0])))
+    monkeypatch.setattr("moa_train.cli.predict.MAPS", 2)
+    _Explainer(PredictConfig(explain=str(tmp_path / "out"), explain_checks=0), predictor)(batch)
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert max(sizes) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -203,15 +216,21 @@ def test_errors(straight, tmp_path, capsys, options, message):
 
 
 def test_images_of_the_library_that_are_none(straight):
+    good, file = Image.effect_noise((40, 40), 50), io.BytesIO()
+    good.save(file, "PNG")
+    truncated = Image.open(io.BytesIO(file.getvalue()[:600]))
     predictor = moa_train.load(straight, device="cpu")
     for image, message in (
         (3, "int is not an image"),
         (np.zeros((8, 8, 3)), r"type float64 and the shape \(8, 8, 3\). Give uint8 .* \(H, W, 3\)"),
         (torch.zeros(8, 8, 3, dtype=torch.uint8), r"\(8, 8, 3\). Give uint8 values from 0 to 255 of shape \(3, H, W\)"),
         ("missing.png", "missing.png: unreadable image"),
+        (truncated, "The image cannot be decoded: .*truncated"),
     ):
         with pytest.raises(UserError, match=message):
             predictor.predict(image)
+        with pytest.raises(UserError, match=rf"images\[1\]: .*{message}"):
+            predictor.predict([good, image])
     assert predictor.predict([]) == []
 
 
