@@ -111,7 +111,7 @@ class Trained:
 
     def _check_held_out(self, root: str | None) -> None:
         """Check that the validation split was held out of the images that the weights were trained on."""
-        names = {"classes", "fingerprint", "counts"} & set(self.metadata)
+        names = {"classes", "fingerprint", "names", "counts"} & set(self.metadata)
         before: dict[str, Any] = {name: json.loads(self.metadata[name]) for name in names}
         if "fingerprint" not in before and self.found.checkpoint is not None:  # written by an older version
             before = self.found.checkpoint.state
