@@ -56,6 +56,7 @@ def test_the_header_has_preprocessing_and_classes(exported):
         header = {name: json.loads(value) for name, value in file.metadata().items()}
     assert header["preprocessing"]["size"] == [32, 32]
     assert len(header["preprocessing"]["mean"]) == 3
+    assert "orientation tags of image files are ignored" in header["preprocessing"]["decode"]
     assert header["classes"] == [str(digit) for digit in range(10)]
     assert len(header["test_vectors"]) == 3
 
