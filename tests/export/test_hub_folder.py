@@ -117,7 +117,7 @@ def random_weights(tiny, path, **model) -> RunConfig:
 def test_timm_loads_the_folder(tiny, export, tmp_path, architecture, model, capsys):
     timm = pytest.importorskip("timm")
     model = {"dropout": 0.0, "drop_path": 0.0, **model}
-    random_weights(tiny, tmp_path / "x.safetensors", **model)
+    run = random_weights(tiny, tmp_path / "x.safetensors", **model)
     report = export(ckpt=tmp_path / "x.safetensors", format="hub", license="mit", output=tmp_path / "hub", images=32)
     assert report["timm"] == architecture
     images = torch.randn(2, 3, 32, 32)
@@ -141,3 +141,6 @@ def test_timm_loads_the_folder(tiny, export, tmp_path, architecture, model, caps
     assert config["label_names"] == [str(digit) for digit in range(10)]
     found = evaluation(tmp_path / "hub", tmp_path / "x.json", capsys)
     assert found["total"] == 359
+    if run.model.name == "timm":  # a model for larger images and other classes starts from them
+        run.model.args["pretrained"] = str(tmp_path / "hub" / "model.safetensors")
+        create_model(run.model, image_size=(64, 64), num_classes=7).load_pretrained()
