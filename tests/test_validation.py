@@ -89,6 +89,10 @@ def test_the_defaults_are_valid():
         ({"runtime__seed": 2**31}, ["runtime.seed=2147483648", "<= 2147483647"]),
         ({"runtime__precision": "bf8"}, ["runtime.precision=bf8", "'bf16'"]),
         ({"resume": "a", "init": "b"}, ["resume", "init", "only one of the two"]),
+        (
+            {"model__name": "timm", "model__variant": "test_vit", "model__args": {"pretrained": "a"}, "init": "b"},
+            ["init and model.args.pretrained", "only one of the two"],
+        ),
         ({"resume": "a", "run_dir": "b"}, ["resume=a continues the run in its own folder", "run_dir=b"]),
         ({"resume": "auto"}, ["resume=auto", "run_dir=FOLDER"]),
         ({"runtime__compile": "block"}, ["runtime.compile=block", "'blocks'", "auto, blocks, model, false"]),

@@ -549,7 +549,9 @@ class EvalConfig(WeightsConfig):
         "views whose probabilities are averaged; flip: the image and its mirror image; crops: also four corner crops",
         options=("none", "flip", "crops"),
     )
-    report: bool = knob(False, "also write report-SPLIT.html and report-SPLIT.json next to the result")
+    report: bool = knob(
+        False, "also write report-SPLIT.html and .json next to the result; with output=NAME.json: NAME-report.html"
+    )
     robustness: list[str] = knob(
         [],
         "evaluate on shifted images instead, and write robustness-SPLIT.html and .json. corruptions: computed from the "

@@ -90,6 +90,8 @@ def _broken_rules(config: RunConfig) -> Iterator[str]:
         )
     if config.resume not in (None, "auto") and config.init:
         yield "resume continues a run, and init starts a new run from weights. Give only one of the two."
+    if config.init and config.model.name == "timm" and config.model.args.get("pretrained"):
+        yield "init and model.args.pretrained both name the weights to start from. Give only one of the two."
     if config.init_head != "strict" and not config.init:
         yield f"init_head={config.init_head} requires init=WEIGHTS, the weights to start from."
     if config.replay is not None and config.resume in (None, "auto"):

@@ -2,15 +2,19 @@
 
 import contextlib
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from moa_train.assembly.checks import check_config, fill_micro_batch_size
+from moa_train.assembly.checks import check_config, check_same_data, fill_micro_batch_size, training_record
 from moa_train.assembly.run import build_run
+from moa_train.data.dataset import open_split
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals
+from moa_train.schema import DataConfig
 
 
 @pytest.mark.parametrize(
@@ -70,3 +74,20 @@ def test_a_batch_is_not_larger_than_an_epoch(tiny, tmp_path, images, batch_size,
         most, good = map(int, re.findall(r"largest size is engine\.batch_size=(\d+); .* use (\d+)\.", said)[0])
         assert 1 <= good <= most == images * repeats < batch_size
         assert f"engine.batch_size={batch_size}, but there are only {images} training images" in said
+
+
+def test_training_files_are_compared_without_those_that_are_held_out(make_classes):
+    root = make_classes(2)
+    shutil.rmtree(root / "val")
+    config = DataConfig(name="folder", root=str(root), val_fraction=0.3, hold_out="name")
+    before, held = training_record(open_split(config, "train")), open_split(config, "val")
+    of_an_earlier_version = {name: value for name, value in before.items() if name != "names"}
+    check_same_data(of_an_earlier_version, before)
+    Path(held.name(0)).unlink()
+    now = training_record(open_split(config, "train"))
+    check_same_data(before, now)
+    with pytest.raises(UserError, match="The training images are not those of the checkpoint"):
+        check_same_data(of_an_earlier_version, now)
+    Path(open_split(config, "train").name(0)).unlink()
+    with pytest.raises(UserError, match=r"added, removed, renamed or relabeled \(class0: \d+ -> \d+ images\)"):
+        check_same_data(before, training_record(open_split(config, "train")))

@@ -14,7 +14,9 @@ from moa_train.assembly.commands import command
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.nonfinite import RollBack
 from moa_train.runs.folder import status
+from moa_train.runtime import faults
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.signals import Exit
 from moa_train.tracking.jsonl import read_rows
 
 RESNET = {
@@ -90,6 +92,22 @@ def test_a_run_that_continues_is_not_finished(train, tmp_path, monkeypatch):
     assert train(tmp_path / "run", resume=True) == 0
     assert seen == ["running"]
     assert status(tmp_path / "run") == "finished"
+
+
+def test_unreadable_images_are_listed_after_a_stop(train, make_classes, tmp_path):
+    root, run = make_classes(2), tmp_path / "run"
+    victims = [next((root / "train" / name).iterdir()) for name in ("class0", "class1")]
+    for victim in victims:
+        victim.write_text("no image")
+    data = {"data__name": "folder", "data__root": root, "data__val_fraction": 0, "data__limit": "null"}
+    data |= {"data__image_size": 8, "data__workers": 0, "data__unreadable": "quarantine"}
+    faults.arm({"MOA_TRAIN_FAULTS": "step.loss=term@2"})
+    try:
+        code = train(run, **data, engine__batch_size=26)  # a step draws all images
+    finally:
+        faults.arm({})
+    assert code == Exit.STOPPED
+    assert all(str(victim) in (run / "unreadable.txt").read_text() for victim in victims)
 
 
 def test_a_rollback_releases_the_discarded_run(train, tmp_path, monkeypatch):

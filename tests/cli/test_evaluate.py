@@ -196,19 +196,28 @@ def test_evaluation_never_downloads_data(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("split", "total"), [("test", 8), ("val", 6), ("train", 26)])
+def test_a_root_with_its_own_validation_split_needs_no_held_out_one(make_classes, tmp_path, split, total):
+    config = RunConfig()
+    config.data = DataConfig(name="folder", root=str(tmp_path / "moved away"), val_fraction=0.2)
+    before = {"classes": json.dumps(["class0", "class1"]), "fingerprint": json.dumps("that of other images")}
+    trained = Trained(FoundWeights(tmp_path, None, ""), {}, before, config, ["class0", "class1"])
+    assert len(trained.open_split(split, str(make_classes(2)))) == total
+
+
 def test_the_outcome_of_every_image_is_written_next_to_the_result(copy, logged, tmp_path):
     """The file agrees with the counts and with training's own, however the images are split into batches."""
     run(ckpt=copy, batch_size=7, output=tmp_path / "x.json")
-    before, now = Outcomes.read(copy / "predictions-test.npz"), Outcomes.read(tmp_path / "predictions-test.npz")
+    before, now = Outcomes.read(copy / "predictions-test.npz"), Outcomes.read(tmp_path / "x-predictions.npz")
     assert (before.rank == now.rank).all()
     assert (before.rank < 1).sum() == logged["test"]["top1_count"]
     assert (before.rank < 5).sum() == logged["test"]["top5_count"]
     assert -before.log_probability.mean(dtype=float) == pytest.approx(logged["test"]["loss"], rel=1e-6)
     assert ((before.top[:, 0] == before.labels) == (before.rank == 0)).all()
     assert before.fingerprint == now.fingerprint
-    (tmp_path / "predictions-test.npz").write_bytes(b"no archive")
+    (tmp_path / "x-predictions.npz").write_bytes(b"no archive")
     with pytest.raises(UserError, match="cannot be read"):
-        Outcomes.read(tmp_path / "predictions-test.npz")
+        Outcomes.read(tmp_path / "x-predictions.npz")
 
 
 @pytest.mark.parametrize("tta", ["flip", "crops"])
@@ -222,13 +231,16 @@ def test_averaging_over_views_is_recorded_and_changes_the_loss(copy, logged, tmp
 @pytest.mark.parametrize(("split", "weights"), [("test", "ema"), ("val", "model"), ("train", "ema")])
 def test_the_report_has_the_numbers_of_the_evaluation(copy, tmp_path, split, weights):
     found = run(ckpt=copy, split=split, weights=weights, report=True, output=tmp_path / "x.json")
-    report = json.loads((tmp_path / f"report-{split}.json").read_text())
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        *("x-predictions.npz", "x-report.html", "x-report.json", "x.json")
+    ]
+    report = json.loads((tmp_path / "x-report.json").read_text())
     assert {key: report[key]["count"] for key in ("top1", "top5")} == {
         key: found[f"{key}_count"] for key in ("top1", "top5")
     }
     assert report["loss"]["value"] == pytest.approx(found["loss"], rel=1e-6)
     assert (report["label_errors"] is None) == (split == "train")
-    html = (tmp_path / f"report-{split}.html").read_text()
+    html = (tmp_path / "x-report.html").read_text()
     assert f"{found['top1']:.2f}% top-1" in html
     assert ("trained on these images" in html) == (split == "train")
     assert "Training" in html

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 import moa_train
 from moa_train.assembly.evaluation import build_evaluation
 from moa_train.assembly.trained import Trained
-from moa_train.cli.predict import predict
+from moa_train.cli.predict import _Explainer, predict
 from moa_train.data.paths import find_images
 from moa_train.engine.predictions import Recorder
 from moa_train.report.rows import open_rows
@@ -100,23 +101,28 @@ def test_unreadable_files_do_not_change_other_predictions(folders, tree, tmp_pat
     bad, bomb = tmp_path / "no image.jpg", tmp_path / "bomb.png"
     bad.write_text("text")
     Image.new("1", (20000, 20000)).save(bomb)  # 400 million pixels in 50 kilobytes
+    foreign = tmp_path / "caf\udce9.jpg"  # not valid UTF-8
+    foreign.write_bytes(Path(paths[-1]).read_bytes())
     names = [paths[0], str(bad), *paths[1:], str(bomb), str(tmp_path / "missing\x1b.png")]
     (batch,) = moa_train.load(folders, device="cpu").batches(names, processes=0)
     assert batch.paths == paths
     torch.testing.assert_close(batch.logits, torch.from_numpy(evaluated(folders)), rtol=1e-5, atol=1e-6)
-    listing = "\n".join(names)
-    sys_stdin, sys.stdin = sys.stdin, io.StringIO(listing)
+    listing = "\n".join([*names, str(foreign)])
+    sys_stdin, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(os.fsencode(listing)))
     try:
         code, out, err = run(capsys, ckpt=str(folders), input="-", top=1)
     finally:
         sys.stdin = sys_stdin
     assert code == 2
-    assert len(out.splitlines()) == len(paths)
+    assert [line.rpartition("/")[2].split()[0] for line in out.splitlines()] == [
+        *(Path(path).name for path in paths),
+        "caf\\udce9.jpg",
+    ]
     assert "no image.jpg: unreadable image (not a valid file of a supported format" in err
     assert "20000 x 20000 pixels are more than data.max_pixels" in err
     assert "missing\\x1b.png: unreadable image" in err
     assert "\x1b" not in err
-    assert f"error: 3 of {len(names)} files are unreadable and were skipped." in err
+    assert f"error: 3 of {len(names) + 1} files are unreadable and were skipped." in err
 
 
 def test_formats_agree(folders, tree, capsys, tmp_path):
@@ -173,6 +179,19 @@ def test_explanations_are_pictures(straight, tmp_path, capsys):
         run(capsys, **options, explain_class="33")
 
 
+def test_class_maps_are_computed_in_parts(straight, tmp_path, monkeypatch):
+    """A backward pass over a whole evaluation batch needs too much memory."""
+    for number in range(3):
+        Image.effect_noise((8, 8), 50).save(tmp_path / f"{number}.png")
+    predictor, sizes = moa_train.load(straight, device="cpu"), []
+    (batch,) = predictor.batches(find_images(str(tmp_path)), processes=0)
+    predictor.model.register_forward_pre_hook(lambda _, images: sizes.append(len(images[0])))
+    monkeypatch.setattr("moa_train.cli.predict.MAPS", 2)
+    _Explainer(PredictConfig(explain=str(tmp_path / "out"), explain_checks=0), predictor)(batch)
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert max(sizes) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -197,29 +216,49 @@ def test_errors(straight, tmp_path, capsys, options, message):
 
 
 def test_images_of_the_library_that_are_none(straight):
+    good, file = Image.effect_noise((40, 40), 50), io.BytesIO()
+    good.save(file, "PNG")
+    truncated = Image.open(io.BytesIO(file.getvalue()[:600]))
     predictor = moa_train.load(straight, device="cpu")
     for image, message in (
         (3, "int is not an image"),
         (np.zeros((8, 8, 3)), r"type float64 and the shape \(8, 8, 3\). Give uint8 .* \(H, W, 3\)"),
         (torch.zeros(8, 8, 3, dtype=torch.uint8), r"\(8, 8, 3\). Give uint8 values from 0 to 255 of shape \(3, H, W\)"),
         ("missing.png", "missing.png: unreadable image"),
+        (truncated, "The image cannot be decoded: .*truncated"),
     ):
         with pytest.raises(UserError, match=message):
             predictor.predict(image)
+        with pytest.raises(UserError, match=rf"images\[1\]: .*{message}"):
+            predictor.predict([good, image])
     assert predictor.predict([]) == []
 
 
 def test_find_images(tmp_path):
-    for name in ("b.JPG", "a.png", "sub/c.tiff", ".hidden.png", ".git/d.png", "notes.txt"):
+    for name in ("b.JPG", "a.png", "sub/c.tiff", ".hidden.png", ".git/d.png", "notes.txt", "@eaDir/a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     assert find_images(str(tmp_path)) == [str(tmp_path / name) for name in ("a.png", "b.JPG", "sub/c.tiff")]
     assert find_images(f"{tmp_path}/**/*.t*") == [str(tmp_path / name) for name in ("notes.txt", "sub/c.tiff")]
+    (tmp_path / "linked").mkdir()
+    for name, target in {"sub": "../sub", "up": "..", "photo.png": "../a.png"}.items():
+        (tmp_path / "linked" / name).symlink_to(target)
+    linked = [str(tmp_path / "linked" / name) for name in ("photo.png", "sub/c.tiff")]
+    assert find_images(f"{tmp_path / 'linked'}/") == linked
     (tmp_path / "x[1].png").write_bytes(b"")
     assert find_images(str(tmp_path / "x[1].png")) == [str(tmp_path / "x[1].png")]
     assert find_images("-", ["a b.png\n", "\n", "c.png\r\n"]) == ["a b.png", "c.png"]
     with pytest.raises(UserError, match="Standard input contains no path"):
         find_images("-", [])
+
+
+def test_a_subfolder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(17):  # at last, the path is longer than the system accepts, which stops root as well
+        Path("d" * 250).mkdir()
+        monkeypatch.chdir("d" * 250)
+    with pytest.raises(UserError, match=r"input=.*: .*d cannot be read: File name too long"):
+        find_images(str(tmp_path))
 
 
 def test_importing_moa_train_is_cheap():

@@ -40,6 +40,7 @@ def test_what_is_no_image_is_left_out_and_counted(tmp_path: Path) -> None:
             "a/1.JPG",
             "a/deeper/2.Png",
             "a/deeper/3.jfif",
+            *("a/deeper/4.avif", "a/deeper/5.jp2", "a/deeper/6.J2K"),
             "a/.3.jpg",
             "a/notes.txt",
             "a/.cache/4.jpg",
@@ -49,7 +50,9 @@ def test_what_is_no_image_is_left_out_and_counted(tmp_path: Path) -> None:
         )
     )
     assert tree.classes == ["a"]
-    assert [tree.path(row).name for row in range(len(tree.files))] == ["1.JPG", "2.Png", "3.jfif"]
+    assert [tree.path(row).name for row in range(len(tree.files))] == [
+        *("1.JPG", "2.Png", "3.jfif", "4.avif", "5.jp2", "6.J2K")
+    ]
     assert tree.ignored == 4  # not looked into: hidden folders
 
 

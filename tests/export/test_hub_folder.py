@@ -56,6 +56,7 @@ def test_the_header_has_preprocessing_and_classes(exported):
         header = {name: json.loads(value) for name, value in file.metadata().items()}
     assert header["preprocessing"]["size"] == [32, 32]
     assert len(header["preprocessing"]["mean"]) == 3
+    assert "orientation tags of image files are ignored" in header["preprocessing"]["decode"]
     assert header["classes"] == [str(digit) for digit in range(10)]
     assert len(header["test_vectors"]) == 3
 
@@ -116,7 +117,7 @@ def random_weights(tiny, path, **model) -> RunConfig:
 def test_timm_loads_the_folder(tiny, export, tmp_path, architecture, model, capsys):
     timm = pytest.importorskip("timm")
     model = {"dropout": 0.0, "drop_path": 0.0, **model}
-    random_weights(tiny, tmp_path / "x.safetensors", **model)
+    run = random_weights(tiny, tmp_path / "x.safetensors", **model)
     report = export(ckpt=tmp_path / "x.safetensors", format="hub", license="mit", output=tmp_path / "hub", images=32)
     assert report["timm"] == architecture
     images = torch.randn(2, 3, 32, 32)
@@ -134,7 +135,12 @@ def test_timm_loads_the_folder(tiny, export, tmp_path, architecture, model, caps
     again = timm.create_model(architecture, checkpoint_path=tmp_path / "hub" / "model.safetensors", **settings).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(images), theirs(images))
-    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    used = timm.data.resolve_data_config(model=theirs, use_test_size=True)
+    assert (used["input_size"], used["crop_pct"], used["crop_mode"]) == ((3, 32, 32), 1.0, "center")
+    assert not {"tag", "paper_ids", "origin_url", "url"} & set(config["pretrained_cfg"])
     assert config["label_names"] == [str(digit) for digit in range(10)]
     found = evaluation(tmp_path / "hub", tmp_path / "x.json", capsys)
     assert found["total"] == 359
+    if run.model.name == "timm":  # a model for larger images and other classes starts from them
+        run.model.args["pretrained"] = str(tmp_path / "hub" / "model.safetensors")
+        create_model(run.model, image_size=(64, 64), num_classes=7).load_pretrained()

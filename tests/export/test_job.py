@@ -72,10 +72,10 @@ def test_one_wrong_answer_more_fails_the_export(learned, logged):
     first = int(np.flatnonzero(checked.ranks(logits) == 0)[0])
     logits[first, checked.labels[first]] -= 100
     count = logged["top1_count"]
-    with pytest.raises(
-        UserError, match=rf"classifies {count - 1} of 359 images correctly.*checkpoint {count};.* is 100"
-    ):
+    found = rf"classifies {count - 1} of 359 images correctly.*checkpoint {count};.* is 100"
+    with pytest.raises(UserError, match=found) as error:
         checked.agreement(logits)
+    assert "seed=, with a smaller images= if all" in str(error.value)  # a seed alone would draw the same images
 
 
 def test_images_are_drawn_by_seed_without_repetition(learned):

@@ -133,11 +133,14 @@ def of_files(best, export, make_classes, tmp_path_factory) -> Path:
     return folder / "x.onnx"
 
 
-@pytest.mark.parametrize("shape", [(50, 90), (90, 50), (33, 400)])
-def test_the_script_resizes_and_crops_as_an_evaluation(of_files, script, tmp_path, shape, monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "levels"),
+    [((50, 90, 3), np.uint8), ((90, 50, 3), np.uint8), ((33, 400, 3), np.uint8), ((50, 90), np.uint16)],
+)
+def test_the_script_resizes_and_crops_as_an_evaluation(of_files, script, tmp_path, shape, levels, monkeypatch):
     """The filters of Pillow and of moa-train differ only by rounding."""
-    pixels = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((shape[1] * 2, shape[0] * 2)).save(tmp_path / "x.png")
+    pixels = np.random.default_rng(1).integers(0, np.iinfo(levels).max, shape, dtype=levels, endpoint=True)
+    Image.fromarray(pixels.repeat(2, 0).repeat(2, 1)).save(tmp_path / "x.png")
     monkeypatch.setattr(sys, "argv", ["classify.py", str(of_files), str(tmp_path / "x.png")])
     ours = np.asarray(runpy.run_path(str(script))["image"]).astype(int)
     view = CenterCrop((32, 32), 0.8)

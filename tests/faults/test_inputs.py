@@ -221,6 +221,23 @@ def test_evaluation_never_replaces_an_image(tmp_path, data, draw, inject):
     assert str(victim) in said
 
 
+@pytest.mark.fault(13)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_unreadable_validation_image_costs_no_training(tmp_path, data, ranks, inject):
+    """All ranks save and exit. Without the file, the run continues, because it was held out of the training images."""
+    config, run = DataConfig(name="folder", root=str(data), val_fraction=0.3, hold_out="name"), tmp_path / "run"
+    victim = Path(open_split(config, "val").name(0))
+    spoil(victim, "truncated")
+    inject()
+    command = f"{FOLDER} data.root={data} data.val_fraction=0.3 engine.save_every='6 steps' run_dir={run}"
+    job = Job(command, tmp_path, ranks=ranks)
+    assert str(victim) in job.ended(2)
+    assert all(str(victim) in log.read_text() for log in job.logs)
+    assert CheckpointStore(run).newest().step == 3
+    victim.unlink()
+    Job(f"resume={run} engine.stop_after='4 steps'", tmp_path, ranks=ranks).ended(0)
+
+
 BROKEN = {
     "empty class": lambda root: [path.unlink() for path in (root / "train" / "digit1").iterdir()],
     "empty root": lambda root: shutil.rmtree(root / "train"),

@@ -61,6 +61,8 @@ def test_a_table_is_interpolated_around_its_center():
     assert finer[6, 3, 0] == 0
     assert finer[0, 0, 0] == table[0, 0, 0]
     assert torch.equal(resize_offsets(table, (7, 7), table.shape, (7, 7)), table)
+    assert torch.equal(resize_offsets(table, (7, 7), torch.Size([1, 7, 1]), (1, 7)), table[3:4])
+    assert torch.equal(resize_offsets(table, (7, 7), torch.Size([1, 1]), (1, 1)), table[3, 3:4])
 
 
 def test_a_resized_kernel_sees_the_same_constant():

@@ -173,13 +173,14 @@ def test_without_timm_the_error_says_how_to_install_it(model_config, monkeypatch
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_pretrained_weights_from_a_file(build, tmp_path, suffix):
+def test_pretrained_weights_from_a_file(build, tmp_path, suffix, monkeypatch):
     source = build("test_vit", image_size=(64, 64), num_classes=5)
     weights = source.net.state_dict()
     path = tmp_path / f"weights{suffix}"
     save_file(weights, path) if suffix == ".safetensors" else torch.save({"state_dict": weights}, path)
 
-    same = build("test_vit", image_size=(64, 64), num_classes=5, pretrained=path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    same = build("test_vit", image_size=(64, 64), num_classes=5, pretrained=f"~/{path.name}")
     same.load_pretrained()
     assert all(torch.equal(value, weights[name]) for name, value in same.net.state_dict().items())
 
@@ -198,6 +199,16 @@ def test_pretrained_weights_from_a_file(build, tmp_path, suffix):
         other.load_pretrained()
     with pytest.raises(UserError, match="nowhere"):
         build("test_vit", pretrained=tmp_path / f"nowhere{suffix}").load_pretrained()
+
+
+@pytest.mark.parametrize("variant", ["test_vit", "beit_base_patch16_224"])
+@pytest.mark.parametrize("name", ["patch_embed.proj.weight", "pos_embed", "weight"])
+def test_weights_that_timm_cannot_convert_are_errors(build, tmp_path, variant, name):
+    """Its conversions raise RuntimeError, IndexError, AttributeError and AssertionError for these."""
+    save_file({name: torch.zeros(3)}, tmp_path / "foreign.safetensors")
+    model = build(variant, kwargs={"depth": 1}, pretrained=tmp_path / "foreign.safetensors")
+    with pytest.raises(UserError, match=f"does not match model.variant={variant}"):
+        model.load_pretrained()
 
 
 @pytest.mark.parametrize(
@@ -229,6 +240,12 @@ def test_a_run_resumes_exactly_and_evaluates_after_its_pretrained_file_is_gone(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["total"] == 359
+
+
+def test_weights_of_another_image_size_need_the_conversion_of_timm(build):
+    weights = build("test_vit", image_size=(64, 64)).state_dict()
+    with pytest.raises(UserError, match=r"net\.pos_embed(?s:.*)format=hub .* give model\.args\.pretrained=FOLDER"):
+        load_weights(build("test_vit"), weights)
 
 
 def test_both_classifiers_of_a_distilled_model_are_renewed(build):

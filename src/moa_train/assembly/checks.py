@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from moa_train.data.fingerprint import fingerprint
 from moa_train.data.source import Source
 from moa_train.knobs import knobs
 from moa_train.model.registry import check_model
@@ -65,13 +66,16 @@ def training_record(train: Source) -> dict[str, Any]:
     """Return what checkpoints record about the training images, in JSON types."""
     counts = np.bincount(train.labels, minlength=len(train.classes)).tolist()
     record = {"classes": train.classes, "fingerprint": train.fingerprint, "counts": counts}
+    if not train.in_memory and train.files is not None:  # the fingerprint covers the files held out of train as well
+        record["names"] = fingerprint("", train.classes, train.labels, b"\0".join(train.files.tolist()))
     return {**record, "in_memory": train.in_memory}
 
 
 def check_same_data(before: dict[str, Any], now: dict[str, Any], remedy: str = "Start a new run with init=.") -> None:
     """Compare the training images that a checkpoint recorded, as `training_record` does, with those of this run.
 
-    The predictions of teachers are compared, too, if both have some.
+    If both have fingerprints of the training files alone, ``names``, these are compared. The predictions of teachers
+    are compared, too, if both have some.
 
     Raises:
         UserError: the classes, their order, the images or the predictions differ.
@@ -83,12 +87,13 @@ def check_same_data(before: dict[str, Any], now: dict[str, Any], remedy: str = "
             f"The checkpoint has {len(old)} classes and the data has {len(new)}; the first difference is class "
             f"{first}: {old[first : first + 1]} -> {new[first : first + 1]}. Use the data set it was trained on."
         )
-    if before["fingerprint"] != now["fingerprint"]:
+    key = "names" if "names" in before and "names" in now else "fingerprint"
+    if before[key] != now[key]:
         counts = zip(new, before.get("counts", now["counts"]), now["counts"], strict=True)
         changes = [f"{name}: {old} -> {new} images" for name, old, new in counts if old != new]
         raise UserError(
-            f"The training images are not those of the checkpoint (fingerprint {before['fingerprint']} -> "
-            f"{now['fingerprint']}): images were added, removed, renamed or relabeled"
+            f"The training images are not those of the checkpoint (fingerprint {before[key]} -> "
+            f"{now[key]}): images were added, removed, renamed or relabeled"
             + (f" ({'; '.join(changes[:5])}{'; ...' if len(changes) > 5 else ''})" if changes else "")
             + f". {remedy}"
         )

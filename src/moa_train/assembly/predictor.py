@@ -83,8 +83,15 @@ class Predictor:
     def logits(self, images: AnyImage | Sequence[AnyImage]) -> Tensor:
         """Return the logits of images: float32, (B, K), on the CPU. Arguments and errors as in `predict`."""
         many: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
+
+        def pixels(row: int) -> Tensor:
+            try:
+                return self.pixels(many[row])
+            except UserError as error:
+                raise UserError(f"images[{row}]: {error}") if many is images else error from error
+
         parts = [
-            self.forward(torch.stack([self.pixels(image) for image in many[start : start + self.batch_size]]))
+            self.forward(torch.stack([pixels(row) for row in range(start, min(start + self.batch_size, len(many)))]))
             for start in range(0, len(many), self.batch_size)
         ]
         return torch.cat([torch.empty(0, len(self.classes)), *parts])
@@ -95,7 +102,12 @@ class Predictor:
             path = Path(image)
             with reading(path):
                 return self._prepare(EncodedImage.of(path, self._decoding))
-        return self._prepare(_decoded(image, self._decoding))
+        try:
+            return self._prepare(_decoded(image, self._decoding))
+        except UserError:
+            raise
+        except Exception as error:  # the decoders of Pillow raise various errors
+            raise UserError(f"The image cannot be decoded: {str(error) or type(error).__name__}") from error
 
     def _prepare(self, image: EncodedImage) -> Tensor:
         return self._view(image, np.empty(0))

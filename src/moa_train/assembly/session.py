@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moa_train.assembly.commands import command
-from moa_train.assembly.outcome import report
+from moa_train.assembly.outcome import quarantined, report
 from moa_train.assembly.process import set_up_process
 from moa_train.assembly.run import Run, build_run
 from moa_train.assembly.run_dir import run_folder
@@ -57,6 +57,7 @@ def run_session(config: RunConfig, changed: list[str], stop: StopSignals) -> int
                 return train(run, distributed)
             except RollBack as request:
                 run.trainer.tracker.say(str(request))
+                quarantined(run, distributed)
                 rolled_back = request.with_traceback(None)  # its frames hold the discarded run
             except StopRequestedError as error:
                 newest, again = run.trainer.saved_step, command("moa-train", config, resume=config.run_dir)
@@ -83,7 +84,11 @@ def run_session(config: RunConfig, changed: list[str], stop: StopSignals) -> int
 
 def train(run: Run, distributed: Distributed) -> int:
     """Train until the end or a stop, print the outcome, and return the exit code."""
-    outcome = report(run, distributed) if run.trainer.fit() else None
+    outcome = None
+    if run.trainer.fit():
+        outcome = report(run, distributed)
+    else:
+        quarantined(run, distributed)  # the next session may not draw these images again
     if distributed.is_main:
         again = command("moa-train", run.config, resume=run.config.run_dir)
         stopped = f"Stopped at step {run.trainer.state.step}; saved. To resume: {again}"

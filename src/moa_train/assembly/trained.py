@@ -79,7 +79,8 @@ class Trained:
 
         Args:
             split: train, val or test.
-            root: folder of the data set, if it is not where it was during training.
+            root: folder of the data set, if it is not where it was during training. If it has its own validation
+                split, none is held out of its training images.
             workers: processes that decode image files (default: as in training).
 
         Raises:
@@ -89,6 +90,8 @@ class Trained:
         data = replace(self.config.data, download=False)  # never download on behalf of a weights file
         if root:
             data.root = root
+            if "val" in available_splits(replace(data, val_fraction=0.0)):  # its own, instead of a held-out part
+                data.val_fraction = 0.0
         if workers is not None:
             data.workers = workers
         splits, place = available_splits(data), create_dataset(data).root.absolute()
@@ -108,7 +111,7 @@ class Trained:
 
     def _check_held_out(self, root: str | None) -> None:
         """Check that the validation split was held out of the images that the weights were trained on."""
-        names = {"classes", "fingerprint", "counts"} & set(self.metadata)
+        names = {"classes", "fingerprint", "names", "counts"} & set(self.metadata)
         before: dict[str, Any] = {name: json.loads(self.metadata[name]) for name in names}
         if "fingerprint" not in before and self.found.checkpoint is not None:  # written by an older version
             before = self.found.checkpoint.state

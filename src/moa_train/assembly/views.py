@@ -40,8 +40,9 @@ class Views:
         """Plan the views.
 
         Args:
-            tta: as in ``EvalConfig``. The corner crops of files are those of the image that is resized as for the
-                usual center crop. Images in memory are padded instead, as with ``augment.crop=pad``.
+            tta: as in ``EvalConfig``. The crops of files are those of the central part, in the shape of the model's
+                input, of the image that is resized as for the usual center crop; all images of a batch need one size.
+                Images in memory are padded instead, as with ``augment.crop=pad``.
             config: of the run.
             source: images to evaluate.
 

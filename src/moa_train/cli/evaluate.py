@@ -117,9 +117,12 @@ def evaluate_split(
         usual = (config.weights, config.tta, config.precision) == ("auto", "none", None)
         own = usual and config.place().resolve() == trained.folder.resolve()
         own = own and _knows(trained.folder, source, config)
+        predicted, report = predictions_file(output.parent, config.split), output.parent / f"report-{config.split}"
+        if output.name != f"eval-{config.split}.json":  # several results may share a folder
+            predicted, report = (output.with_name(f"{output.stem}-{name}") for name in ("predictions.npz", "report"))
         if own or (config.output and output.parent.resolve() != trained.folder.resolve()):
             try:
-                outcomes.write(predictions_file(output.parent, config.split))
+                outcomes.write(predicted)
             except UserError as error:
                 print(error, file=sys.stderr)
         if predictions is not None:
@@ -127,7 +130,7 @@ def evaluate_split(
             from moa_train.report.evaluation import Evaluated
 
             evaluated = Evaluated(trained, run, config.split, config.tta, source, predictions, model)
-            html, _ = evaluated.write(output.parent / f"report-{config.split}", class_map)
+            html, _ = evaluated.write(report, class_map)
             print(f"Report: {html}", file=sys.stderr)
         print(f"{describe(result, config.split)}; {trained.found.description}", file=sys.stderr)
 

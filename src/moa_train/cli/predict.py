@@ -1,6 +1,7 @@
 """moa-predict: predict the classes of image files, and explain the predictions."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,9 @@ Examples:
   find photos -name '*.jpg' | moa-predict ckpt=weights.safetensors input=-
   moa-predict ckpt=outputs/RUN input=photos explain=pictures   class maps and attention, one PNG per image"""
 
+MAPS = 16
+"""Class maps computed at a time. Their backward passes need far more memory per image than predictions."""
+
 
 def predict(config: PredictConfig, overrides: list[str]) -> int:
     """Predict, write the predictions, and return the exit code."""
@@ -39,7 +43,8 @@ def predict(config: PredictConfig, overrides: list[str]) -> int:
         raise UserError(f"explain_window={config.explain_window} must be [row,column].")
     from moa_train.data.paths import find_images
 
-    paths = find_images(config.input, sys.stdin)
+    # as bytes, because names of files need not be valid UTF-8
+    paths = find_images(config.input, map(os.fsdecode, sys.stdin.buffer) if config.input == "-" else ())
     from moa_train.assembly.predictor import Predictor
     from moa_train.assembly.process import set_up_process
     from moa_train.assembly.trained import Trained
@@ -103,6 +108,8 @@ class _Explainer:
 
     def __call__(self, batch: "PredictedBatch") -> None:
         """Draw the images of a batch."""
+        import torch
+
         from moa_train.report.attention import attention_maps
         from moa_train.report.class_map import class_map, faithfulness
         from moa_train.report.explain import draw_explanation
@@ -114,7 +121,8 @@ class _Explainer:
         if config.explain_class is not None:
             chosen_B.fill_(predictor.classes.index(config.explain_class))
         x_BCHW = predictor.normalize(batch.images.to(predictor.precision.device))
-        maps_BHW = class_map(model, x_BCHW, chosen_B.to(x_BCHW.device))
+        parts = zip(x_BCHW.split(MAPS), chosen_B.to(x_BCHW.device).split(MAPS), strict=True)
+        maps_BHW = torch.cat([class_map(model, *part) for part in parts])
         left = min(len(batch.paths), max(0, config.explain_checks - self._count))
         if left:
             part = slice(0, left)

@@ -12,7 +12,7 @@ from torch import Tensor
 from moa_train.data.file_source import FileSource
 from moa_train.data.image import Decoding
 from moa_train.data.order import Draw, Indices
-from moa_train.data.tree import IMAGE_SUFFIXES, ClassTree
+from moa_train.data.tree import IMAGE_SUFFIXES, ClassTree, images_below
 from moa_train.data.view import View
 from moa_train.runtime.errors import UserError
 
@@ -49,19 +49,16 @@ def find_images(text: str, lines: Iterable[str] = ()) -> list[str]:
         lines: paths, one per line. Empty lines are skipped.
 
     Raises:
-        UserError: there is no such file or folder, or there are no images.
+        UserError: there is no such file or folder, a folder cannot be read, or there are no images.
     """
     if text == "-":
         paths = [path for line in lines if (path := line.rstrip("\r\n"))]
         return _some(paths, "Standard input contains no path. Write one path per line.")
     if Path(text).is_dir():
-        paths = [
-            str(Path(folder, name))
-            for folder, folders, names in os.walk(text)
-            if not _hide(folders)
-            for name in sorted(names)
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
-        ]
+        try:
+            paths = images_below(text)
+        except OSError as error:
+            raise UserError(f"input={text}: {error.filename} cannot be read: {error.strerror}. Fix that.") from error
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         return _some(paths, f"input={text} contains no image file. Images are recognized by suffix: {suffixes}.")
     if Path(text).exists() or not has_magic(text):
@@ -74,12 +71,6 @@ def find_images(text: str, lines: Iterable[str] = ()) -> list[str]:
     found = glob(text, recursive=True)  # noqa: PTH207 a Path would require a pattern relative to it
     paths = sorted(path for path in found if not Path(path).is_dir())
     return _some(paths, f"No file matches input={text}.")
-
-
-def _hide(folders: list[str]) -> bool:
-    """Sort the subfolders that `os.walk` visits next, without hidden ones. Return False."""
-    folders[:] = sorted(name for name in folders if not name.startswith("."))
-    return False
 
 
 def _some(paths: list[str], message: str) -> list[str]:

@@ -13,7 +13,12 @@ from moa_train.data.fingerprint import Labels, fingerprint
 from moa_train.runtime.errors import UserError
 from moa_train.schema import SPLITS
 
-IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".tif", ".tiff"])
+IMAGE_SUFFIXES = frozenset(
+    [
+        *(".jpg", ".jpeg", ".jfif", ".jp2", ".j2k", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".avif"),
+        *(".tif", ".tiff"),
+    ]
+)
 
 SYSTEM_FOLDERS = frozenset(
     ["@eaDir", "#recycle", "@Recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"]
@@ -94,6 +99,8 @@ def scan(root: Path) -> ClassTree:
             if kind == "image":
                 files.append(os.fsencode(path))
                 found += 1
+            elif kind == "system":
+                raise UserError(f"{root / path}: this folder is not part of a data set. Delete or move it.")
             else:
                 others += 1
                 broken += [str(root / path)] if kind == "broken" else []
@@ -105,6 +112,12 @@ def scan(root: Path) -> ClassTree:
         labels += [label] * found
         ignored += others
     return ClassTree(root, classes, np.array(files), np.array(labels, np.int64), ignored, broken)
+
+
+def images_below(folder: str) -> list[str]:
+    """Return the paths of the images in a folder and its subfolders, as `ClassTree` does."""
+    above = [_identity(parent) for parent in Path(folder).resolve().parents]
+    return [str(Path(path)) for path, kind in _images(Path(), folder, above) if kind == "image"]
 
 
 def scan_split(root: Path, split: str) -> ClassTree:
@@ -123,7 +136,7 @@ def class_folders(root: Path) -> list[str]:
 
 
 def _images(root: Path, folder: str, above: list[tuple[int, int]]) -> Iterator[tuple[str, str]]:
-    """Yield (path, kind) of the files in a folder, then of those in its subfolders; kind: image, other or broken.
+    """Yield (path, kind) of the files in a folder, then in its subfolders. Kind: image, other, broken or system.
 
     Args:
         root: folder that the paths are relative to.
@@ -139,8 +152,8 @@ def _images(root: Path, folder: str, above: list[tuple[int, int]]) -> Iterator[t
         path = f"{folder}/{entry.name}"
         if _is_folder(entry):
             if entry.name in SYSTEM_FOLDERS:
-                raise UserError(f"{entry.path}: this folder is not part of a data set. Delete it or move it elsewhere.")
-            if not entry.name.startswith("."):
+                yield path, "system"
+            elif not entry.name.startswith("."):
                 folders.append(path)
         elif _is_image(entry.name):
             yield path, "image"

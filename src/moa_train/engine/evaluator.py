@@ -13,7 +13,12 @@ from moa_train.interfaces import Batch, Batches, Metric
 from moa_train.runtime import faults
 from moa_train.runtime.device import copies_overlap
 from moa_train.runtime.distributed import Distributed
+from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopRequestedError
+
+
+class FailedEvaluationError(UserError):
+    """Report, on every rank, that a rank could not read its images."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +65,27 @@ def evaluate(
         stop: whether this rank was asked to stop; all ranks then stop together and the result is None.
         advance: called after each batch with the number of batches done and their total number.
         record: called with each batch on the device and its logits, float32, (B, K).
+
+    Raises:
+        FailedEvaluationError: an image cannot be read.
     """
     sums: dict[str, Tensor] = {}
-    samples, incomplete = 0, False
+    samples, incomplete, failure = 0, False, ""
     rounds = max(distributed.gather_objects(len(batches)))
     iterator = iter(batches)
     was_training = model.training
     model.eval()
     try:
         for done in range(1, rounds + 1):
-            if distributed.agree_any(stop()):
-                return None
+            if distributed.agree_any(stop() or failure != ""):
+                incomplete = True
+                break
             try:
                 batch = next(iterator, None)  # a rank may have one batch less than another
             except StopRequestedError:  # raised only if `stop` is True, which the other ranks learn in the next round
                 batch, iterator, incomplete = None, iter(()), True
+            except UserError as error:  # raised on all ranks below
+                batch, iterator, failure = None, iter(()), str(error)
             if batch is not None:
                 faults.point("evaluate.batch")
                 batch = batch.to(distributed.device, non_blocking=copies_overlap(distributed.device))
@@ -84,7 +95,10 @@ def evaluate(
             advance(done, rounds)
     finally:
         model.train(was_training)
-    shares = distributed.gather_objects([samples, {name: value.tolist() for name, value in sums.items()}, incomplete])
+    own = [samples, {name: value.tolist() for name, value in sums.items()}, incomplete, failure]
+    shares = distributed.gather_objects(own)
+    if failures := [share[3] for share in shares if share[3]]:
+        raise FailedEvaluationError(failures[0])
     if any(share[2] for share in shares):
         return None
     total = sum(share[0] for share in shares)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moa_train.engine.checkpoint import CheckpointStore
-from moa_train.engine.evaluator import Evaluation
+from moa_train.engine.evaluator import Evaluation, FailedEvaluationError
 from moa_train.engine.nonfinite import NonFinitePolicy
 from moa_train.engine.plan import Plan
 from moa_train.engine.prefetch import Prefetcher
@@ -94,7 +94,11 @@ class Trainer:
                     self._log(lr)  # the host waits for the device here, and not in other steps
                 self.store.poll()  # raises if a background save has failed
                 self.stopping = self._stop_requested()
-                is_best = self._evaluate_if_due()
+                try:
+                    is_best = self._evaluate_if_due()
+                except FailedEvaluationError:
+                    self.save()
+                    raise
                 if self.stopping or is_best or plan.saves(state.step):
                     self.save(is_best)
         self.distributed.barrier()  # from here on, every rank may read the last checkpoint

@@ -26,6 +26,9 @@ from moa_train.schema import ExportConfig
 from moa_train.serialization import to_dict
 from moa_train.tracking.provenance import reproduce
 
+OF_OTHER_WEIGHTS = ("test_", "paper_", "tag", "url", "origin_url", "hf_hub", "file", "source", "notes", "description")
+"""Prefixes of the entries of ``pretrained_cfg`` that describe timm's own weights of the architecture."""
+
 
 def check(config: ExportConfig) -> None:
     """Raise `UserError` if the license is missing."""
@@ -93,6 +96,7 @@ def timm_config(subject: Subject, model: Any, path: Path) -> dict[str, Any]:
         "mean": list(preprocessing.mean),
         "std": list(preprocessing.std),
         "crop_pct": preprocessing.size[0] / preprocessing.cover[0],
+        "crop_mode": "center",
         "interpolation": "bicubic",
         "license": subject.config.license,
     }
@@ -104,6 +108,8 @@ def timm_config(subject: Subject, model: Any, path: Path) -> dict[str, Any]:
     }
     save_config_for_hf(model, str(path / "config.json"), model_config=settings)
     result: dict[str, Any] = json.loads((path / "config.json").read_text())
+    for key in [key for key in result["pretrained_cfg"] if key.startswith(OF_OTHER_WEIGHTS)]:
+        del result["pretrained_cfg"][key]
     return result
 
 

@@ -61,6 +61,7 @@ class Preprocessing:
         """Return the preprocessing in JSON types, with a description in words."""
         return {
             "input": "uint8, (batch, height, width, 3), RGB",
+            "decode": "orientation tags of image files are ignored; 16-bit gray is scaled to 8 bits",
             "resize": "bicubic with antialiasing, keeping the aspect ratio, so that the image just covers `cover`; "
             "then cut out the center of size `size`",
             "normalize": "inside the file: (x / 255 - mean) / std",
@@ -176,7 +177,8 @@ class Subject:
                 f"The exported model classifies {now['top1_count']} of {now['total']} images correctly, but the "
                 f"checkpoint {before['top1_count']}; the largest difference between logits is {difference:.3g}. "
                 "Nothing was written. If the logits differ only by rounding, the order of two nearly equal ones may "
-                "have changed: try another seed=. A larger difference is a bug in the exporter or in a library."
+                "have changed: try another seed=, with a smaller images= if all images of the split were used. A "
+                "larger difference is a bug in the exporter or in a library."
             )
         changed = int((logits.argmax(1) != self.reference.argmax(1)).sum())
         return {**now, "different_answers": changed, "largest_difference": difference}

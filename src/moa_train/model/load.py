@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moa_train.model.timm_door import TimmModel
 from moa_train.runtime.errors import UserError
 
 SHOWN = 20  # mismatches listed in an error
@@ -110,6 +111,9 @@ def resize_offsets(table: Tensor, old: tuple[int, int], shape: torch.Size, new: 
     if math.prod(old) * table.shape[-1] != table.numel():
         return table
     grid_1NRR = table.view(*old, -1).permute(2, 0, 1)[None]
+    for axis, (length, wanted) in enumerate(zip(old, new, strict=True), start=2):
+        if wanted == 1:  # offset 0, where align_corners would take the border
+            grid_1NRR = grid_1NRR.narrow(axis, length // 2, 1)
     resized_1NRR = F.interpolate(grid_1NRR.double(), size=new, mode="bicubic", align_corners=True)
     return resized_1NRR[0].permute(1, 2, 0).reshape(shape).to(table.dtype)
 
@@ -142,4 +146,9 @@ def _mismatch(problems: list[str], model: Any, head: str) -> str:
     hint = ""
     if head == "strict" and any(f" {name}." in problem for problem in problems for name in model.head_names):
         hint = "\nThe classifier differs. init_head=new reinitializes it."
+    if isinstance(model, TimmModel) and any(problem.startswith("different: ") for problem in problems):
+        hint += (
+            "\nIf only the image size differs, timm can resize the weights: run moa-export format=hub on them, and "
+            "give model.args.pretrained=FOLDER/model.safetensors instead of init=."
+        )
     return f"The weights do not match the model in {len(problems)} entries:{lines}{more}{hint}"

@@ -114,7 +114,17 @@ class TimmModel(Classifier, nn.Module):
         """
         if self.pretrained is None:
             return
-        weights, own = read_weights(Path(self.pretrained)), self.net.state_dict()
+        weights, own = read_weights(Path(self.pretrained).expanduser()), self.net.state_dict()
+        try:
+            self.net.load_state_dict(self._converted(weights, own))
+        except Exception as error:  # the conversions of timm raise various exceptions for foreign weights
+            raise UserError(
+                f"model.args.pretrained={self.pretrained} does not match model.variant={self.variant}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _converted(self, weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a file's weights as timm converts them, with this model's own classifier if the sizes differ."""
         # timm converts once more below, which changes nothing. Before, the file's head can have another name.
         convert = getattr(sys.modules[type(self.net).__module__], "checkpoint_filter_fn", None)
         weights = dict(convert(weights, self.net)) if convert is not None else weights
@@ -124,13 +134,9 @@ class TimmModel(Classifier, nn.Module):
                 if given is None or given.shape != value.shape:
                     weights[name] = value
         source = {"state_dict": weights, "source": "", "label_offset": 0, "num_classes": self.arguments["num_classes"]}
-        try:
-            loaded = create(self.variant, self.arguments, pretrained=True, pretrained_cfg_overlay=source)
-        except (RuntimeError, LookupError, ValueError) as error:
-            raise UserError(
-                f"model.args.pretrained={self.pretrained} does not match model.variant={self.variant}: {error}"
-            ) from error
-        self.net.load_state_dict(loaded.state_dict())
+        loaded = create(self.variant, self.arguments, pretrained=True, pretrained_cfg_overlay=source)
+        state: dict[str, Tensor] = loaded.state_dict()
+        return state
 
 
 def create(variant: str, arguments: dict[str, Any], **pretrained: Any) -> Any:
