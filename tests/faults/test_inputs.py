@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -509,15 +510,24 @@ def test_ranks_with_other_configurations_name_the_difference(tmp_path, own, inje
 
 
 @pytest.mark.fault(16)
-def test_ranks_that_find_other_checkpoints_name_them(tmp_path, whole, whole_pair, inject):
-    """On machines without a common folder, where each has a checkpoint of that step, but of another run."""
-    for place, run in (("a", whole), ("b", whole_pair)):
-        shutil.copytree(run, tmp_path / place / "run", symlinks=True)
+@pytest.mark.parametrize("begun", ["no", "on rank 0", "on both ranks"])
+def test_ranks_without_a_common_run_folder_do_not_start(tmp_path, whole, whole_pair, begun, inject):
+    """On machines without shared storage, which may hold different checkpoints or none."""
     places = [tmp_path / "a", tmp_path / "b"]
-    job = Job(f"{TINY} run_dir=run resume=auto", tmp_path, ranks=2, places=places)
+    for number, (place, run) in enumerate(zip(places, (whole, whole_pair), strict=True)):
+        place.mkdir()
+        if number < ["no", "on rank 0", "on both ranks"].index(begun):
+            shutil.copytree(run, place / "run", symlinks=True)
+    before = list(files(tmp_path))
+    job = Job(f"{TINY} run_dir=run resume=auto runtime.timeout=10", tmp_path, ranks=2, places=places)
     inject()
     said = job.ended(2)
-    assert "The ranks differ in the files of run/checkpoints/step-00000018" in said
+    for log in job.logs:
+        assert f"run_dir: rank 1 ({socket.gethostname()}) cannot read what rank 0" in log.read_text()
+        assert "must be on storage that all machines share" in log.read_text()
+    assert "Traceback" not in said
+    assert [entry for entry in files(tmp_path) if not entry[0].endswith(".txt")] == before
+    assert (places[0] / "run" / ".lock").exists()
 
 
 @pytest.mark.fault(17)
