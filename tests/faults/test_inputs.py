@@ -530,6 +530,27 @@ def test_ranks_without_a_common_run_folder_do_not_start(tmp_path, whole, whole_p
     assert (places[0] / "run" / ".lock").exists()
 
 
+@pytest.mark.fault(16)
+def test_ranks_with_other_images_say_how_many_each_has(tmp_path, tree, inject):
+    """On machines whose copies of the data differ: in a training, and in an evaluation."""
+    places = [tmp_path / "a", tmp_path / "b"]
+    for place in places:
+        shutil.copytree(tree, place / "data")
+    command = f"{FOLDER} data.root=data data.workers=0 run_dir={tmp_path / 'run'}"
+    Job(command, tmp_path, ranks=2, places=places).ended(0)
+    for split in ("train", "test"):
+        next((places[1] / "data" / split / "digit1").iterdir()).unlink()
+    inject(2)
+    job = Job(command.replace("/run", "/other"), tmp_path, ranks=2, places=places)
+    said = job.ended(2)
+    assert "The ranks differ in their images" in said
+    assert "train.images: 40 on rank 0; 39 on rank 1" in job.logs[1].read_text()
+    assert not list((tmp_path / "other").rglob("step-*"))
+    said = Job(f"ckpt={tmp_path / 'run'}", tmp_path, ranks=2, places=places, module=EVALUATE).ended(2)
+    assert "test.images: 61 on rank 0; 60 on rank 1" in said
+    assert "Every machine needs the same data" in said
+
+
 @pytest.mark.fault(17)
 def test_of_two_runs_on_one_folder_one_goes_on(tmp_path, whole, inject):
     run = tmp_path / "run"

@@ -18,7 +18,7 @@ from moa_train.assembly.checks import (
 from moa_train.assembly.choices import Choices, apply, choose
 from moa_train.assembly.commands import command
 from moa_train.assembly.evaluation import build_validation, measurement
-from moa_train.assembly.inputs import build_train_loader, open_splits, validation_split
+from moa_train.assembly.inputs import build_train_loader, check_same_images, open_splits, validation_split
 from moa_train.assembly.process import adaptive_threads
 from moa_train.assembly.timeline import build_plan, build_schedule
 from moa_train.assembly.training import build_state, build_train_step
@@ -83,12 +83,18 @@ def build_run(
     precision = Precision.resolve(config.runtime.precision, distributed.device)
 
     sources, choice = open_splits(config, distributed)
+    check_same_images(sources, distributed)
     train = sources["train"]
     check_batch_size(config, len(train))
     distill = config.distill
     teachers = None
     if distill.teachers:
         teachers = Teachers.open(distill.teachers, distill.weight, train.classes, train.fingerprint)
+        distributed.check_same(
+            "the predictions of distill.teachers",
+            teachers.fingerprint,
+            "Every machine needs the same copies of the teachers' runs.",
+        )
 
     length = len(train) * config.augment.repeats
     schedule, to_steps = build_schedule(config, length)
