@@ -35,6 +35,7 @@ from moa_train.data.loader import TrainLoader
 from moa_train.data.order import Order
 from moa_train.data.view import RandomResizedCrop
 from moa_train.engine.checkpoint import CheckpointStore
+from moa_train.engine.predictions import Outcomes
 from moa_train.schema import DataConfig
 
 FOLDER = (
@@ -549,6 +550,23 @@ def test_ranks_with_other_images_say_how_many_each_has(tmp_path, tree, inject):
     said = Job(f"ckpt={tmp_path / 'run'}", tmp_path, ranks=2, places=places, module=EVALUATE).ended(2)
     assert "test.images: 61 on rank 0; 60 on rank 1" in said
     assert "Every machine needs the same data" in said
+
+
+@pytest.mark.fault(16)
+def test_ranks_with_other_predictions_of_a_teacher_do_not_start(tmp_path, tree, inject):
+    places = [tmp_path / "a", tmp_path / "b"]
+    source = open_split(DataConfig(name="folder", root=str(tree), image_size=16), "train")
+    rank, top = np.zeros_like(source.labels), source.labels[:, None]
+    for certainty, place in zip((0.9, 0.8), places, strict=True):
+        (place / "teacher").mkdir(parents=True)
+        logs = np.full(len(source), np.log(certainty), np.float32)
+        outcomes = Outcomes.of(source, source.labels, rank, logs, top, logs[:, None])
+        outcomes.write(place / "teacher" / "predictions-train.npz")
+    inject()
+    command = f"{FOLDER} data.root={tree} distill.teachers=[teacher] run_dir={tmp_path / 'run'}"
+    said = Job(command, tmp_path, ranks=2, places=places).ended(2)
+    assert "The ranks differ in the predictions of distill.teachers" in said
+    assert not list((tmp_path / "run").rglob("step-*"))
 
 
 @pytest.mark.fault(17)
