@@ -34,6 +34,7 @@ from moa_train.engine.plan import Plan
 from moa_train.engine.ratios import UpdateRatios
 from moa_train.engine.state import TrainState, check_form
 from moa_train.engine.step import TrainStep
+from moa_train.engine.tensorfile import CheckpointError, UnreadableError
 from moa_train.engine.trainer import Trainer
 from moa_train.plugins import LOGGERS, short_name
 from moa_train.runtime.distributed import Distributed
@@ -115,10 +116,11 @@ def build_run(
     record["teachers"] = teachers.fingerprint if teachers else None
     record["measured"] = measurement(config, choice, sources)
     starts: list[dict[str, Any]] = []
-    restarted = None
+    restarted = lost = None
     if newest is not None:
         starts, before = _restore(state, store.at(newest), record, distributed)
         restarted = _reset_best(state, before, record["measured"], sources)
+        lost = _replace_lost_best(state, store, distributed)
     if rolled_back is not None:
         state.nonfinite, state.lr_factor = rolled_back.nonfinite, rolled_back.lr_factor
     record["origin"] = [*starts, {**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}]
@@ -139,8 +141,8 @@ def build_run(
     if config.replay is None:
         tracker = _build_tracker(config, run_dir, plan, state.step, distributed, remeasured=restarted is not None)
     threads.say = tracker.say
-    if restarted:
-        tracker.say(restarted)
+    for message in filter(None, (restarted, lost)):
+        tracker.say(message)
     if state.step == 0 and config.tracking.images and distributed.is_main:
         _show_inputs(train_step, tracker, config, train.classes)
     if config.tracking.ratios:
@@ -218,6 +220,27 @@ def _reset_best(
         f"at step {best['step']}) was measured differently: {changed}. "
         f"The checkpoint of step {best['step']} is kept."
     )
+
+
+def _replace_lost_best(state: TrainState, store: CheckpointStore, distributed: Distributed) -> str | None:
+    """Replace the best score if its checkpoint is lost, because no later one might reach it, and return a message."""
+
+    def find() -> dict[str, Any] | None:
+        try:
+            store.at(state.best["step"])
+        except UnreadableError:
+            raise
+        except CheckpointError:
+            found = store.best()
+            return found.state["train"]["best"] if found else {}
+        return None
+
+    step = state.best.get("step")
+    if not state.best or (best := distributed.on_main(find)) is None:
+        return None
+    state.best, state.evaluated_step = best, 0  # the current weights may be better than the checkpoint that is left
+    now = f"The best one is now that of step {best['step']}." if best else "No other one has a score."
+    return f"The checkpoint of step {step}, the best one so far, is missing or damaged. {now}"
 
 
 def _show_inputs(train_step: TrainStep, tracker: Tracker, config: RunConfig, classes: list[str]) -> None:
