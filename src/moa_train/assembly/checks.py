@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from moa_train.data.order import micro_batches
 from moa_train.data.source import Source
 from moa_train.model.registry import check_model
 from moa_train.optim.duration import Duration
@@ -14,7 +15,11 @@ from moa_train.schema import RunConfig, image_shape
 
 
 def fill_micro_batch_size(config: RunConfig, distributed: Distributed) -> RunConfig:
-    """Fill in engine.micro_batch_size, whose default depends on the number of ranks; a resume keeps the value."""
+    """Fill in engine.micro_batch_size, whose default depends on the number of ranks; a resume keeps the value.
+
+    Raises:
+        UserError: the batch cannot be divided among the ranks.
+    """
     engine = config.engine
     if engine.micro_batch_size is None:
         if engine.batch_size % distributed.world_size:
@@ -23,6 +28,7 @@ def fill_micro_batch_size(config: RunConfig, distributed: Distributed) -> RunCon
                 f"Nearest: {round(engine.batch_size / distributed.world_size) * distributed.world_size}."
             )
         engine.micro_batch_size = engine.batch_size // distributed.world_size
+    micro_batches(engine.batch_size, engine.micro_batch_size, distributed.rank, distributed.world_size)
     return config
 
 
