@@ -67,6 +67,7 @@ def build_run(
     stop: StopSignals,
     origin: dict[str, Any] | None = None,
     rolled_back: RollBack | None = None,
+    origins: list[dict[str, Any]] | None = None,
 ) -> Run:
     """Build everything, cheapest checks first, and restore the newest checkpoint of ``run_dir`` if there is one.
 
@@ -78,6 +79,7 @@ def build_run(
         stop: the stop signals.
         origin: provenance of this start (command, code); checkpoints hold the origins of all starts.
         rolled_back: the rollback because of which the run is rebuilt, if any.
+        origins: the origins of all starts including this one, if the run is rebuilt.
     """
     fill_micro_batch_size(config, distributed)
     check_config(config)
@@ -123,7 +125,8 @@ def build_run(
         lost = _replace_lost_best(state, store, distributed)
     if rolled_back is not None:
         state.nonfinite, state.lr_factor = rolled_back.nonfinite, rolled_back.lr_factor
-    record["origin"] = [*starts, {**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}]
+    this_start = {**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}
+    record["origin"] = origins or [*starts, this_start]
 
     config = apply(choices, config, state)
     threads = adaptive_threads(config.runtime, distributed)
