@@ -57,6 +57,8 @@ def test_the_error_for_an_indivisible_batch_names_the_nearest_size(tiny):
     with pytest.raises(UserError, match=r"engine\.batch_size=32 cannot be divided among 3 ranks\. Nearest: 33"):
         fill_micro_batch_size(tiny(), three)
     assert fill_micro_batch_size(tiny({"engine.batch_size": 33}), three).engine.micro_batch_size == 11
+    with pytest.raises(UserError, match=r"Possible numbers of ranks: 1, 2, 4\. A new run can"):  # as on a resume
+        fill_micro_batch_size(tiny({"engine.micro_batch_size": 8}), three)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,32 @@ def test_the_best_is_sought_anew_where_scores_are_measured_differently(straight,
     assert found.state["measured"]["split"] == split
 
 
+@pytest.mark.parametrize("keep_last", [1, 9])
+def test_a_lost_best_checkpoint_is_replaced(train, tmp_path, capsys, keep_last):
+    """Otherwise, its score could remain unreached, and the finished run would have no checkpoint to report."""
+    run_dir, worse = tmp_path / "run", {"optim__lr": 100, "engine__keep_last": keep_last}
+    learning = {"optim__name": "adamw", "optim__lr": 0.1, "augment__mixup": 0, "engine__ema_decay": 0}
+    assert train(run_dir, **learning, engine__best_by="loss", engine__keep_last=keep_last) == 0
+    assert train(run_dir, resume=True, schedule__duration="16 steps", **worse) == 0
+    best = CheckpointStore(run_dir).best()
+    shutil.rmtree(best.path)
+    second = CheckpointStore(run_dir).best()
+    capsys.readouterr()
+    assert train(run_dir, resume=True, schedule__duration="20 steps", **worse) == 0
+    out = capsys.readouterr().out
+    assert f"The checkpoint of step {best.step}, the best one so far, is missing or damaged." in out
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["step"] == CheckpointStore(run_dir).best().step
+    if keep_last == 1:
+        assert "No other one has a score." in out
+        assert result["step"] in (16, 20)
+    else:
+        assert f"The best one is now that of step {second.step}." in out
+        assert result["step"] == second.step < best.step
+    rows = [row["step"] for row in read_rows(run_dir / "metrics.jsonl") if row.get("split") == "val"]
+    assert rows == [4, 8, 12, 16, 20]
+
+
 def test_equal_measurements_keep_the_best(straight, train, tmp_path, capsys):
     run_dir = shutil.copytree(straight, tmp_path / "run", symlinks=True)
     before = json.loads((run_dir / "result.json").read_text())

@@ -132,7 +132,7 @@ def test_a_rollback_releases_the_discarded_run(train, tmp_path, monkeypatch):
     assert len(built) == 2
 
 
-def test_a_rollback_is_saved_at_once(train, tmp_path, monkeypatch):
+def test_a_rollback_is_saved_at_once(train, tmp_path, monkeypatch, capsys):
     """A run that is killed before the next checkpoint must not return to the old learning rate."""
     assert train(tmp_path / "run", engine__stop_after="4 steps") == 0
     calls, real = [], session.train
@@ -151,9 +151,13 @@ def test_a_rollback_is_saved_at_once(train, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="killed before"):
         train(tmp_path / "run", resume=True)
     assert calls == [1.0, 0.5]
+    assert capsys.readouterr().out.count("; x 0.5 after rollbacks\n") == 1
     newest = CheckpointStore(tmp_path / "run").newest()
     assert newest.step == 4
     assert [newest.state["train"][key] for key in ("lr_factor", "nonfinite")] == [0.5, 1]
+    # The rollback is not another start: moa-eval command=true would print its command twice.
+    assert [start["first_step"] for start in newest.state["origin"]] == [0, 4]
+    assert len(json.loads((tmp_path / "run" / "provenance.json").read_text())) == 2
 
 
 def test_an_evaluation_that_chose_the_checkpoint_is_logged_once(train, tmp_path):

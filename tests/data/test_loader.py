@@ -204,6 +204,7 @@ def workers_of(process: int) -> list[int]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "_POLL", 0.3)
+    monkeypatch.setattr(loader, "_STOP_PATIENCE", 3.0)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -252,8 +253,10 @@ def test_a_stop_ends_the_wait_for_storage_that_hangs(files: FileSource, workers:
         first(train(files, workers=workers, stop=asked.is_set), 100)
 
 
+@pytest.mark.parametrize("stop", [False, True])
 @pytest.mark.usefixtures("impatient")
-def test_slow_storage_is_waited_for(files: FileSource) -> None:
+def test_slow_storage_is_waited_for(files: FileSource, stop: bool) -> None:
+    """A stop waits as well, because ranks on GPUs cannot abandon an update that another rank waits for."""
     expected = contents(first(train(files, len(files), len(files)), 1))
     path = Path(files.name(7))
     whole = path.with_name("whole")
@@ -265,8 +268,10 @@ def test_slow_storage_is_waited_for(files: FileSource) -> None:
             pipe.write(whole.read_bytes())
             whole.replace(path)  # before the next epoch asks for it
 
-    threading.Timer(1.5, answer).start()
-    assert contents(first(train(files, len(files), len(files), workers=1), 1)) == expected
+    timer = threading.Timer(0.9, answer)
+    timer.daemon = True  # it would wait forever for a loader that gave up
+    timer.start()
+    assert contents(first(train(files, len(files), len(files), workers=1, stop=lambda: stop), 1)) == expected
 
 
 def hang(path: Path) -> None:

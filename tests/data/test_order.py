@@ -56,6 +56,7 @@ def test_ranks_share_the_micro_batches_in_order(world_size: int) -> None:
         (10, 11, 1, "Nearest values that do: 10"),
         (12, 4, 2, "Nearest engine.micro_batch_size: 3, 6"),
         (10, 5, 4, "Nearest engine.batch_size: 8"),
+        (96, 8, 5, r"ranks: 1, 2, 3, 4, 6, 12\. A new run can also use another batch size\. .*batch_size: 95"),
     ],
 )
 def test_batches_that_do_not_divide_are_errors_with_the_nearest_that_do(

@@ -147,6 +147,17 @@ def test_a_resume_with_another_interval_keeps_what_was_kept(train, tmp_path):
     assert steps(CheckpointStore(tmp_path)) == [4, 8, 12]
 
 
+def test_a_permanent_checkpoint_stays_permanent_if_its_step_is_saved_again(store):
+    """A rollback or a resume saves the same step again, perhaps with another engine.keep_every."""
+    store.keep_last = 1
+    store.save(1, {"model": {"weight": torch.zeros(2)}}, {"kept": True})
+    save(store, 1)
+    assert store.newest().state["kept"] is True
+    for step in (2, 3):
+        save(store, step)
+    assert steps(store) == [1, 3]
+
+
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), float("-inf")])
 def test_a_score_that_is_no_number_is_no_best(store, score):
     save(store, 1, 10.0)

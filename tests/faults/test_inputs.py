@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ from moa_train.data.loader import TrainLoader
 from moa_train.data.order import Order
 from moa_train.data.view import RandomResizedCrop
 from moa_train.engine.checkpoint import CheckpointStore
+from moa_train.engine.predictions import Outcomes
 from moa_train.schema import DataConfig
 
 FOLDER = (
@@ -457,7 +459,7 @@ def test_a_stop_is_answered_while_storage_hangs(tmp_path, data, where, inject):
         time.sleep(1)
     inject()
     job.signal(signal.SIGTERM)
-    assert job.codes(patience=30) == [75], job.output  # 10 s on an idle machine
+    assert job.codes(patience=60) == [75], job.output  # 20 s on an idle machine
     assert CheckpointStore(run).newest().step == rows(run)[-1]["step"]
     image.unlink()
     image.write_bytes(whole)
@@ -482,7 +484,7 @@ def test_two_ranks_agree_to_stop_while_storage_hangs(tmp_path, data, where, inje
         time.sleep(1.5)
     inject()
     job.signal(signal.SIGTERM)
-    assert job.codes(patience=60) == [75, 75], job.output  # 10 s on an idle machine
+    assert job.codes(patience=60) == [75, 75], job.output  # 20 s on an idle machine
     newest = CheckpointStore(run).newest()
     assert newest.step == rows(run)[-1]["step"]
     image.unlink()
@@ -526,15 +528,62 @@ def test_ranks_with_other_configurations_name_the_difference(tmp_path, own, inje
 
 
 @pytest.mark.fault(16)
-def test_ranks_that_find_other_checkpoints_name_them(tmp_path, whole, whole_pair, inject):
-    """On machines without a common folder, where each has a checkpoint of that step, but of another run."""
-    for place, run in (("a", whole), ("b", whole_pair)):
-        shutil.copytree(run, tmp_path / place / "run", symlinks=True)
+@pytest.mark.parametrize("begun", ["no", "on rank 0", "on both ranks"])
+def test_ranks_without_a_common_run_folder_do_not_start(tmp_path, whole, whole_pair, begun, inject):
+    """On machines without shared storage, which may hold different checkpoints or none."""
     places = [tmp_path / "a", tmp_path / "b"]
-    job = Job(f"{TINY} run_dir=run resume=auto", tmp_path, ranks=2, places=places)
+    for number, (place, run) in enumerate(zip(places, (whole, whole_pair), strict=True)):
+        place.mkdir()
+        if number < ["no", "on rank 0", "on both ranks"].index(begun):
+            shutil.copytree(run, place / "run", symlinks=True)
+    before = list(files(tmp_path))
+    job = Job(f"{TINY} run_dir=run resume=auto runtime.timeout=10", tmp_path, ranks=2, places=places)
     inject()
     said = job.ended(2)
-    assert "The ranks differ in the files of run/checkpoints/step-00000018" in said
+    for log in job.logs:
+        assert f"run_dir: rank 1 ({socket.gethostname()}) cannot read what rank 0" in log.read_text()
+        assert "must be on storage that all machines share" in log.read_text()
+    assert "Traceback" not in said
+    assert [entry for entry in files(tmp_path) if not entry[0].endswith(".txt")] == before
+    assert (places[0] / "run" / ".lock").exists()
+
+
+@pytest.mark.fault(16)
+def test_ranks_with_other_images_say_how_many_each_has(tmp_path, tree, inject):
+    """On machines whose copies of the data differ: in a training, and in an evaluation."""
+    places = [tmp_path / "a", tmp_path / "b"]
+    for place in places:
+        shutil.copytree(tree, place / "data")
+    command = f"{FOLDER} data.root=data data.workers=0 run_dir={tmp_path / 'run'}"
+    Job(command, tmp_path, ranks=2, places=places).ended(0)
+    for split in ("train", "test"):
+        next((places[1] / "data" / split / "digit1").iterdir()).unlink()
+    inject(2)
+    job = Job(command.replace("/run", "/other"), tmp_path, ranks=2, places=places)
+    said = job.ended(2)
+    assert "The ranks differ in their images" in said
+    assert "train.images: 40 on rank 0; 39 on rank 1" in job.logs[1].read_text()
+    assert not list((tmp_path / "other").rglob("step-*"))
+    said = Job(f"ckpt={tmp_path / 'run'}", tmp_path, ranks=2, places=places, module=EVALUATE).ended(2)
+    assert "test.images: 61 on rank 0; 60 on rank 1" in said
+    assert "Every machine needs the same data" in said
+
+
+@pytest.mark.fault(16)
+def test_ranks_with_other_predictions_of_a_teacher_do_not_start(tmp_path, tree, inject):
+    places = [tmp_path / "a", tmp_path / "b"]
+    source = open_split(DataConfig(name="folder", root=str(tree), image_size=16), "train")
+    rank, top = np.zeros_like(source.labels), source.labels[:, None]
+    for certainty, place in zip((0.9, 0.8), places, strict=True):
+        (place / "teacher").mkdir(parents=True)
+        logs = np.full(len(source), np.log(certainty), np.float32)
+        outcomes = Outcomes.of(source, source.labels, rank, logs, top, logs[:, None])
+        outcomes.write(place / "teacher" / "predictions-train.npz")
+    inject()
+    command = f"{FOLDER} data.root={tree} distill.teachers=[teacher] run_dir={tmp_path / 'run'}"
+    said = Job(command, tmp_path, ranks=2, places=places).ended(2)
+    assert "The ranks differ in the predictions of distill.teachers" in said
+    assert not list((tmp_path / "run").rglob("step-*"))
 
 
 @pytest.mark.fault(17)

@@ -57,8 +57,9 @@ def test_rollback_repeats_from_the_checkpoint_at_half_the_lr(tmp_path, whole, dr
     said = Job(command, tmp_path, faults=f"step.loss=true@{2 * step + 1}").ended(0)
     inject()
     assert "Rolling back; learning rate x 0.5" in said
-    state = CheckpointStore(run).newest().state["train"]
-    assert (state["nonfinite"], state["lr_factor"]) == (1, 0.5)
+    state = CheckpointStore(run).newest().state
+    assert (state["train"]["nonfinite"], state["train"]["lr_factor"]) == (1, 0.5)
+    assert [start["first_step"] for start in state["origin"]] == [0]
     steps = train_rows(run)
     before = train_rows(whole)
     assert [row["step"] for row in steps] == list(range(1, 19))

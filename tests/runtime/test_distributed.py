@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moa_train.runtime.distributed import Distributed
+from moa_train.runtime.distributed import Distributed, _named
 from moa_train.runtime.errors import LostRankError, UserError
 
 SCRIPT = str(Path(__file__).with_name("two_ranks.py"))
@@ -62,6 +62,11 @@ def test_differences_are_reported_with_their_ranks(seen):
         assert "optim.lr: 0.1 on rank 0; 0.2 on rank 1" in found["other"]
         assert "seed" not in found["other"]
         assert "only: nothing on rank 0; 1 on rank 1" in found["other_keys"]
+
+
+def test_ranks_on_several_machines_are_named_with_their_machines():
+    assert _named([0, 1], ["node1", "node1"]) == "rank 0, 1"
+    assert _named([1, 2, 3], ["node1", "node2", "node2", "node3"]) == "rank 1, 2, 3 (node2, node3)"
 
 
 def test_all_ranks_see_a_flag_one_call_later(seen):

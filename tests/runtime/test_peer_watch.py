@@ -1,8 +1,10 @@
 import json
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -188,3 +190,31 @@ def test_a_single_rank_whose_torchrun_has_died_stops_as_well() -> None:
     )
     done = subprocess.run([sys.executable, "-c", launcher, ALONE], capture_output=True, text=True, timeout=60)
     assert "torchrun exited before this rank" in done.stderr
+
+
+SUSPENDED = """
+import socket, sys
+from moa_train.runtime import peer_watch
+peer_watch.LONGEST = 1.0
+ours, theirs = socket.socketpair()
+watch = peer_watch.PeerWatch(0, {1: ours}, 4.0, abort=int, finish=int, leave=print)
+print("ready", flush=True)
+sys.stdin.readline()
+print(watch.lost, flush=True)
+print(watch.reason(60.0), flush=True)
+watch.close()
+"""
+
+
+def test_time_in_which_this_process_was_suspended_is_no_silence() -> None:
+    words = [sys.executable, "-c", SUSPENDED]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4.5)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(1.0)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "None\n"
+        assert process.stdout.readline() == "Rank 1 sent no heartbeat for 4 s (runtime.timeout).\n"

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from moa_train.data.fingerprint import fingerprint
+from moa_train.data.order import micro_batches
 from moa_train.data.source import Source
 from moa_train.knobs import knobs
 from moa_train.model.registry import check_model
@@ -16,7 +17,11 @@ from moa_train.schema import RunConfig, image_shape
 
 
 def fill_micro_batch_size(config: RunConfig, distributed: Distributed) -> RunConfig:
-    """Fill in engine.micro_batch_size, whose default depends on the number of ranks; a resume keeps the value."""
+    """Fill in engine.micro_batch_size, whose default depends on the number of ranks; a resume keeps the value.
+
+    Raises:
+        UserError: the batch cannot be divided among the ranks.
+    """
     engine = config.engine
     if engine.micro_batch_size is None:
         if engine.batch_size % distributed.world_size:
@@ -25,6 +30,7 @@ def fill_micro_batch_size(config: RunConfig, distributed: Distributed) -> RunCon
                 f"Nearest: {round(engine.batch_size / distributed.world_size) * distributed.world_size}."
             )
         engine.micro_batch_size = engine.batch_size // distributed.world_size
+    micro_batches(engine.batch_size, engine.micro_batch_size, distributed.rank, distributed.world_size)
     return config
 
 

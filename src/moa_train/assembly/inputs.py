@@ -1,6 +1,6 @@
 """Build the data pipeline: splits, loaders, and the transforms of batches on the device."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 
 import torch
 from torch import Tensor
@@ -40,6 +40,21 @@ def open_splits(config: RunConfig, distributed: Distributed) -> tuple[dict[str, 
             f"{data.val_fraction}), or choose another split; engine.eval_split=test is the published protocol."
         )
     return sources, choice
+
+
+def check_same_images(sources: Mapping[str, Source], distributed: Distributed) -> None:
+    """Check that all ranks read the same images: otherwise, their order and the numbers of batches would differ.
+
+    Raises:
+        UserError: they differ; every rank raises it, and the message says how many images each rank has.
+    """
+    found = {split: {"images": len(source), "fingerprint": source.fingerprint} for split, source in sources.items()}
+    distributed.check_same(
+        "their images",
+        found,
+        "Every machine needs the same data: the same class folders and file names. Compare the copies, or use storage "
+        "that all machines share.",
+    )
 
 
 def validation_split(config: RunConfig, splits: Container[str]) -> str:

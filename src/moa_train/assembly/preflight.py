@@ -21,6 +21,7 @@ from moa_train.assembly.evaluation import build_validation
 from moa_train.assembly.inputs import open_splits
 from moa_train.assembly.process import set_up_process
 from moa_train.assembly.run import Run, build_run
+from moa_train.assembly.run_dir import check_shared
 from moa_train.assembly.timeline import build_schedule
 from moa_train.assembly.training import build_state
 from moa_train.engine.checkpoint import CheckpointStore
@@ -94,6 +95,7 @@ def scratch_folder(config: RunConfig, distributed: Distributed) -> Iterator[Path
 
     path = Path(distributed.on_main(create))
     try:
+        check_shared(path, distributed, config.runtime.timeout)
         yield path
     finally:
         if distributed.is_main:

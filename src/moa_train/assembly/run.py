@@ -18,7 +18,7 @@ from moa_train.assembly.checks import (
 from moa_train.assembly.choices import Choices, apply, choose
 from moa_train.assembly.commands import command
 from moa_train.assembly.evaluation import build_validation, measurement
-from moa_train.assembly.inputs import build_train_loader, open_splits, validation_split
+from moa_train.assembly.inputs import build_train_loader, check_same_images, open_splits, validation_split
 from moa_train.assembly.process import adaptive_threads
 from moa_train.assembly.timeline import build_plan, build_schedule
 from moa_train.assembly.training import build_state, build_train_step
@@ -34,6 +34,7 @@ from moa_train.engine.plan import Plan
 from moa_train.engine.ratios import UpdateRatios
 from moa_train.engine.state import TrainState, check_form
 from moa_train.engine.step import TrainStep
+from moa_train.engine.tensorfile import CheckpointError, UnreadableError
 from moa_train.engine.trainer import Trainer
 from moa_train.plugins import LOGGERS, short_name
 from moa_train.runtime.distributed import Distributed
@@ -66,6 +67,7 @@ def build_run(
     stop: StopSignals,
     origin: dict[str, Any] | None = None,
     rolled_back: RollBack | None = None,
+    origins: list[dict[str, Any]] | None = None,
 ) -> Run:
     """Build everything, cheapest checks first, and restore the newest checkpoint of ``run_dir`` if there is one.
 
@@ -77,18 +79,25 @@ def build_run(
         stop: the stop signals.
         origin: provenance of this start (command, code); checkpoints hold the origins of all starts.
         rolled_back: the rollback because of which the run is rebuilt, if any.
+        origins: the origins of all starts including this one, if the run is rebuilt.
     """
     fill_micro_batch_size(config, distributed)
     check_config(config)
     precision = Precision.resolve(config.runtime.precision, distributed.device)
 
     sources, choice = open_splits(config, distributed)
+    check_same_images(sources, distributed)
     train = sources["train"]
     check_batch_size(config, len(train))
     distill = config.distill
     teachers = None
     if distill.teachers:
         teachers = Teachers.open(distill.teachers, distill.weight, train.classes, train.fingerprint)
+        distributed.check_same(
+            "the predictions of distill.teachers",
+            teachers.fingerprint,
+            "Every machine needs the same copies of the teachers' runs.",
+        )
 
     length = len(train) * config.augment.repeats
     schedule, to_steps = build_schedule(config, length)
@@ -109,13 +118,15 @@ def build_run(
     record["teachers"] = teachers.fingerprint if teachers else None
     record["measured"] = measurement(config, choice, sources)
     starts: list[dict[str, Any]] = []
-    restarted = None
+    restarted = lost = None
     if newest is not None:
         starts, before = _restore(state, store.at(newest), record, distributed)
         restarted = _reset_best(state, before, record["measured"], sources)
+        lost = _replace_lost_best(state, store, distributed)
     if rolled_back is not None:
         state.nonfinite, state.lr_factor = rolled_back.nonfinite, rolled_back.lr_factor
-    record["origin"] = [*starts, {**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}]
+    this_start = {**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}
+    record["origin"] = origins or [*starts, this_start]
 
     config = apply(choices, config, state)
     threads = adaptive_threads(config.runtime, distributed)
@@ -133,8 +144,8 @@ def build_run(
     if config.replay is None:
         tracker = _build_tracker(config, run_dir, plan, state.step, distributed, remeasured=restarted is not None)
     threads.say = tracker.say
-    if restarted:
-        tracker.say(restarted)
+    for message in filter(None, (restarted, lost)):
+        tracker.say(message)
     if state.step == 0 and config.tracking.images and distributed.is_main:
         _show_inputs(train_step, tracker, config, train.classes)
     if config.tracking.ratios:
@@ -212,6 +223,27 @@ def _reset_best(
         f"at step {best['step']}) was measured differently: {changed}. "
         f"The checkpoint of step {best['step']} is kept."
     )
+
+
+def _replace_lost_best(state: TrainState, store: CheckpointStore, distributed: Distributed) -> str | None:
+    """Replace the best score if its checkpoint is lost, because no later one might reach it, and return a message."""
+
+    def find() -> dict[str, Any] | None:
+        try:
+            store.at(state.best["step"])
+        except UnreadableError:
+            raise
+        except CheckpointError:
+            found = store.best()
+            return found.state["train"]["best"] if found else {}
+        return None
+
+    step = state.best.get("step")
+    if not state.best or (best := distributed.on_main(find)) is None:
+        return None
+    state.best, state.evaluated_step = best, 0  # the current weights may be better than the checkpoint that is left
+    now = f"The best one is now that of step {best['step']}." if best else "No other one has a score."
+    return f"The checkpoint of step {step}, the best one so far, is missing or damaged. {now}"
 
 
 def _show_inputs(train_step: TrainStep, tracker: Tracker, config: RunConfig, classes: list[str]) -> None:

@@ -1,9 +1,13 @@
 """Choose, create and lock the run folder."""
 
+import os
 import shutil
+import socket
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -11,6 +15,7 @@ from moa_train.assembly.resume import refuse_other_run
 from moa_train.plugins import short_name
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_whole
 from moa_train.runtime.lock import RunLock
 from moa_train.schema import RunConfig
 
@@ -31,10 +36,39 @@ def run_folder(config: RunConfig, distributed: Distributed) -> Iterator[Path]:
         config.run_dir = distributed.on_main(take)
         path = Path(config.run_dir)
         try:
+            check_shared(path, distributed, config.runtime.timeout)
             yield path
         finally:
             if distributed.is_main and not named and {entry.name for entry in path.iterdir()} == {".lock"}:
                 shutil.rmtree(path, ignore_errors=True)  # an error was found before anything was written
+
+
+def check_shared(path: Path, distributed: Distributed, timeout: float) -> None:
+    """Check that all ranks see the files that rank 0 writes to a folder, because they read the checkpoints from it.
+
+    Network file systems may show a new file late, so a rank looks for it for ``timeout`` / 2 seconds, at most a minute.
+
+    Raises:
+        UserError: a rank does not see them; every rank raises it.
+    """
+    if distributed.world_size == 1:
+        return
+    token = path / distributed.on_main(lambda: f".shared-{uuid.uuid4().hex}")  # a name that no file system has cached
+    try:
+        distributed.on_main(partial(write_whole, token, ""))
+        end = time.monotonic() + min(timeout / 2, 60.0)
+        while not (found := os.access(token, os.R_OK)) and time.monotonic() < end:
+            time.sleep(0.1)
+        everyone = distributed.gather_objects([found, socket.gethostname()])
+    finally:
+        if distributed.is_main:
+            token.unlink(missing_ok=True)
+    if blind := [f"{rank} ({host})" for rank, (found, host) in enumerate(everyone) if not found]:
+        raise UserError(
+            f"run_dir: rank {', '.join(blind)} cannot read what rank 0 ({everyone[0][1]}) writes to {path}. The run "
+            "folder must be on storage that all machines share, and have the same path on each of them. A relative "
+            "path starts at the current folder of each rank."
+        )
 
 
 def choose_run_dir(config: RunConfig) -> Path:

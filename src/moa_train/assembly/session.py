@@ -45,20 +45,21 @@ def run_session(config: RunConfig, changed: list[str], stop: StopSignals) -> int
         )
         if config.replay is not None:
             return replay(build(), config.replay)
-        rolled_back = None
+        rolled_back = origins = None
         while True:
-            run = build(rolled_back=rolled_back)
+            run = build(rolled_back=rolled_back, origins=origins)
             try:
-                if run.trainer.state.step < run.trainer.plan.total_steps:
+                if run.trainer.state.step >= run.trainer.plan.total_steps:
+                    refuse_untrained_changes(run, changed)  # and keep the records of what was trained
+                elif rolled_back is None:  # a rollback is not another start
                     distributed.on_main(partial(write_record, run, run_dir, origin))
-                else:  # a finished run keeps its records of what was trained
-                    refuse_untrained_changes(run, changed)
                 run.trainer.tracker.say(banner(run, distributed, changed))
                 return train(run, distributed)
             except RollBack as request:
                 run.trainer.tracker.say(str(request))
                 quarantined(run, distributed)
                 rolled_back = request.with_traceback(None)  # its frames hold the discarded run
+                origins = run.trainer.record["origin"]
             except StopRequestedError as error:
                 newest, again = run.trainer.saved_step, command("moa-train", config, resume=config.run_dir)
                 state = f"The newest checkpoint is from step {newest}. To resume: {again}"
@@ -148,7 +149,8 @@ def banner(run: Run, distributed: Distributed, changed: list[str]) -> str:
         "device": f"{distributed.device}, {distributed.world_size} rank(s), "
         f"{trainer.state.precision.name} (evaluation {config.runtime.eval_precision})",
         "batch": f"{batch} = {batch // micro} x {micro} examples",
-        "lr": f"{config.optim.name} {explain_lr(batch, config.optim)}; {trainer.schedule.describe()}",
+        "lr": f"{config.optim.name} {explain_lr(batch, config.optim)}; {trainer.schedule.describe()}"
+        + (f"; x {trainer.state.lr_factor:g} after rollbacks" if trainer.state.lr_factor != 1 else ""),
         "best by": f"{trainer.best_by} on {trainer.eval_split}"
         if trainer.eval_split != "none"
         else "no evaluation: the last weights are reported",

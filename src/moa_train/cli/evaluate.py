@@ -39,6 +39,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     if config.command:
         print_commands(place)
         return
+    from moa_train.assembly.inputs import check_same_images
     from moa_train.assembly.process import set_up_process
     from moa_train.assembly.trained import Trained
     from moa_train.runtime.distributed import Distributed
@@ -55,6 +56,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     with Distributed.start(config.device, run.runtime.timeout) as distributed:
         set_up_process(run.runtime, distributed)
         source = trained.open_split(config.split, config.root, config.workers)
+        check_same_images({config.split: source}, distributed)
         if reference is not None and reference["data"].get("fingerprint") != source.fingerprint:
             raise UserError(f"reference={config.reference} was measured on other images. Evaluate it on the same ones.")
         if config.robustness:

@@ -37,6 +37,8 @@ from moa_train.schema import DataConfig, RuntimeConfig
 
 _POLL = 3.0
 """Seconds between checks of dead workers and requests to stop while a batch is awaited."""
+_STOP_PATIENCE = 15.0
+"""Seconds that a stop waits for a batch: slow storage must not cost an epoch, and torchrun kills ranks after 30."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _GRACE = 3.0
 """Seconds after which workers are killed that do not end on request."""
@@ -252,16 +254,17 @@ class _Wait:
 
         Raises:
             UserError: ``receive`` returned it, an image takes too long to decode, or the storage hangs.
-            StopRequestedError: a stop was requested while the storage did not answer.
+            StopRequestedError: the storage did not answer for `_STOP_PATIENCE` seconds after a stop was requested.
         """
-        waited = 0.0
+        waited = stopping = 0.0
         while True:
             try:
                 result = receive()
                 break
             except (TimeoutError, Empty):
                 waited += _POLL
-            if self.stop():
+            stopping += _POLL if self.stop() else 0.0
+            if stopping >= _STOP_PATIENCE:
                 raise StopRequestedError("A stop was requested while the storage of the images did not answer.")
             watch.check()
             if waited >= self.timeout:

@@ -85,10 +85,12 @@ def micro_batches(batch_size: int, micro_batch_size: int, rank: int = 0, world_s
     count = batch_size // micro_batch_size
     if count % world_size:
         valid = [d for d in range(1, batch_size + 1) if batch_size % (d * world_size) == 0]
+        ranks = ", ".join(str(number) for number in range(1, count + 1) if count % number == 0)
         fix = (
             f"Nearest engine.micro_batch_size: {_nearest(valid, micro_batch_size)}."
             if valid
-            else f"Nearest engine.batch_size: {max(1, round(batch_size / world_size)) * world_size}."
+            else f"Possible numbers of ranks: {ranks}. A new run can also use another batch size. "
+            f"Nearest engine.batch_size: {max(1, round(batch_size / world_size)) * world_size}."
         )
         raise UserError(
             f"engine.batch_size={batch_size} makes {count} micro-batches of {micro_batch_size}, which cannot be "

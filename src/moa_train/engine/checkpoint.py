@@ -207,7 +207,7 @@ class CheckpointStore:
         score: float | None = None,
         background: bool = False,
     ) -> None:
-        """Save a checkpoint. An existing checkpoint of the same step is replaced.
+        """Save a checkpoint. An existing checkpoint of the same step is replaced, and stays permanent if it was.
 
         Args:
             step: number of completed optimizer steps.
@@ -223,6 +223,8 @@ class CheckpointStore:
                 unchanged.
         """
         self.wait()
+        if _is_permanent(self.directory / folder_name(step)):
+            state = {**state, "kept": True}
         snapshot = Snapshot.take(step, tensors, state, metadata or {}, score, copy=background)
         if not background:
             self._save(snapshot)

@@ -9,9 +9,10 @@ immediately.
 import inspect
 import json
 import os
+import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -259,25 +260,30 @@ class Distributed:
         """Return the mean of a host-side number over the ranks, bit-identical on every rank."""
         return sum(self.gather_objects(value)) / self.world_size
 
-    def check_same(self, what: str, value: object) -> None:
+    def check_same(
+        self,
+        what: str,
+        value: object,
+        remedy: str = "Start every rank with the same command and the same code.",
+    ) -> None:
         """Raise a UserError on every rank, with the differences, unless the JSON ``value`` is equal on all ranks."""
         everyone = self.gather_objects(value)
         if all(other == everyone[0] for other in everyone):
             return
+        hosts = self.gather_objects(socket.gethostname())
         lines = [f"The ranks differ in {what}:"]
         flat = [dict(_leaves(other)) for other in everyone]
         keys = sorted({key for leaves in flat for key in leaves})
         different = [key for key in keys if len({leaves.get(key, "nothing") for leaves in flat}) > 1]
         for key in different[:6]:
-            holders: dict[str, list[str]] = {}
+            holders: dict[str, list[int]] = {}
             for rank, leaves in enumerate(flat):
-                holders.setdefault(leaves.get(key, "nothing"), []).append(str(rank))
-            shown = "; ".join(f"{text[:120]} on rank {', '.join(ranks)}" for text, ranks in holders.items())
+                holders.setdefault(leaves.get(key, "nothing"), []).append(rank)
+            shown = "; ".join(f"{text[:120]} on {_named(ranks, hosts)}" for text, ranks in holders.items())
             lines.append(f"  {key or 'value'}: {shown}")
         if len(different) > 6:
             lines.append(f"  and {len(different) - 6} more")
-        lines.append("Start every rank with the same command and the same code.")
-        raise UserError("\n".join(lines))
+        raise UserError("\n".join([*lines, remedy]))
 
     def agree_any(self, flag: bool) -> bool:
         """Return whether any rank set its flag in the *previous* call. The result is the same on every rank.
@@ -377,6 +383,12 @@ def _not_met(rank: int, world_size: int, local_world_size: int, error: Exception
             "torchrun, as scripts/train.slurm does."
         )
     return text
+
+
+def _named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """Return words for ``ranks``, such as "rank 2, 3 (node1)", with their hosts if there are several."""
+    places = f" ({', '.join(dict.fromkeys(hosts[rank] for rank in ranks))})" if len({*hosts}) > 1 else ""
+    return f"rank {', '.join(map(str, ranks))}{places}"
 
 
 def _encode(value: object) -> bytes:

@@ -20,6 +20,9 @@ INTERVAL = 1.0
 """Seconds between heartbeats."""
 GRACE = 6.0
 """Seconds within which the main thread must exit on its own after another rank was lost."""
+LONGEST = 5.0
+"""Seconds between two looks at the other ranks that count as their silence; after longer ones, this process was
+suspended, perhaps together with them (SIGSTOP, `scontrol suspend`)."""
 
 
 class PeerWatch:
@@ -75,7 +78,7 @@ class PeerWatch:
         return self.lost
 
     def _run(self) -> None:
-        beat = 0.0
+        beat, looked = 0.0, time.monotonic()
         while not self._closing.is_set() and self.lost is None:
             now = time.monotonic()
             if now >= beat:
@@ -83,6 +86,9 @@ class PeerWatch:
                 beat = now + INTERVAL
                 self._check_parent()
             self._receive(0.2)
+            looked, passed = time.monotonic(), time.monotonic() - looked
+            if passed > LONGEST:
+                self._heard = {peer: min(heard + passed, looked) for peer, heard in self._heard.items()}
             for peer, heard in self._heard.items():
                 if self.lost is None and peer in self._peers and time.monotonic() - heard > self.silence:
                     self._lose(f"Rank {peer} sent no heartbeat for {self.silence:g} s (runtime.timeout).")
