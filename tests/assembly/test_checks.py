@@ -53,7 +53,7 @@ def test_the_defaults_pass(tiny):
 
 
 def test_the_error_for_an_indivisible_batch_names_the_nearest_size(tiny):
-    three = Distributed(0, 0, 3, 3, torch.device("cpu"))
+    three = Distributed(torch.device("cpu"), world_size=3, local_world_size=3)
     with pytest.raises(UserError, match=r"engine\.batch_size=32 cannot be divided among 3 ranks\. Nearest: 33"):
         fill_micro_batch_size(tiny(), three)
     assert fill_micro_batch_size(tiny({"engine.batch_size": 33}), three).engine.micro_batch_size == 11

@@ -12,7 +12,7 @@ from moa_train.data.digits import Digits
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 
-ALONE = Distributed(0, 0, 1, 1, torch.device("cpu"))
+ALONE = Distributed(torch.device("cpu"))
 
 
 def test_limit_takes_evenly_spaced_images(tiny):

@@ -8,6 +8,7 @@ import torch
 from moa_train.assembly.run import build_run
 from moa_train.bench import checkpoint, loop, ranks, start
 from moa_train.engine.checkpoint import CheckpointStore
+from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals
 from moa_train.tracking.jsonl import read_rows
@@ -47,7 +48,7 @@ def test_the_bare_loop_makes_the_same_updates_as_the_trainer(job, tmp_path):
     changes = {"optim.name": "adamw", "model.dropout": 0, "model.drop_path": 0, "model.moa.drop_path": 0}
     work = job({**changes, "engine.micro_batch_size": 16, "schedule.name": "constant"})
     config = loop.training(work.config, steps=3)
-    run = build_run(config, run_dir=tmp_path, distributed=work.alone, stop=StopSignals())
+    run = build_run(config, run_dir=tmp_path, distributed=Distributed(work.device), stop=StopSignals())
     bare = loop.BareLoop(run)
     before = [parameter.detach().clone() for parameter in run.model.parameters()]
     bare(3)

@@ -34,7 +34,7 @@ if __name__ == "__main__":
     source = open_split(config.data, "train")
     for workers in (0, 2):
         config.data.workers = workers
-        alone = Distributed(0, 0, 1, 1, torch.device("cpu"))
+        alone = Distributed(torch.device("cpu"))
         stream = build_train_loader(config, source, alone).batches()
         batches[workers] = [next(stream).images for _ in range(3)]
         batches[workers] += [batch.images for batch in build_eval_loader(config, source, alone)]

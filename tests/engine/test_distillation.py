@@ -81,7 +81,7 @@ def test_batches_get_the_targets_of_their_own_images(teacher, tiny) -> None:
     source = open_split(config.data, "train")
     teachers = Teachers.open([str(teacher)], 1.0, source.classes, source.fingerprint)
     transform = build_train_transform(config, source, weak_from=100, teachers=teachers)
-    batches = build_train_loader(config, source, Distributed(0, 0, 1, 1, torch.device("cpu"))).batches()
+    batches = build_train_loader(config, source, Distributed(torch.device("cpu"))).batches()
     predictions = Outcomes.read(teacher / "predictions-train.npz")
     for step in range(4):
         batch = next(batches)

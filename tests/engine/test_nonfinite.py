@@ -73,7 +73,7 @@ def build(optimizer: str = "adamw", delay: int = 0, body: nn.Module | None = Non
         micro_batches=2,
         batch_size=8,
         seed=0,
-        distributed=Distributed(0, 0, 1, 1, CPU),
+        distributed=Distributed(CPU),
     )
     step.guard = GradientGuard(optimizers, precision, delay)
     return step, TrainState(model, optimizers, precision, ema)
@@ -191,7 +191,7 @@ def test_the_first_non_finite_tensor_is_named(where, body, value):
 
 
 def test_a_policy_writes_a_report_and_aborts_skips_or_rolls_back(tmp_path: Path):
-    alone = Distributed(0, 0, 1, 1, CPU)
+    alone = Distributed(CPU)
 
     def policy(name: str, budget: int) -> Callable[..., str]:
         made = NonFinitePolicy(name, budget, 0.5, tmp_path, alone, f"moa-train resume={tmp_path}")

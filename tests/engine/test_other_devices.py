@@ -51,7 +51,7 @@ def test_a_run_works_without_float64_and_bf16(
     changes = {"optim.name": optimizer, "augment.randaugment_ops": 2, "augment.erasing": 0.5, "augment.cutmix": 1.0}
     config = tiny({**changes, "schedule.duration": "4 steps", "runtime.deterministic": "false"})
     with Accelerator(*refused) as device:
-        run = build_run(config, run_dir=tmp_path, distributed=Distributed(0, 0, 1, 1, DEVICE), stop=StopSignals())
+        run = build_run(config, run_dir=tmp_path, distributed=Distributed(DEVICE), stop=StopSignals())
         run.trainer.fit()
         run.trainer.tracker.close()
     assert run.trainer.state.step == 4

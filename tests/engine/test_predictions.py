@@ -17,7 +17,7 @@ def test_both_recorders_keep_the_same_outcomes() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(20, 7, generator=generator).mul(4).round()  # with ties
     labels, index = torch.randint(7, (20,), generator=generator), torch.randperm(20, generator=generator)
-    alone, recorders = Distributed(0, 0, 1, 1, torch.device("cpu")), (Recorder(), OutcomeRecorder())
+    alone, recorders = Distributed(torch.device("cpu")), (Recorder(), OutcomeRecorder())
     for rows in index.split(6):
         same = torch.zeros_like(rows)
         batch = Batch(torch.zeros(len(rows), 1), labels[rows], index=rows, epoch=same, repeat=same, step=0)
@@ -40,5 +40,5 @@ def test_logits_that_are_not_finite_rank_last() -> None:
     logits, labels = torch.tensor([[1.0, math.nan, 2.0], [0.0, 1.0, 2.0]]), torch.tensor([2, 2])
     rows, recorder = torch.arange(2), OutcomeRecorder()
     recorder(Batch(torch.zeros(2, 1), labels, index=rows, epoch=rows, repeat=rows, step=0), logits)
-    found = recorder.gather(Distributed(0, 0, 1, 1, torch.device("cpu")), SOURCE)
+    found = recorder.gather(Distributed(torch.device("cpu")), SOURCE)
     assert found.rank.tolist() == [1, 0]

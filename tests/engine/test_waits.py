@@ -150,7 +150,7 @@ def test_the_host_waits_where_it_needs_numbers_and_nowhere_else(
     for module in ("step", "metrics"):  # ``meta`` stands for a CUDA GPU here
         monkeypatch.setattr(f"moa_train.engine.{module}.has_float64", lambda device: True)
     config = tiny({**EVERYTHING, "optim.name": optimizer, "optim.clip": clip})
-    alone = Distributed(0, 0, 1, 1, torch.device("meta"))
+    alone = Distributed(torch.device("meta"))
     run = build_run(config, run_dir=tmp_path, distributed=alone, stop=StopSignals())
     run.trainer.train_step.guard.delay = 2  # as on a GPU, where fused kernels skip an update
     for part in run.trainer.state.optimizer.parts:
@@ -190,7 +190,7 @@ def a_step(device: torch.device) -> tuple[TrainStep, Iterator[Batch]]:
         micro_batches=1,
         batch_size=8,
         seed=0,
-        distributed=Distributed(0, 0, 1, 1, device),
+        distributed=Distributed(device),
     )
     return step, batches
 

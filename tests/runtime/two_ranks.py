@@ -109,7 +109,7 @@ def gloo_threads() -> int:
 def rank_of(folder: Path, scenario: str) -> None:
     seen: dict = {}
     with Distributed.start("cpu", timeout=5.0 if scenario == "hanging" else 60.0) as ranks:
-        seen["place"] = [ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_world_size, ranks.is_main]
+        seen["place"] = [ranks.rank, ranks.world_size, ranks.local_world_size, ranks.is_main]
         if scenario == "all":
             for part in (agreements, accumulate, buffers):
                 seen[part.__name__] = part(ranks)

@@ -38,6 +38,7 @@ from moa_train.data.file_source import FileSource
 from moa_train.data.image import EncodedImage
 from moa_train.data.mix import Mixer
 from moa_train.data.source import Source
+from moa_train.runtime.distributed import Distributed
 from moa_train.schema import RunConfig, image_shape
 
 BATCHES = 8
@@ -99,12 +100,12 @@ def _compare(job: Job, source: Source, names: list[str], mode: str, batch: int) 
 
 def _ours(job: Job, config: RunConfig, source: Source, mode: str) -> Pipeline:
     if mode == "infer":
-        evaluation, prepare = build_eval_loader(config, source, job.alone), build_eval_transform(config)
+        evaluation, prepare = build_eval_loader(config, source, Distributed(job.device)), build_eval_transform(config)
         for batch in chain.from_iterable(repeat(evaluation)):
             there = batch.to(job.device, non_blocking=True)
             yield prepare(there), there.labels
     augment = build_train_transform(config, source, weak_from=sys.maxsize)
-    for batch in build_train_loader(config, source, job.alone).batches():
+    for batch in build_train_loader(config, source, Distributed(job.device)).batches():
         yield augment(batch.to(job.device, non_blocking=True), batch.step)
 
 
@@ -112,11 +113,12 @@ def _stages(
     job: Job, config: RunConfig, source: Source, mode: str, size: int
 ) -> dict[str, tuple[Callable[[], object], int]]:
     """Return the stages of our pipeline by name, each with the number of images that it processes at a time."""
-    loader = build_train_loader(config, source, job.alone)
-    view = loader.view if mode == "train" else build_eval_loader(config, source, job.alone).view
+    alone = Distributed(job.device)
+    loader, evaluation = build_train_loader(config, source, alone), build_eval_loader(config, source, alone)
+    view = loader.view if mode == "train" else evaluation.view
     draw = loader.order.step(0)
     keys = sample_keys(config.runtime.seed, draw.epoch, draw.index, draw.repeat)
-    batch = next(loader.batches()) if mode == "train" else next(iter(build_eval_loader(config, source, job.alone)))
+    batch = next(loader.batches()) if mode == "train" else next(iter(evaluation))
 
     stages: dict[str, tuple[Callable[[], object], int]] = {}
     if isinstance(source, FileSource):

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from moa_train.runtime.distributed import Distributed
 from moa_train.schema import RunConfig
 
 
@@ -47,8 +46,3 @@ class Job:
     checkpointings: Sequence[bool] = (False,)
     against: Sequence[str] = ()
     ranks: int = 2
-
-    @property
-    def alone(self) -> Distributed:
-        """This process as the only rank."""
-        return Distributed(0, 0, 1, 1, self.device)

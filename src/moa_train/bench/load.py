@@ -23,6 +23,7 @@ from moa_train.assembly.run import Run, build_run
 from moa_train.bench.job import Job
 from moa_train.bench.loop import before_each_step, training
 from moa_train.bench.tables import Row, Table
+from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopSignals
 from moa_train.schema import RunConfig
@@ -76,7 +77,7 @@ def prepare(job: Job) -> Callable[[], Iterator[Table]]:
     config = training(job.config, steps=MANY)
     config.engine.save_every, config.tracking.loggers, config.runtime.threads = config.schedule.duration, [], "auto"
     check_config(config)
-    open_splits(config, job.alone)
+    open_splits(config, Distributed(job.device))
     return lambda: _measure(job, config)
 
 
@@ -87,7 +88,7 @@ class _Done(Exception):  # noqa: N818 it is no error
 def _measure(job: Job, config: RunConfig) -> Iterator[Table]:
     changes: list[Change] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        run = build_run(config, run_dir=Path(folder), distributed=job.alone, stop=StopSignals())
+        run = build_run(config, run_dir=Path(folder), distributed=Distributed(job.device), stop=StopSignals())
         director = _direct(job, run, changes)
         next(director)
         before_each_step(run, director.send)

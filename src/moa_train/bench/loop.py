@@ -26,6 +26,7 @@ from moa_train.bench import plain
 from moa_train.bench.job import Job
 from moa_train.bench.tables import Row, Table
 from moa_train.bench.timing import synchronize
+from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.signals import StopSignals
 from moa_train.schema import RunConfig
@@ -37,7 +38,7 @@ def prepare(job: Job) -> Callable[[], Iterator[Table]]:
     config = training(job.config, steps=job.steps // 2 + job.rounds * job.steps + 1)
     config.engine.save_every = f"{job.steps} steps"
     check_config(config)
-    open_splits(config, job.alone)
+    open_splits(config, Distributed(job.device))
     Precision.resolve(config.runtime.precision, job.device)
     return lambda: iter([_compare(job, config)])
 
@@ -69,7 +70,7 @@ def before_each_step(run: Run, action: Callable[[int], None]) -> None:
 def _compare(job: Job, config: RunConfig) -> Table:
     device = job.device
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        run = build_run(config, run_dir=Path(folder), distributed=job.alone, stop=StopSignals())
+        run = build_run(config, run_dir=Path(folder), distributed=Distributed(job.device), stop=StopSignals())
         bare, first, started = BareLoop(run), job.steps // 2, 0.0
         seconds: dict[str, list[float]] = {"trainer": [], "bare": []}
 

@@ -48,7 +48,7 @@ def prepare(job: Job) -> Callable[[], Iterator[Table]]:
     config.engine.micro_batch_size, config.engine.save_every = batch // ranks, config.schedule.duration
     config.tracking.loggers = []
     check_config(config)
-    open_splits(config, job.alone)
+    open_splits(config, Distributed(job.device))
     alone = copy.deepcopy(config)
     if cuda:
         config.runtime.device, alone.engine.batch_size = "cuda", batch // ranks

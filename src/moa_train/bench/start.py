@@ -13,6 +13,7 @@ from moa_train.assembly.inputs import open_splits
 from moa_train.bench.job import Job
 from moa_train.bench.tables import Row, Table
 from moa_train.bench.timing import alternate
+from moa_train.runtime.distributed import Distributed
 from moa_train.schema import image_shape
 
 BASELINE = """
@@ -29,7 +30,7 @@ print("built", flush=True)
 def prepare(job: Job) -> Callable[[], Iterator[Table]]:
     """Check the configuration and the data, and return the function that yields one table."""
     check_config(job.config)
-    open_splits(job.config, job.alone)
+    open_splits(job.config, Distributed(job.device))
     return lambda: iter([_compare(job)])
 
 

@@ -67,7 +67,7 @@ def bench(options: argparse.Namespace, config: RunConfig, overrides: list[str]) 
     from moa_train.runtime.distributed import Distributed
 
     device = pick_device(config.runtime.device)
-    set_up_process(config.runtime, Distributed(0, 0, 1, 1, device))
+    set_up_process(config.runtime, Distributed(device))
     job = Job(
         config,
         [*options.config_dir, *overrides],

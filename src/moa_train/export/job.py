@@ -9,9 +9,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from moa_train.assembly.process import set_up_process
 from moa_train.assembly.trained import Trained
-from moa_train.export.subject import VECTORS, Subject, alone, draw
+from moa_train.export.subject import VECTORS, Subject, draw
+from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.schema import ExportConfig, RunConfig
 
@@ -41,7 +44,7 @@ def export(config: ExportConfig, stream: TextIO) -> dict[str, Any]:
     output = Path(config.output) if config.output else trained.folder / "export" / name
     check_output(output, make_parent=not config.output)
     run = overlay(trained.config, config)
-    set_up_process(run.runtime, alone())
+    set_up_process(run.runtime, Distributed(torch.device("cpu")))
     source = draw(trained.open_split(config.split, config.root, config.workers), config.images, config.seed)
     if len(source) < VECTORS:
         raise UserError(

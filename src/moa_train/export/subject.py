@@ -140,7 +140,7 @@ class Subject:
 
     def batches(self, title: str, source: Source | None = None) -> Any:
         """Yield the evaluation batches of the images, or of another source, and show the progress."""
-        loader = build_eval_loader(self.run, source or self.source, alone())
+        loader = build_eval_loader(self.run, source or self.source, Distributed(torch.device("cpu")))
         progress = EvaluationProgress(title, style=self.run.tracking.progress, stream=self.stream)
         for done, batch in enumerate(loader, start=1):
             yield batch
@@ -213,11 +213,6 @@ class Subject:
             },
         }
         return {name: json.dumps(value) for name, value in values.items()}
-
-
-def alone() -> Distributed:
-    """Return this process as the only rank, on the CPU."""
-    return Distributed(0, 0, 1, 1, torch.device("cpu"))
 
 
 def as_input(images_BCHW: Tensor) -> NDArray[np.uint8]:

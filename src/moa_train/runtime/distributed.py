@@ -43,13 +43,12 @@ _LOST = (
 
 @dataclass
 class Distributed:
-    """Represent this process as rank ``rank`` of ``world_size``, and as ``local_rank`` among those on this machine."""
+    """Represent this process as rank ``rank`` of ``world_size``, ``local_world_size`` of them on this machine."""
 
-    rank: int
-    local_rank: int
-    world_size: int
-    local_world_size: int
     device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
     before_leaving: Callable[[], object] = lambda: None
     """Called before a stuck process is terminated; waits for work that must not be interrupted, such as a save."""
     _control: Any = None
@@ -76,10 +75,9 @@ class Distributed:
             )
         if world_size > 1 and "MASTER_ADDR" not in os.environ:
             raise UserError(f"WORLD_SIZE={world_size}, but MASTER_ADDR is not set. Start the processes with torchrun.")
-        local_rank = _environment("LOCAL_RANK", rank)
         local_world_size = _environment("LOCAL_WORLD_SIZE", world_size)
-        chosen = pick_device(device, local_rank, local_world_size)
-        self = cls(rank, local_rank, world_size, local_world_size, chosen)
+        chosen = pick_device(device, _environment("LOCAL_RANK", rank), local_world_size)
+        self = cls(chosen, rank, world_size, local_world_size)
         if world_size == 1:
             with self._watched_launcher(timeout):
                 yield self
