@@ -85,7 +85,7 @@ def test_the_classifier_of_other_classes_is_refused(straight, tiny):
     config = tiny()
     model, classes = build(config), [str(digit) for digit in range(10)]
     load_init(model, straight, config, classes)
-    with pytest.raises(UserError, match=r"(?s)first one that differs is '9'.*init_head=new"):
+    with pytest.raises(UserError, match=r"(?s)first difference is '9'.*init_head=new"):
         load_init(model, straight, config, classes[::-1])
     config.init_head = "new"
     load_init(model, straight, config, classes[::-1])

@@ -119,9 +119,14 @@ def examples():
     yield pytest.param(aten.index_select.default, lambda x: (x, -1, torch.tensor([0, 1])), id="index_select, last")
 
     def without_weights(x):
-        return x.contiguous(), x, [x.shape[-1]], *[torch.ones(*x.shape[:-1], 1)] * 2, None, None, [True, False, False]
+        statistics = torch.ones(*x.shape[:-1], 1, dtype=x.dtype)
+        return x.contiguous(), x, [x.shape[-1]], statistics, statistics, None, None, [True, False, False]
 
-    yield pytest.param(aten.native_layer_norm_backward.default, without_weights, id="layer norm without weights")
+    yield pytest.param(
+        aten.native_layer_norm_backward.default, without_weights, id="layer norm without weights, backward"
+    )
+    plain = aten.native_layer_norm.default
+    yield pytest.param(plain, lambda x: (x, [x.shape[-1]], None, None, 1e-5), id="layer norm without weights")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

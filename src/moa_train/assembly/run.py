@@ -122,7 +122,8 @@ def build_run(
     if newest is not None:
         starts, before = _restore(state, store.at(newest), record, distributed)
         restarted = _reset_best(state, before, record["measured"], sources)
-        lost = _replace_lost_best(state, store, distributed)
+        if config.replay is None and state.step < plan.total_steps:
+            lost = _replace_lost_best(state, store, distributed)
     if rolled_back is not None:
         state.nonfinite, state.lr_factor = rolled_back.nonfinite, rolled_back.lr_factor
     this_start = {**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}

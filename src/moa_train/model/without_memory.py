@@ -168,9 +168,9 @@ def _padded(x: Tensor, padding: Sequence[int], *_: Any) -> Tensor | None:
     return _new(x, size)
 
 
-def _normalized(x: Tensor, shape: Sequence[int], *_: Any) -> tuple[Tensor, ...]:
+def _normalized(x: Tensor, shape: Sequence[int], weight: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
     statistics = [*x.size()[: -len(shape)], *[1] * len(shape)]
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = x.dtype if weight is None else weight.dtype
     return _contiguous(x), _new(x, statistics, dtype), _new(x, statistics, dtype)
 
 
