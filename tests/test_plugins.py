@@ -1,10 +1,13 @@
 """Parts by name and by import path; tests/own_code tests complete ones."""
 
 import sys
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal
 
 import pytest
 
+from moa_train.knobs import fill
 from moa_train.plugins import args_type
 from moa_train.runtime.errors import UserError
 
@@ -34,3 +37,14 @@ def test_other_annotations_may_be_for_type_checkers_only(monkeypatch: pytest.Mon
     assert args_type(module.typed) is module.Args
     with pytest.raises(UserError, match=r"args in drops:hidden cannot be read .*Hidden.*outside of TYPE_CHECKING"):
         args_type(module.hidden)
+
+
+@dataclass
+class Choosing:
+    mode: Literal["low", "high"] = "low"
+
+
+def test_a_setting_of_few_words_takes_only_these() -> None:
+    assert fill(Choosing, {"mode": "high"}, "model.args") == Choosing("high")
+    with pytest.raises(UserError, match=r"model\.args\.mode='hihg' has the wrong type: it must be one of low, high\."):
+        fill(Choosing, {"mode": "hihg"}, "model.args")

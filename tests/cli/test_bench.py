@@ -66,6 +66,15 @@ def test_own_recipes_can_be_measured(monkeypatch, capsys, tmp_path: Path):
     assert "mine, muon" in capsys.readouterr().out
 
 
+def test_own_code_next_to_recipes_is_found_by_the_processes_of_a_part(monkeypatch, capsys, tmp_path: Path):
+    (tmp_path / "blocks.py").write_text("from moa_train.model.network import MOATransformer as Tiny\n")
+    monkeypatch.setenv("PYTHONPATH", "")  # restored afterward
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    options = ("start", "--rounds", "1", "--config-dir", str(tmp_path), f"--json={tmp_path / 'result.json'}")
+    assert run(monkeypatch, *options, "model.name=blocks:Tiny", *SMALL[3:]) == 0
+    assert "first step" in capsys.readouterr().out
+
+
 def test_a_missing_library_is_an_error_that_says_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run(monkeypatch, "step", "--against", "timm/resnet18") == 2

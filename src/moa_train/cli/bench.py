@@ -188,10 +188,6 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
                 f"--against {peer} applies to the part {' or '.join(suitable)}, but the selected parts are: "
                 f"{', '.join(options.parts)}. Add {suitable[0]} to them."
             )
-    if options.config_dir:  # processes that a part starts find own code there as well
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(options.config_dir), os.environ.get("PYTHONPATH", "")]).strip(
-            ":"
-        )
     options.config_dir = [f"--config-dir={options.config_dir}"] if options.config_dir else []
     options.json = options.json or Path("outputs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}.json"
     return options, overrides
@@ -238,6 +234,9 @@ def main() -> None:
 def measure() -> None:
     """Read the command line and measure, in a process for each instruction set if there are several."""
     options, overrides = read(sys.argv[1:])
+    for argument in options.config_dir:  # the processes that a part starts find own code there as well
+        folders = [argument.partition("=")[2], os.environ.get("PYTHONPATH")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     if options.isa:
         sys.exit(bench_isas(options, sys.argv[1:]))
     sys.argv[1:] = [*options.config_dir, *overrides]
