@@ -94,11 +94,7 @@ class Trainer:
                     self._log(lr)  # the host waits for the device here, and not in other steps
                 self.store.poll()  # raises if a background save has failed
                 self.stopping = self._stop_requested()
-                try:
-                    is_best = self._evaluate_if_due()
-                except FailedEvaluationError:
-                    self.save()
-                    raise
+                is_best = self._evaluate_if_due()
                 if self.stopping or is_best or plan.saves(state.step):
                     self.save(is_best)
         self.distributed.barrier()  # from here on, every rank may read the last checkpoint
@@ -153,7 +149,12 @@ class Trainer:
         due = state.step > 0 and (plan.evaluate.due(state.step) or state.step == plan.total_steps)
         if self.evaluate is None or self.stopping or not due or state.evaluated_step == state.step:
             return False
-        result = self.evaluate()
+        try:
+            result = self.evaluate()
+        except FailedEvaluationError:  # must not cost the updates before it
+            if self.saved_step != state.step:
+                self.save()
+            raise
         self.speed.restart()
         if result is None:
             self.stopping = True
