@@ -168,13 +168,14 @@ def test_recomputing_activations_does_not_change_results(train, tmp_path, outcom
     assert outcome(tmp_path / "plain")["tensors"] == outcome(tmp_path / "again")["tensors"]
 
 
-def test_fine_tuning_keeps_the_body_and_creates_a_head(train, straight, make_classes, tmp_path):
+def test_fine_tuning_keeps_the_body_and_creates_a_head(train, straight, make_classes, tmp_path, capsys):
     """Go from ten digits in memory to five classes in files; the lr is so small that the body does not change."""
     changes = {"data__name": "folder", "data__root": make_classes(5), "data__val_fraction": 0, "data__workers": 1}
     still = {"optim__lr": 1e-12, "schedule__warmup_lr": 0, "schedule__min_lr": 0, "data__limit": "null"}
     with pytest.raises(UserError, match=r"the weights have 10 classes, the training images 5.*init_head=new"):
         train(tmp_path / "strict", **SHORT, **changes, **still, init=straight)
     assert train(tmp_path / "new", **SHORT, **changes, **still, init=straight, init_head="new") == 0
+    assert f"Weights of {straight}: new classifier (head.bias, head.weight).\n" in capsys.readouterr().out
     newest, before = CheckpointStore(tmp_path / "new").newest(), CheckpointStore(straight).best()
     assert newest is not None
     assert before is not None

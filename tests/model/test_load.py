@@ -26,6 +26,7 @@ def test_another_resolution_resizes_the_table_of_the_grid_alone(small):
     larger = small(image_size=(32, 24))  # 4 x 3 windows instead of 2 x 2
     loaded = load_weights(larger, weights)
     assert loaded.resized == ["layers.0.moa.relative_position_bias_table: (3, 3, 2) -> (7, 5, 2)"]
+    assert str(loaded) == "resized layers.0.moa.relative_position_bias_table: (3, 3, 2) -> (7, 5, 2)"
     back = load_weights(small(), larger.state_dict())  # a 3-D table gives the sides of any grid
     assert back.resized == ["layers.0.moa.relative_position_bias_table: (7, 5, 2) -> (3, 3, 2)"]
 
@@ -85,6 +86,8 @@ def test_another_classifier_needs_head_new(small, variant):
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())  # untouched
     loaded = load_weights(other, weights, head="new")
     assert loaded.new == sorted(name for name in before if name.startswith(other.head_name))
+    assert str(loaded).startswith("new classifier (")
+    assert str(load_weights(small(variant), weights)) == "all tensors as they are"
     for name, value in other.state_dict().items():
         assert torch.equal(value, before[name] if name in loaded.new else weights[name])
 

@@ -109,7 +109,10 @@ def build_run(
     newest = distributed.on_main(lambda: getattr(store.newest(until=config.replay), "step", None))
     # With a checkpoint, the initial weights are no longer needed, and their file may be gone.
     classes = train.classes
-    state = build_state(config, len(classes), schedule.peak, precision, fresh=newest is None, classes=classes)
+    said: list[str] = []
+    state = build_state(
+        config, len(classes), schedule.peak, precision, fresh=newest is None, classes=classes, say=said.append
+    )
     recorded = store.at(newest).state.get("choices") if newest is not None else None
     choices = Choices(
         **distributed.on_main(lambda: choose(config, state, train, recorded, distributed.local_world_size).as_dict())
@@ -145,7 +148,7 @@ def build_run(
     if config.replay is None:
         tracker = _build_tracker(config, run_dir, plan, state.step, distributed, remeasured=restarted is not None)
     threads.say = tracker.say
-    for message in filter(None, (restarted, lost)):
+    for message in filter(None, (*said, restarted, lost)):
         tracker.say(message)
     if state.step == 0 and config.tracking.images and distributed.is_main:
         _show_inputs(train_step, tracker, config, train.classes)

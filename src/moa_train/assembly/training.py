@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from moa_train.engine.state import TrainState
 from moa_train.engine.step import TrainStep
 from moa_train.knobs import knobs
 from moa_train.model.compiling import compile_model, compiles, has_blocks
-from moa_train.model.load import load_weights
+from moa_train.model.load import Loaded, load_weights
 from moa_train.model.pth_file import read_state_dict
 from moa_train.model.registry import create_model
 from moa_train.optim.clip import clip_gradients
@@ -43,12 +43,13 @@ def build_state(
     *,
     fresh: bool,
     classes: Sequence[str] | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> TrainState:
     """Return the state before the first step, on the device of ``precision``.
 
     A ``fresh`` state has the weights from ``config.init``, or the pretrained weights that the model's own settings
     name, if any. Otherwise, the weights are random, and a checkpoint overwrites them. ``classes`` are their names, with
-    which those of ``config.init`` are compared.
+    which those of ``config.init`` are compared. ``say`` is told what was changed to make these weights fit.
     """
     seed_everything(config.runtime.seed)
     model = create_model(config.model, image_size=image_shape(config.data.image_size), num_classes=num_classes)
@@ -56,7 +57,7 @@ def build_state(
     if config.runtime.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if fresh and config.init:
-        load_init(model, Path(config.init), config, classes)
+        say(f"Weights of {config.init}: {load_init(model, Path(config.init), config, classes)}.")
     elif fresh:
         model.load_pretrained()
     decay = config.engine.ema_decay
@@ -80,8 +81,8 @@ def check_classes(path: Path, known: Sequence[str] | None, classes: Sequence[str
     )
 
 
-def load_init(model: nn.Module, path: Path, config: RunConfig, classes: Sequence[str] | None = None) -> None:
-    """Load the weights that a run starts from.
+def load_init(model: nn.Module, path: Path, config: RunConfig, classes: Sequence[str] | None = None) -> Loaded:
+    """Load the weights that a run starts from, and return what was changed.
 
     Raises:
         UserError: they do not fit the model. The message lists the settings of their own model, if the file has them.
@@ -104,7 +105,7 @@ def load_init(model: nn.Module, path: Path, config: RunConfig, classes: Sequence
     if config.init_head == "strict" and classes is not None and metadata.get("named") != "false":
         check_classes(path, json.loads(metadata.get("classes", "null")), classes)
     try:
-        load_weights(model, weights, head=config.init_head, grid=grid)
+        return load_weights(model, weights, head=config.init_head, grid=grid)
     except UserError as error:
         if theirs is None:
             raise

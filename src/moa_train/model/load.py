@@ -22,6 +22,14 @@ class Loaded:
     resized: list[str] = field(default_factory=list)  # "name: (27, 27, 3) -> (15, 15, 3)"
     new: list[str] = field(default_factory=list)  # parameters of the classifier that kept their initial values
 
+    def __str__(self) -> str:
+        """Return the changes in words."""
+        more = f" (and {len(self.resized) - 1} more)" if len(self.resized) > 1 else ""
+        parts = [f"resized {self.resized[0]}{more}"] if self.resized else []
+        if head := [name for name in self.new if not name.endswith("num_batches_tracked")]:
+            parts.append(f"new classifier ({', '.join(head)})")
+        return "; ".join(parts) or "all tensors as they are"
+
 
 def load_weights(
     model: Any, weights: Mapping[str, Tensor], *, head: str = "strict", grid: tuple[int, int] | None = None
