@@ -101,6 +101,8 @@ def test_without_named_parts_those_that_the_machine_does_not_support_are_skipped
     assert "ranks is skipped: --ranks 2 requires as many CPU threads" in shown.err
     assert "wrote" in shown.out
     assert run(monkeypatch, "ranks", *options, *SMALL[3:]) == 2
+    monkeypatch.setattr(command, "PARTS", {"ranks": command.PARTS["ranks"]})
+    assert run(monkeypatch, *options, *SMALL[3:]) == 2, "nothing was measured"
 
 
 @pytest.mark.parametrize("given", [["--isa", "avx2"], ["--isa=avx2"]])

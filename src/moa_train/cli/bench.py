@@ -90,7 +90,7 @@ def bench(options: argparse.Namespace, config: RunConfig, overrides: list[str]) 
         try:
             measures[part] = import_module(f"moa_train.bench.{part}").prepare(job)
         except UserError as error:
-            if options.parts:
+            if options.parts or (part == [*PARTS][-1] and not measures):
                 raise
             print(f"{part} is skipped: {error}", file=sys.stderr)
     header = {**tables.header(device, sys.orig_argv), "config": to_dict(config)}
