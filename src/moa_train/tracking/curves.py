@@ -1,16 +1,10 @@
-"""Tables and curves of runs for documents, from their metrics.jsonl.
+"""Curves of runs from their metrics.jsonl, drawn by matplotlib."""
 
-python -m moa_train.tracking.curves RUN [RUN ...] --png curves.png
-"""
-
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moa_train.runtime.command_line import path
 from moa_train.runtime.errors import UserError
 from moa_train.tracking.jsonl import Row, read_rows
 
@@ -45,38 +39,6 @@ class Curves:
         if not train and not evaluations:
             raise UserError(f"{path} has no rows yet.")
         return cls(run_dir.resolve().name, train, evaluations, split)
-
-
-def table(curves: Curves, most: int = 12) -> str:
-    """Return a Markdown table of about ``most`` evaluations, evenly spaced, including the last and the best (bold)."""
-    rows = curves.evaluations
-    if not rows:
-        return f"{curves.name}: no evaluations."
-    best = max(range(len(rows)), key=lambda index: rows[index].get("top1") or 0.0)
-    count = min(most, len(rows))
-    shown = {round(i * (len(rows) - 1) / max(count - 1, 1)) for i in range(count)} | {best, len(rows) - 1}
-    lines = [f"| epoch | step | train loss | {curves.split} loss | top-1 (%) | top-5 (%) |", "| ---: " * 6 + "|"]
-    for index in sorted(shown):
-        row = rows[index]
-        top1 = _text(row.get("top1"), ".2f")
-        lines.append(
-            f"| {_text(row.get('epoch'), '.3g')} | {row['step']} | {_text(_train_loss(curves, row['step']), '.4f')} "
-            f"| {_text(row.get('loss'), '.4f')} | {f'**{top1}**' if index == best else top1} "
-            f"| {_text(row.get('top5'), '.2f')} |"
-        )
-    return "\n".join(lines)
-
-
-def draw(runs: Sequence[Curves], path: Path) -> None:
-    """Draw the losses and top-1 accuracies of runs over epochs to a PNG with two panels."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("Drawing curves needs matplotlib: pip install 'moa-train[plot]'.") from error
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, 2), (draw_loss, draw_accuracy), strict=True):
-        panel(axes, runs)
-    figure.savefig(path, dpi=150)
 
 
 def draw_loss(axes: Any, runs: Sequence[Curves]) -> None:
@@ -124,35 +86,3 @@ def _points(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
 def _label(run: Curves) -> str:
     _, values = _points(run.evaluations, "top1")
     return f"{run.name}: best {max(values):.2f}%" if values else run.name
-
-
-def _train_loss(curves: Curves, step: int) -> float | None:
-    """Return the last training loss logged at ``step`` or earlier."""
-    losses = [row["loss"] for row in curves.train if row["step"] <= step and row.get("loss") is not None]
-    return losses[-1] if losses else None
-
-
-def _text(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table of each run and, with --png, draw the curves of all runs."""
-    parser = argparse.ArgumentParser(prog="python -m moa_train.tracking.curves", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="run folder")
-    parser.add_argument("--png", type=path, help="draw the curves to this file")
-    options = parser.parse_args(arguments)
-    try:
-        runs = [Curves.read(run_dir) for run_dir in options.runs]
-        for run in runs:
-            print(f"{run.name}\n\n{table(run)}\n")
-        if options.png:
-            draw(runs, options.png)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
