@@ -6,12 +6,16 @@ configuration and checks it.
 """
 
 import importlib
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from moa_train.knobs import fill
 from moa_train.runtime.errors import UserError, nearest
+
+if sys.version_info >= (3, 14):
+    from annotationlib import Format, get_annotations
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,13 @@ def short_name(name: str) -> str:
 def args_type(part: Any) -> type | None:
     """Return the dataclass that annotates the parameter ``args`` of a function or class, or None if there is none."""
     function = getattr(part, "__init__") if isinstance(part, type) else part  # noqa: B009 mypy rejects the attribute
-    kind = getattr(function, "__annotations__", {}).get("args")
-    if isinstance(kind, str):  # the other annotations may name types that are imported for type checkers only
+    # The other annotations may name types that are imported for type checkers only.
+    if sys.version_info >= (3, 14):
+        kind = get_annotations(function, format=Format.FORWARDREF).get("args")
+        kind = getattr(kind, "__forward_arg__", kind)
+    else:
+        kind = getattr(function, "__annotations__", {}).get("args")
+    if isinstance(kind, str):
         try:
             kind = eval(kind, getattr(function, "__globals__", {}))  # code that is imported already
         except NameError as error:

@@ -1,5 +1,6 @@
 """What the commands based on Hydra share: typed configuration, help and error messages."""
 
+import argparse
 import contextlib
 import difflib
 import json
@@ -14,9 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal import utils as hydra_utils
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -113,12 +116,27 @@ def run(
                 if {"--cfg", "-c"} & set(arguments):
                     raise UserError("-m cannot be combined with --cfg, because a sweep has many configurations.")
                 return multirun(arguments, config_name)
+        vars(hydra_utils)["argparse"] = SimpleNamespace(ArgumentParser=_Parser)
         # Options come first, because argparse accepts positional arguments only on one side of them.
         sys.argv[1:] = sorted(map(addable, arguments), key=lambda text: "=" in text and not text.startswith("-"))
         hydra.main(version_base="1.3", config_path="pkg://moa_train.conf", config_name=config_name)(checked)()
         return None
 
     sys.exit(_guarded(execute, arguments, schema))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Hydra's parser of options, without abbreviations: --multi would pass the checks that look for --multirun.
+
+    The help of one of Hydra's options is an object, but Python 3.14 and newer require a text.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def add_argument(self, *names: str, help: object, **options: Any) -> argparse.Action:  # type: ignore[override]
+        """Add an option. All options of Hydra have a help."""
+        return super().add_argument(*names, help=str(help), **options)
 
 
 def _own_settings(arguments: Sequence[str], config_name: str) -> list[tuple[str, Any, str]]:
