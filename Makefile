@@ -8,8 +8,14 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# If this file is newer than pyproject.toml, the environment is up to date. If it is missing, it is created again.
+# If this file is newer than pyproject.toml and contains the path of this folder, to which the editable install points,
+# the environment is up to date. Otherwise, as in a copied or moved checkout, the environment is created again.
 READY := $(VENV)/ready
+ifneq ($(shell test -x $(BIN)/python && cat $(READY) 2>/dev/null),$(CURDIR))
+CREATE := yes
+.PHONY: $(READY)
+endif
+.PRECIOUS: $(READY) # otherwise, make deletes it on Ctrl-C
 
 .DEFAULT_GOAL := help
 .PHONY: help train test gpu torture lint format clean
@@ -48,14 +54,17 @@ clean: ## remove the environment, builds and caches; keep runs and data
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "error: '$(PYTHON)' is not Python 3.11 or newer. Choose another one: make PYTHON=python3.12" >&2; exit 1; }
+	@test ! -e $(VENV) || test -e $(READY) || { \
+		echo "error: make did not create $(VENV), so it does not change it. Remove it (rm -r $(VENV)) and run make" \
+			"again, or install moa-train into it yourself: pip install --editable '.[dev]'." >&2; exit 1; }
 	@echo "Setting up $(VENV) (once, a few minutes: PyTorch is large) ..."
-	@# If the marker is missing, an earlier setup was interrupted: start again (pip has cached its downloads).
-	@test -e $(READY) || $(PYTHON) -m venv --clear $(VENV) || { \
+	@mkdir -p $(VENV) && echo 'The setup was interrupted.' > $(READY)
+	@test -z '$(CREATE)' || find $(VENV) -mindepth 1 ! -path $(READY) -delete
+	@test -z '$(CREATE)' || $(PYTHON) -m venv $(VENV) || { \
 		echo "error: '$(PYTHON) -m venv' failed. On Debian and Ubuntu, run: apt install python3-venv" >&2; exit 1; }
-	@rm -f $(READY)
 	@again='Run the same make command again: finished downloads are not repeated.'; \
 	trap 'echo "error: The setup was interrupted. '"$$again"'" >&2; exit 130' INT TERM; \
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]' || { \
 		echo "error: The setup failed; the reason is above. Without a network, pip needs PIP_INDEX_URL=MIRROR. $$again" >&2; \
 		exit 1; }
-	@touch $(READY)
+	@pwd -P > $(READY)

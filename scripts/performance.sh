@@ -1,4 +1,4 @@
-#!/bin/sh
+#!/usr/bin/env bash
 # Measure the tables of docs/PERFORMANCE.md on this machine, which should be idle otherwise (half an hour on two cores).
 #
 #   scripts/performance.sh FOLDER OUTPUT        FOLDER holds CIFAR-100; tables and JSON files go to the folder OUTPUT

@@ -94,7 +94,8 @@ def test_imported_packages_are_declared_as_dependencies(source):
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 imported.add(node.module.split(".")[0])
     names = {"hydra": "hydra-core", "PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
-    foreign = {names.get(name, name) for name in imported - sys.stdlib_module_names - {"moa_train"}}
+    own = sys.stdlib_module_names | {"annotationlib", "moa_train"}  # annotationlib: of Python 3.14
+    foreign = {names.get(name, name) for name in imported - own}
     extras = PROJECT["optional-dependencies"]
     required, optional = (
         {requirement.split(">")[0] for requirement in group}
@@ -107,6 +108,19 @@ def test_the_clean_environment_imports_the_wheel(clean, tmp_path):
     probe = "import moa_train, moa_train.conf as conf; print(moa_train.__file__); print(conf.__file__)"
     for place in run(clean / "python", "-c", probe, cwd=tmp_path).stdout.split():
         assert Path(place).is_relative_to(clean.parent)
+
+
+def test_the_version_is_that_of_the_wheel(clean, wheel, tmp_path):
+    found = run(clean / "python", "-c", "import moa_train; print(moa_train.__version__)", cwd=tmp_path).stdout.strip()
+    assert found == wheel.name.split("-")[1]
+
+
+@pytest.mark.parametrize("folder", [".venv", "venv", "env"])
+def test_environments_in_the_checkout_are_not_linted(source, tmp_path, folder):
+    shutil.copy(source / "pyproject.toml", tmp_path)
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "module.py").write_text("import os, sys\n")
+    run(sys.executable, "-m", "ruff", "check", ".", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("command", PROJECT["scripts"])

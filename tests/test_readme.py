@@ -88,6 +88,14 @@ def test_every_command_line_is_accepted(command):
         accept(program.removeprefix("moa-"), arguments)
 
 
+def test_brackets_are_quoted_for_zsh():
+    """Zsh replaces unquoted brackets by the names of files, and refuses the command if there are none."""
+    inline = rf"`((?:{'|'.join(SCRIPTS)}) [^`]*)`"
+    lines = [command for command, _ in COMMANDS] + re.findall(inline, "".join(path.read_text() for path in DOCUMENTS))
+    unquoted = {line: re.sub(r"'[^']*'|\"[^\"]*\"", "", line) for line in lines}
+    assert [line for line, rest in unquoted.items() if re.search(r"\w=\S*[][(){}*?]", rest)] == []
+
+
 def accept_make(arguments: list[str]) -> None:
     targets = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {argument for argument in arguments if "=" not in argument} <= targets

@@ -12,6 +12,7 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from moa_train.knobs import fill
+from moa_train.runtime.command_line import argument
 from moa_train.runtime.errors import UserError, nearest
 
 if sys.version_info >= (3, 14):
@@ -178,8 +179,8 @@ def check_trusted(used: Iterable[str], named: Iterable[str], where: str) -> None
         if not any(name == given or name.startswith((f"{given}.", f"{given}:")) for given in named)
     ]
     if refused:
-        modules = ",".join(dict.fromkeys(name.partition(":")[0] for name in refused))
+        modules = list(dict.fromkeys(name.partition(":")[0] for name in refused))
         raise UserError(
             f"{where} uses code that is not part of moa-train: {', '.join(refused)}. A file by itself "
-            f"cannot make moa-train run code. If you trust this code, allow it by adding code=[{modules}]."
+            f"cannot make moa-train run code. If you trust this code, allow it by adding {argument('code', modules)}."
         )

@@ -1,6 +1,7 @@
 """The moa-data command."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -42,9 +43,9 @@ def test_pack_then_check_and_stats(tree: Path, tmp_path: Path, capsys: pytest.Ca
     assert run("check", tmp_path / "out") == 0
     assert "8 images" in capsys.readouterr().out
     assert run("stats", tmp_path / "out", "--image-size", 8, "--samples", 0) == 0
-    from_pack = capsys.readouterr().out.splitlines()[1:]
+    from_pack = shlex.split(capsys.readouterr().out, comments=True)
     assert run("stats", tree, "--image-size", 8) == 0
-    from_files = capsys.readouterr().out.splitlines()[1:]
+    from_files = shlex.split(capsys.readouterr().out, comments=True)
     assert from_pack[0].startswith("data.mean=[0.")
     assert [line.partition("=")[0] for line in from_files] == ["data.mean", "data.std"]
     pixels = np.stack([np.asarray(Image.open(path)) for path in sorted((tree / "train").rglob("*.png"))]) / 255

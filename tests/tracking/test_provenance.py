@@ -30,7 +30,7 @@ def checkout(tmp_path) -> Path:
 
 def test_a_record_is_complete_and_json():
     record = json.loads(json.dumps(provenance.collect()))
-    assert record["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert record["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert record["versions"]["python"] == sys.version.split()[0]
     assert len(record["code"]["sha256"]) == 64
     assert record["hardware"]["cores"] == os.cpu_count()

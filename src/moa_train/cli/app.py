@@ -39,6 +39,7 @@ from moa_train.cli.compose import (
     compose,
     config_roots,
     is_override,
+    options,
     readable,
     typed,
 )
@@ -91,9 +92,10 @@ def run(
     if "--version" in arguments:
         print(f"moa-train {__version__}")
         sys.exit(Exit.FINISHED)
-    if {"--help", "-h", "--cfg", "-c"} & set(arguments) and hasattr(signal, "SIGPIPE"):
+    if (options(arguments).cfg or {"--help", "-h"} & set(arguments)) and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback if `head` or a pager exits early
-    logging.basicConfig(format="%(message)s")
+    if not options(arguments).info:  # Hydra has its own handler for these messages
+        logging.basicConfig(format="%(message)s")
     logging.getLogger("moa_train").setLevel(logging.INFO)  # not the root logger, because libraries log a lot
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions through, and _guarded handles them
 
@@ -113,7 +115,7 @@ def run(
                     raise UserError(
                         "-m is an option of moa-train, which starts several runs. Run this command once for each."
                     )
-                if {"--cfg", "-c"} & set(arguments):
+                if options(arguments).cfg:
                     raise UserError("-m cannot be combined with --cfg, because a sweep has many configurations.")
                 return multirun(arguments, config_name)
         vars(hydra_utils)["argparse"] = SimpleNamespace(ArgumentParser=_Parser)
@@ -190,6 +192,8 @@ def _check_override(
     override: Override, schema: type, items: Mapping[str, Any], in_sweep: bool, roots: Sequence[Path]
 ) -> None:
     key, text = override.key_or_group, override.input_line or ""
+    if key.startswith(("hydra.run", "hydra.sweep")):
+        raise UserError(f"{text} has no effect. Set run_dir for the folder of a run, or sweep.dir for that of a sweep.")
     if key.startswith("hydra"):
         return
     if override.is_delete():

@@ -85,10 +85,17 @@ def compose(config_name: str, overrides: Sequence[str], roots: Sequence[Path]) -
 
 def config_roots(arguments: Sequence[str]) -> list[Path]:
     """Return the folders that hold the options: conf/, then the user's own folder given by ``--config-dir``."""
+    folder = options(arguments).config_dir
+    return [CONF, folder] if folder else [CONF]
+
+
+def options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return those of Hydra's options that the commands themselves act on."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd", type=path)
-    known, _ = parser.parse_known_args(arguments)
-    return [CONF, known.config_dir] if known.config_dir else [CONF]
+    parser.add_argument("--cfg", "-c")
+    parser.add_argument("--info", "-i", nargs="?", const="all")
+    return parser.parse_known_args(arguments)[0]
 
 
 def typed(config: DictConfig) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from moa_train.runtime.command_line import leave_with, path
+from moa_train.runtime.command_line import argument, leave_with, path
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_file
 from moa_train.runtime.output import protect_output
@@ -163,8 +163,8 @@ def run_stats(options: argparse.Namespace) -> int:
         source = source.subset(np.linspace(0, len(source) - 1, options.samples).astype(np.int64), source.title)
     mean, std = channel_statistics(EvalLoader(source, batch_size=64, workers=max(1, options.workers)))
     print(f"# {len(source):,} training images of {options.root}, center crops of {options.image_size} pixels")
-    print(f"data.mean=[{','.join(f'{value:.4f}' for value in mean)}]")
-    print(f"data.std=[{','.join(f'{value:.4f}' for value in std)}]")
+    for key, values in (("data.mean", mean), ("data.std", std)):
+        print(argument(key, [f"{value:.4f}" for value in values]))
     return Exit.FINISHED
 
 

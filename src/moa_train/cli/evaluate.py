@@ -27,7 +27,7 @@ Examples:
   moa-eval ckpt=weights.safetensors root=/data/imagenet
   moa-eval ckpt=outputs/RUN report=true                  a page with mistakes, confusions and calibration
   moa-eval ckpt=outputs/RUN weights=model tta=flip       raw weights, averaged over mirror images
-  moa-eval ckpt=outputs/RUN robustness=[all] benchmarks=/data/shifted
+  moa-eval ckpt=outputs/RUN 'robustness=[all]' benchmarks=/data/shifted
   torchrun --nproc-per-node 2 -m moa_train.cli.evaluate ckpt=outputs/RUN"""
 
 
@@ -190,7 +190,7 @@ def read_reference(config: EvalConfig) -> dict[str, Any] | None:
     """
     if not config.robustness and (config.benchmarks or config.reference):
         raise UserError(
-            "benchmarks= and reference= have an effect only with robustness=, for example robustness=[all]."
+            "benchmarks= and reference= have an effect only with robustness=, for example 'robustness=[all]'."
         )
     if config.robustness and config.report:
         raise UserError("report=true and robustness= are two evaluations. Run them one after the other.")

@@ -74,11 +74,14 @@ class Cifar(DataSet):
             download(self.config.url or archive.url, root / archive.filename, archive.sha256)
             pack_archive(archive, root / archive.filename, root)
         else:
-            forbidden = "data.download=false forbids a download. " if self.config.download is False else ""
+            offer = (
+                "Add data.download=true to download it to this folder, or set"
+                if self.config.download is None
+                else "Set"
+            )
             raise UserError(
-                f"{root} does not hold {self.name}: no pack-{split}.npy, no folder {split}/CLASS/, no "
-                f"{archive.filename}. {forbidden}Add data.download=true to download it to this folder, or set "
-                "data.root to a folder that holds one of them."
+                f"{root.absolute()} does not hold {self.name}: no pack-{split}.npy, no folder {split}/CLASS/, no "
+                f"{archive.filename}. {offer} data.root to a folder that holds one of them."
             )
         source = read_pack(root, split, f"{self.name}/{split}", self.image_size)
         if len(source.classes) > self.num_classes:
