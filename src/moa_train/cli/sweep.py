@@ -88,7 +88,7 @@ def run(arguments: Sequence[str], config_name: str) -> int:
         print(f"sweep: {len(jobs)} runs in {folder.path}. To continue it: {again}", flush=True)
         with runner.signals():
             run_grid(runner, jobs)
-    print(f"leaderboard: moa-compare {shlex.quote(str(folder.path))}")
+    print(f"leaderboard: moa-compare {shlex.quote(str(folder.path))}", flush=True)
     return _report(runner.outcomes, runner.codes, runner.stop, again)
 
 

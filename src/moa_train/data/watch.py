@@ -119,8 +119,8 @@ def map_files(
         UserError: an image takes too long to decode, the storage hangs, or a process was killed.
     """
     workers = max(1, workers)
-    watch, number, others = FileWatch(workers, max_seconds), multiprocessing.Value("i", 0), set(active_children())
     context = multiprocessing.get_context(start_method())
+    watch, number, others = FileWatch(workers, max_seconds), context.Value("i", 0), set(active_children())
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(watch, number))
     rest, pending, waited = iter(paths), deque[Future[list[Result]]](), 0.0
     try:
