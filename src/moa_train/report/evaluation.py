@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from moa_train.assembly.pictures import read_images
 from moa_train.assembly.trained import Trained
 from moa_train.data.augment import Normalize
 from moa_train.data.source import Source
@@ -179,7 +180,7 @@ class Evaluated:
         rows = np.array([*found.confident_wrong[:6], *right])
         if not len(rows):
             return ""
-        pixels = thumbnails.read(self.source, rows.tolist(), self.run.data.eval_crop)
+        pixels = read_images(self.source, rows.tolist(), self.run.data.eval_crop)
         device = next(self.model.parameters()).device
         images_BCHW = Normalize.of(self.run.data)(pixels).to(device)
         was_training = self.model.training
