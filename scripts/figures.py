@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moa_train.report.plots import COLORS
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_whole
-from moa_train.tracking.curves import COLORS
 
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P")

@@ -427,9 +427,9 @@ def augmentation(part: Part) -> None:
     import torch
 
     from moa_train.data.augment import BatchAugment, Normalize
-    from moa_train.data.batch import Batch
     from moa_train.data.counter import sample_keys
     from moa_train.data.erasing import RandomErasing
+    from moa_train.interfaces import Batch
     from moa_train.schema import AugmentConfig, DataConfig
 
     for count, side in ((2, 16),) if part.small else ((128, 224), (512, 32)):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from moa_train.interfaces import Classifier
 
 
-class Plain(Classifier, nn.Module):
+class Plain(Classifier):
     """A model that implements only what is necessary."""
 
     def __init__(self) -> None:

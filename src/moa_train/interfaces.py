@@ -1,14 +1,15 @@
 """The interfaces that the training engine requires of models, batches and metrics. Your own parts implement them."""
 
 from collections.abc import Iterator
-from typing import Protocol, Self
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 
-class Classifier:
-    """Mixin for models, ``class Mine(Classifier, nn.Module)``, whose methods describe the model to the other packages.
+class Classifier(nn.Module):
+    """Base class of models, whose methods describe the model to the other packages.
 
     A model maps normalized images (B, 3, H, W) to logits (B, num_classes). All names are those from
     ``named_parameters()`` or ``named_modules()``. The defaults fit models whose last layer is called ``head`` and
@@ -34,18 +35,14 @@ class Classifier:
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters of two or more dimensions that are exempt from weight decay. 1-D ones always are."""
-        return {
-            f"{name}.weight"
-            for name, module in self.described_module.named_modules()
-            if isinstance(module, nn.Embedding)
-        }
+        return {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Embedding)}
 
     def hidden_matrices(self) -> set[str]:
         """Return the parameters that Muon updates: all matrices except those of the head, tables and embeddings."""
         exempt, heads = self.no_weight_decay(), tuple(f"{head}." for head in self.head_names)
         return {
             name
-            for name, parameter in self.described_module.named_parameters()
+            for name, parameter in self.named_parameters()
             if parameter.ndim == 2 and name not in exempt and not name.startswith(heads)
         }
 
@@ -68,7 +65,7 @@ class Classifier:
             matches = [prefix for prefix in ids if name == prefix or name.startswith(f"{prefix}.")]
             return ids[max(matches, key=len)] if matches else 0
 
-        return {name: layer(name) for name, _ in self.described_module.named_parameters()}
+        return {name: layer(name) for name, _ in self.named_parameters()}
 
     def part_of(self, name: str) -> tuple[int, str]:
         """Return the stage (-1 if outside all stages) and the kind of part to which a parameter or module belongs.
@@ -77,52 +74,48 @@ class Classifier:
         """
         return -1, name.split(".")[0]
 
-    @property
-    def described_module(self) -> nn.Module:
-        """Return the module that the methods above describe, by default this object."""
-        assert isinstance(self, nn.Module)
-        return self
 
+@dataclass(frozen=True)
+class Batch:
+    """Images of one size, their labels, and the identity of their samples.
 
-class Batch(Protocol):
-    """A micro-batch: images, labels and the identity of every sample.
+    ``index``, ``epoch`` and ``repeat`` always stay on the host: augmentation derives its decisions from them, and
+    decisions on the device would make the host wait for it.
 
-    ``index``, ``epoch`` and ``repeat`` stay on the host, so that decisions based on them need not wait for the device.
+    Attributes:
+        images: uint8, (B, C, H, W).
+        labels: int64, (B,).
+        index: int64, (B,); position of each sample in the data set.
+        epoch: int64, (B,); epoch of each sample.
+        repeat: int64, (B,); number of the sample's repetition within its epoch (``augment.repeats``).
+        step: optimizer step; in evaluation, the number of the chunk.
+        micro: number of the micro-batch within the global batch; 0 in evaluation.
+        unreadable: messages about files that could not be read and were replaced.
     """
 
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    epoch: Tensor
+    repeat: Tensor
+    step: int
+    micro: int = 0
+    unreadable: tuple[str, ...] = ()
+
     def __len__(self) -> int:
-        """Return the number of samples."""
+        return len(self.labels)
 
-    @property
-    def images(self) -> Tensor:
-        """Images before augmentation and normalization, uint8, (B, 3, H, W)."""
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """Return the batch with images and labels on ``device``."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+        )
 
-    @property
-    def labels(self) -> Tensor:
-        """Class indices, int64, (B,)."""
-
-    @property
-    def index(self) -> Tensor:
-        """Positions of the samples in the data set, int64, (B,)."""
-
-    @property
-    def epoch(self) -> Tensor:
-        """Epoch of each sample, int64, (B,)."""
-
-    @property
-    def repeat(self) -> Tensor:
-        """Number of earlier occurrences of each sample in the same epoch, int64, (B,)."""
-
-    @property
-    def step(self) -> int:
-        """Optimizer step to which the micro-batch belongs."""
-
-    @property
-    def micro(self) -> int:
-        """Position of the micro-batch within the global batch."""
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Return the micro-batch with images and labels on ``device``."""
+    def pin_memory(self) -> "Batch":
+        """Return the batch with images and labels in page-locked memory, from which copies run asynchronously."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 class Batches(Protocol):

@@ -196,7 +196,7 @@ class Pair(nn.Module):
         return x + position
 
 
-class OfPairs(Classifier, nn.Module):
+class OfPairs(Classifier):
     head_name = "head"
 
     def __init__(self) -> None:

@@ -11,8 +11,9 @@ from torchvision.transforms import v2
 
 from moa_train.data import augment as augment_module
 from moa_train.data.augment import BatchAugment, Normalize, plan_crop
-from moa_train.data.batch import Batch, images_at_once
+from moa_train.data.batch import images_at_once
 from moa_train.data.mix import Mixer
+from moa_train.interfaces import Batch
 from moa_train.runtime.errors import UserError
 from moa_train.schema import AugmentConfig
 

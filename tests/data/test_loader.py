@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from moa_train.data import loader
-from moa_train.data.batch import Batch
 from moa_train.data.dataset import open_split
 from moa_train.data.file_source import FileSource
 from moa_train.data.image import EncodedImage
@@ -27,6 +26,7 @@ from moa_train.data.order import Order
 from moa_train.data.source import Source
 from moa_train.data.tree import scan
 from moa_train.data.view import CenterCrop, RandomResizedCrop
+from moa_train.interfaces import Batch
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopRequestedError
 from moa_train.schema import DataConfig

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from moa_train.data.split import hold_out, hold_out_by_name
-from moa_train.runtime.errors import UserError
 
 
 def labels_of(*counts: int) -> np.ndarray:
@@ -65,11 +64,3 @@ def test_the_unicode_form_of_a_name_makes_no_difference() -> None:
     other = [b"\xe4/%d" % number for number in range(100)]  # not UTF-8
     assert np.array_equal(hold_out_by_name(composed, labels, 0.3)[1], hold_out_by_name(decomposed, labels, 0.3)[1])
     assert not np.array_equal(hold_out_by_name(composed, labels, 0.3)[1], hold_out_by_name(other, labels, 0.3)[1])
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
-def test_fractions_outside_of_the_range_are_errors(fraction: float) -> None:
-    with pytest.raises(UserError, match="val_fraction"):
-        hold_out(labels_of(4), fraction)
-    with pytest.raises(UserError, match="val_fraction"):
-        hold_out_by_name(names_of(labels_of(4)), labels_of(4), fraction)

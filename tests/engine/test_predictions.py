@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from moa_train.data.batch import Batch
 from moa_train.engine.predictions import OutcomeRecorder, Recorder
+from moa_train.interfaces import Batch
 from moa_train.runtime.distributed import Distributed
 
 SOURCE = SimpleNamespace(classes=[f"class{number}" for number in range(7)], files=None, fingerprint="f")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from moa_train.data.batch import Batch
 from moa_train.engine.prefetch import Prefetcher
+from moa_train.interfaces import Batch
 from moa_train.runtime.signals import StopRequestedError
 
 CUDA: Any = SimpleNamespace(type="cuda")

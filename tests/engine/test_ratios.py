@@ -3,13 +3,18 @@ import torch
 from torch import nn
 
 from moa_train.engine.ratios import UpdateRatios
+from moa_train.interfaces import Classifier
 from moa_train.model.registry import create_model
 from moa_train.schema import ModelConfig
 from moa_train.tracking.jsonl import read_rows
 
 
+class TwoLayers(Classifier, nn.Sequential):
+    """Two linear layers, called 0 and 1."""
+
+
 def test_norms_of_an_sgd_step():
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model = TwoLayers(nn.Linear(3, 4), nn.Linear(4, 2))
     ratios = UpdateRatios(model, lambda step: step == 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(2):

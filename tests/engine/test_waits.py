@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moa_train.assembly.run import build_run
-from moa_train.data.batch import Batch
 from moa_train.engine.loss import soft_cross_entropy
 from moa_train.engine.prefetch import Prefetcher
 from moa_train.engine.step import TrainStep
+from moa_train.interfaces import Batch
 from moa_train.model.registry import create_model
 from moa_train.optim.clip import clip_gradients
 from moa_train.optim.optimizers import create_optimizer

@@ -19,13 +19,13 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from moa_train.cli.evaluate import evaluate as eval_command
 from moa_train.cli.train import train as train_command
-from moa_train.data.batch import Batch
 from moa_train.data.dataset import open_split
 from moa_train.data.loader import EvalLoader
 from moa_train.engine.evaluator import evaluate
 from moa_train.engine.loss import soft_cross_entropy
 from moa_train.engine.metrics import create_metrics
 from moa_train.engine.step import TrainStep
+from moa_train.interfaces import Batch
 from moa_train.model.registry import create_model
 from moa_train.optim.clip import clip_gradients
 from moa_train.optim.optimizers import create_optimizer

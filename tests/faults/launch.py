@@ -1,5 +1,6 @@
 """The commands as real processes, forked from a server that has imported everything, so that they start quickly."""
 
+import atexit
 import ctypes
 import hashlib
 import json
@@ -165,7 +166,10 @@ def _run(
     faults.arm(os.environ)
     if record is not None:
         _record_samples(record)
-    import_module(module).main()
+    try:
+        import_module(module).main()
+    finally:
+        atexit._run_exitfuncs()  # as a process started by a shell does, but not one of multiprocessing
 
 
 def _obey_permissions() -> None:

@@ -37,11 +37,6 @@ class WrongHead(Own):
     head_name = "classifier"
 
 
-class NoModule(Classifier):
-    def __init__(self, config, *, image_size, num_classes):
-        pass
-
-
 def not_a_classifier(config, *, image_size, num_classes):
     return nn.Linear(3, num_classes)
 
@@ -49,7 +44,7 @@ def not_a_classifier(config, *, image_size, num_classes):
 @pytest.fixture(autouse=True)
 def _my_package(monkeypatch):
     module = types.ModuleType("my_models")
-    for part in (Own, WrongHead, NoModule, not_a_classifier):
+    for part in (Own, WrongHead, not_a_classifier):
         setattr(module, part.__name__, part)
     monkeypatch.setitem(sys.modules, "my_models", module)
 
@@ -69,14 +64,16 @@ def test_own_model_with_settings(model_config):
         ({"name": "no_such_models:Own"}, ["no module named no_such_models"]),
         (
             {"name": "my_models:not_a_classifier"},
-            ["my_models:not_a_classifier", "a Linear", "nn.Module and a Classifier"],
+            ["my_models:not_a_classifier", "a Linear", "must be a Classifier"],
         ),
-        ({"name": "my_models:NoModule"}, ["my_models:NoModule", "nn.Module and a Classifier"]),
         ({"name": "my_models:WrongHead"}, ["no module 'classifier'", "Set head_name"]),
         ({"name": "my_models:Own", "args": {"width": 1}}, ["model.args.width=1", ">= 2"]),
         ({"name": "my_models:Own", "args": {"widht": 8}}, ["model.args.widht", "Did you mean 'width'?"]),
         ({"name": "my_models:Own", "args": {"width": "8"}}, ["model.args.width='8'", "an integer"]),
-        ({"name": "my_models:NoModule", "args": {"width": 8}}, ["my_models:NoModule has no settings of its own"]),
+        (
+            {"name": "my_models:not_a_classifier", "args": {"width": 8}},
+            ["my_models:not_a_classifier has no settings of its own"],
+        ),
         ({"image_size": (64, 64), "args": {"width": 8}}, ["model moa has no settings of its own"]),
     ],
 )

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from moa_train.interfaces import Classifier
 from moa_train.model.registry import create_model
 from moa_train.optim.groups import parameter_groups, split_matrices
 from moa_train.optim.optimizers import create_optimizer
@@ -96,23 +97,34 @@ def test_kernels_of_products_and_convolutions_decay_and_nothing_else(name):
     assert decay == kernels
 
 
-def test_a_plain_module_gets_the_defaults():
-    model = nn.ModuleDict({"words": nn.Embedding(3, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+class Plain(Classifier):
+    """A model with the defaults of `Classifier`."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(3, 4)
+        self.body = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+
+def test_defaults_of_a_model():
+    model = Plain()
     decay, rest = names_by_decay(model)
     assert decay == {"body.weight", "head.weight"}
     assert rest == {"words.weight", "body.bias", "head.bias"}
     matrices, _ = split_matrices(model, parameter_groups(model, OptimConfig()))
     assert [name for group in matrices for name, _ in group["params"]] == ["body.weight"]
-    with pytest.raises(UserError, match="needs a model that declares its layers, and ModuleDict"):
+    with pytest.raises(UserError, match="needs a model that declares its layers, and Plain"):
         parameter_groups(model, OptimConfig(layer_decay=0.5))
 
 
 def test_frozen_and_shared_parameters():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = model[0].weight
-    model[2].requires_grad_(False)
+    model = Plain()
+    model.last = nn.Linear(4, 4)
+    model.last.weight = model.body.weight
+    model.head.requires_grad_(False)
     decay, rest = names_by_decay(model)
-    assert (decay, rest) == ({"0.weight"}, {"0.bias", "1.bias"})
+    assert (decay, rest) == ({"body.weight"}, {"words.weight", "body.bias", "last.bias"})
 
 
 @pytest.mark.parametrize("name", ["moa", "swin", "vit"])

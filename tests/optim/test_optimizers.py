@@ -17,7 +17,7 @@ def create(name: str, model: nn.Module, **changes: Any) -> Optimizers:
     return create_optimizer(OptimConfig(name=name, **changes), model, LR)
 
 
-class Body(Classifier, nn.Module):
+class Body(Classifier):
     """The kinds of parameters that a Transformer has."""
 
     def __init__(self) -> None:
@@ -36,6 +36,10 @@ class Body(Classifier, nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         return {"position_table"}
+
+
+class Convolution(Classifier, nn.Conv2d):
+    """A model without matrices."""
 
 
 def body() -> Body:
@@ -200,6 +204,6 @@ def test_scaler_skips_all_parts_at_one_infinite_gradient(name: str) -> None:
 
 def test_models_that_an_optimizer_cannot_train() -> None:
     with pytest.raises(UserError, match=r"optim\.name=muon needs hidden matrices"):
-        create("muon", nn.Sequential(nn.Conv2d(3, 4, 1)))
+        create("muon", Convolution(3, 4, 1))
     with pytest.raises(UserError, match="all of them are frozen"):
         create("adamw", body().requires_grad_(False))

@@ -13,11 +13,12 @@ import pytest
 from moa_train.cli import compare as command
 from moa_train.engine.predictions import Outcomes
 from moa_train.knobs import knobs
+from moa_train.report.plots import COLORS
 from moa_train.runs.compare import compare
 from moa_train.runs.folder import SweepFolder, mark, named
 from moa_train.runs.html import as_html
 from moa_train.runs.read import NOT_COMPARED, read_run, read_runs
-from moa_train.runs.text import as_text
+from moa_train.runs.text import CURVES, as_text
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.text import printable
 from moa_train.schema import RunConfig
@@ -223,10 +224,15 @@ def test_the_page_needs_no_network_and_escapes_names(copied):
     assert printable(evil) in page.text
     assert "\u202e" not in page.text
     assert names[0] in page.text
-    assert not {"script", "b", "link", "img", "iframe"} & set(page.tags)
+    assert not {"b", "link", "img", "iframe"} & set(page.tags)
+    assert page.tags.count("script") == 2  # of every page: its data, and what sorts tables
     addresses = [value for name, value in page.attributes if "//" in (value or "") and not name.startswith("xmlns")]
     assert addresses == []
     assert page.tags.count("svg") == 3
+
+
+def test_every_group_that_is_drawn_has_a_color_of_its_own():
+    assert len(set(COLORS)) >= CURVES
 
 
 def test_the_same_runs_give_the_same_page(sweep):
@@ -241,7 +247,7 @@ def test_the_command(sweep, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "lr=1e-05, compared with lr=0.01: " in shown
     assert "McNemar's test" in shown
-    assert page.read_text().startswith("<!doctype html>")
+    assert page.read_text().startswith("<!DOCTYPE html>")
     found = json.loads(numbers.read_text())
     assert found["groups"][0]["runs"][1]["seed"] == 1
     assert found["comparisons"][0]["images"] == 359

@@ -37,7 +37,6 @@ def agreements(ranks: Distributed) -> dict:
 
     seen = {
         "broadcast": ranks.broadcast_object({"from": ranks.rank, "nested": [1, None, "ä", 0.1]}),
-        "broadcast_from_1": ranks.broadcast_object(ranks.rank, source=1),
         "broadcast_long": len(ranks.broadcast_object("x" * 1_000_000)),
         "gather": ranks.gather_objects("ab" * ranks.rank),
         "mean": ranks.mean(0.1 + ranks.rank),

@@ -3,22 +3,18 @@
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 from torch import Tensor, nn
 
 from moa_train.assembly.inputs import build_eval_loader
+from moa_train.assembly.pictures import show_mistakes
 from moa_train.assembly.views import Views
-from moa_train.data.array_source import ArraySource
 from moa_train.data.augment import Normalize
-from moa_train.data.order import Draw
 from moa_train.data.source import Source
-from moa_train.data.view import CenterCrop
 from moa_train.engine.evaluator import Evaluation, evaluate
 from moa_train.engine.metrics import create_metrics
-from moa_train.engine.mistakes import Mistakes, MistakesRecorder
+from moa_train.engine.mistakes import MistakesRecorder
 from moa_train.engine.state import TrainState
 from moa_train.interfaces import Batch
 from moa_train.plugins import short_name
@@ -123,25 +119,3 @@ def build_validation(
         return result
 
     return validation
-
-
-def show_mistakes(config: RunConfig, source: Source, found: Mistakes, step: int, tracker: Tracker) -> None:
-    """Log the confusion matrix and the most confident mistakes of an evaluation."""
-    split, classes = source.title.rpartition("/")[2], source.classes
-    if found.confusion is not None:
-        tracker.log_confusion(step, found.confusion, classes, split)
-    if not len(found.index):
-        return
-    if isinstance(source, ArraySource):
-        images = source.gather(found.index)
-    else:
-        zeros = np.zeros_like(found.index)
-        view = CenterCrop(source.image_size, config.data.eval_crop)
-        images = source.read(Draw(zeros, found.index, zeros), 0, view, False)[0]
-    captions = [
-        f"true: {classes[label]}\n{classes[predicted]}: {100 * probability:.0f}%\n{Path(source.name(index)).name}"
-        for index, label, predicted, probability in zip(
-            found.index, found.labels, found.predicted, found.probability, strict=True
-        )
-    ]
-    tracker.log_images(step, images, captions, f"{split}/mistakes")

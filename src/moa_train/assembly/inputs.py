@@ -57,6 +57,20 @@ def check_same_images(sources: Mapping[str, Source], distributed: Distributed) -
     )
 
 
+def open_teachers(config: RunConfig, train: Source, distributed: Distributed) -> Teachers | None:
+    """Return the teachers of a distillation, after checking that all ranks read the same predictions; None without."""
+    distill = config.distill
+    if not distill.teachers:
+        return None
+    teachers = Teachers.open(distill.teachers, distill.weight, train.classes, train.fingerprint)
+    distributed.check_same(
+        "the predictions of distill.teachers",
+        teachers.fingerprint,
+        "Every machine needs the same copies of the teachers' runs.",
+    )
+    return teachers
+
+
 def validation_split(config: RunConfig, splits: Container[str]) -> str:
     """Return the split that selects the best checkpoint, or "none"."""
     choice = config.engine.eval_split

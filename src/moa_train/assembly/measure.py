@@ -153,9 +153,9 @@ def time_muon(state: TrainState, clock: Clock) -> Times:
             return {"fp32": clock.once(calls["fp32"]), "bf16": float("inf")}
 
 
-def time_files(source: FileSource, count: int = 4) -> float:
+def time_files(source: FileSource) -> float:
     """Return the CPU time of reading and decoding an image."""
-    started, chosen = time.process_time(), range(0, len(source), max(1, len(source) // count))
+    started, chosen = time.process_time(), range(0, len(source), max(1, len(source) // 4))
     for index in chosen:
         with contextlib.suppress(UserError, OSError):  # the loader reports unreadable images
             EncodedImage(Path(source.name(index)).read_bytes(), source.decoding).decode()

@@ -212,7 +212,8 @@ def report(config: RunConfig, run: Run, folder: Path, distributed: Distributed) 
         "time": f"about {clock_time(total)}: {clock_time(training)} of steps, {clock_time(evaluating)} of evaluation",
         "end": time.strftime("%A, %Y-%m-%d %H:%M", time.localtime(time.time() + total)) + ", if it starts now",
     }
-    curve = [(number, trainer.schedule.lr(number)) for number in _spread(plan.total_steps)]
+    points = sorted({round(number) for number in np.linspace(0, plan.total_steps, 400)})
+    curve = [(number, trainer.schedule.lr(number)) for number in points]
     marks = chart({"lr": curve}, height=10, x_label="steps")
     last = "No problems were found. To start the run, use the same command without preflight."
     return "\n\n".join([block("preflight", rows), groups(run), f"learning rate\n{marks}", last])
@@ -298,10 +299,6 @@ def groups(run: Run) -> str:
                 f"{len(group['params']):>9}{count:>13,}"
             )
     return "\n".join(lines)
-
-
-def _spread(total: int, most: int = 400) -> list[int]:
-    return sorted({round(number) for number in np.linspace(0, total, most)})
 
 
 def _bytes(count: float) -> str:

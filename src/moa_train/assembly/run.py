@@ -6,42 +6,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from moa_train.assembly.checks import (
     check_batch_size,
     check_config,
-    check_same_data,
     fill_micro_batch_size,
     training_record,
 )
 from moa_train.assembly.choices import Choices, apply, choose
 from moa_train.assembly.commands import command
 from moa_train.assembly.evaluation import build_validation, measurement
-from moa_train.assembly.inputs import build_train_loader, check_same_images, open_splits, validation_split
+from moa_train.assembly.inputs import build_train_loader, check_same_images, open_splits, open_teachers
+from moa_train.assembly.pictures import show_inputs
 from moa_train.assembly.process import adaptive_threads
+from moa_train.assembly.restore import replace_lost_best, reset_best, restore
 from moa_train.assembly.timeline import build_plan, build_schedule
 from moa_train.assembly.training import build_state, build_train_step
-from moa_train.data.augment import Normalize
 from moa_train.data.loader import TrainLoader
 from moa_train.data.source import Source
 from moa_train.engine.checkpoint import CheckpointStore
-from moa_train.engine.distillation import Teachers
-from moa_train.engine.manifest import Checkpoint
 from moa_train.engine.metrics import create_metrics
 from moa_train.engine.nonfinite import NonFinitePolicy, RollBack
 from moa_train.engine.plan import Plan
 from moa_train.engine.ratios import UpdateRatios
-from moa_train.engine.state import TrainState, check_form
-from moa_train.engine.step import TrainStep
-from moa_train.engine.tensorfile import CheckpointError, UnreadableError
 from moa_train.engine.trainer import Trainer
 from moa_train.plugins import LOGGERS, short_name
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.precision import Precision
 from moa_train.runtime.signals import StopSignals
 from moa_train.schema import RunConfig
-from moa_train.serialization import from_dict, to_dict
+from moa_train.serialization import to_dict
 from moa_train.tracking.tracker import Tracker, open_tracker
 
 
@@ -89,15 +84,7 @@ def build_run(
     check_same_images(sources, distributed)
     train = sources["train"]
     check_batch_size(config, len(train))
-    distill = config.distill
-    teachers = None
-    if distill.teachers:
-        teachers = Teachers.open(distill.teachers, distill.weight, train.classes, train.fingerprint)
-        distributed.check_same(
-            "the predictions of distill.teachers",
-            teachers.fingerprint,
-            "Every machine needs the same copies of the teachers' runs.",
-        )
+    teachers = open_teachers(config, train, distributed)
 
     length = len(train) * config.augment.repeats
     schedule, to_steps = build_schedule(config, length)
@@ -123,10 +110,10 @@ def build_run(
     starts: list[dict[str, Any]] = []
     restarted = lost = None
     if newest is not None:
-        starts, before = _restore(state, store.at(newest), record, distributed)
-        restarted = _reset_best(state, before, record["measured"], sources)
+        starts, before = restore(state, store.at(newest), record, distributed)
+        restarted = reset_best(state, before, record["measured"], sources)
         if config.replay is None and state.step < plan.total_steps:
-            lost = _replace_lost_best(state, store, distributed)
+            lost = replace_lost_best(state, store, distributed)
     if rolled_back is not None:
         state.nonfinite, state.lr_factor = rolled_back.nonfinite, rolled_back.lr_factor
     this_start = {**(origin or {}), "first_step": state.step, "ranks": distributed.world_size}
@@ -151,7 +138,7 @@ def build_run(
     for message in filter(None, (*said, restarted, lost)):
         tracker.say(message)
     if state.step == 0 and config.tracking.images and distributed.is_main:
-        _show_inputs(train_step, tracker, config, train.classes)
+        show_inputs(train_step, tracker, config, train.classes)
     if config.tracking.ratios:
         train_step.ratios = UpdateRatios(state.model, plan.log.due)
     validation = None
@@ -190,83 +177,6 @@ def build_run(
         metadata={"format": "1", **{name: json.dumps(value) for name, value in record.items()}},
     )
     return Run(config, trainer, state.model, sources, "test" if "test" in sources else choice, loader, choices)
-
-
-def _restore(
-    state: TrainState, checkpoint: Checkpoint, record: dict[str, Any], distributed: Distributed
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Restore a checkpoint after checking that it belongs to this data.
-
-    Returns:
-        The origins of all earlier starts, and the full content of its state.json.
-    """
-    distributed.check_same(f"the files of {checkpoint.path}", checkpoint.digest)
-    before = check_form(checkpoint)
-    check_same_data(before, record)
-    state.restore(checkpoint, distributed.rank)
-    return before["origin"], before
-
-
-def _reset_best(
-    state: TrainState, before: dict[str, Any], now: dict[str, Any], sources: dict[str, Source]
-) -> str | None:
-    """Discard the best score if scores were measured differently before this start, and return a message about it."""
-    old = before.get("measured")
-    if old is None:  # written by an older version
-        config: RunConfig = from_dict(before["config"])
-        old = measurement(config, validation_split(config, sources), sources)
-    if old == now:
-        return None
-    best, state.best, state.evaluated_step = state.best, {}, 0
-    score = best.get(short_name(now["metric"]))
-    changed = ", ".join(f"{key} {old.get(key)} -> {value}" for key, value in now.items() if old.get(key) != value)
-    if score is None:
-        return None
-    return (
-        f"The search for the best checkpoint restarts at step {state.step}, because the best score so far ({score:.4g} "
-        f"at step {best['step']}) was measured differently: {changed}. "
-        f"The checkpoint of step {best['step']} is kept."
-    )
-
-
-def _replace_lost_best(state: TrainState, store: CheckpointStore, distributed: Distributed) -> str | None:
-    """Replace the best score if its checkpoint is lost, because no later one might reach it, and return a message."""
-
-    def find() -> dict[str, Any] | None:
-        try:
-            store.at(state.best["step"])
-        except UnreadableError:
-            raise
-        except CheckpointError:
-            found = store.best()
-            return found.state["train"]["best"] if found else {}
-        return None
-
-    step = state.best.get("step")
-    if not state.best or (best := distributed.on_main(find)) is None:
-        return None
-    state.best, state.evaluated_step = best, 0  # the current weights may be better than the checkpoint that is left
-    now = f"The best one is now that of step {best['step']}." if best else "No other one has a score."
-    return f"The checkpoint of step {step}, the best one so far, is missing or damaged. {now}"
-
-
-def _show_inputs(train_step: TrainStep, tracker: Tracker, config: RunConfig, classes: list[str]) -> None:
-    """Log some augmented images of the first batch, with their mixed labels."""
-    normalize, shown = Normalize.of(config.data), config.tracking.images
-
-    def show(images: Tensor, targets: Tensor) -> None:
-        captions = [mixed_label(target, classes) for target in targets[:shown].cpu()]
-        tracker.log_images(0, normalize.undo(images[:shown]), captions)
-
-    train_step.on_inputs = show
-
-
-def mixed_label(target_K: Tensor, classes: list[str]) -> str:
-    """Describe a target distribution by its one or two classes above the part that label smoothing spreads evenly."""
-    top = target_K.topk(min(2, len(classes)))
-    floor = 1.5 * float(target_K.min()) + 0.005
-    pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-    return "\n".join(f"{classes[index]}: {100 * weight:.0f}%" for weight, index in pairs if weight > floor)
 
 
 def _build_tracker(

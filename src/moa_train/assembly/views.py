@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from moa_train.assembly.inputs import build_eval_transform
 from moa_train.data.array_source import ArraySource
-from moa_train.data.batch import Batch as LoadedBatch
 from moa_train.data.file_source import FileSource
 from moa_train.data.source import Source
 from moa_train.interfaces import Batch
@@ -56,7 +55,6 @@ class Views:
             high, wide = (max(1, side // _SHIFT) for side in size)
 
             def padded(batch: Batch) -> Tensor:
-                assert isinstance(batch, LoadedBatch)
                 images = nn.functional.pad(batch.images, (wide, wide, high, high))
                 return transform(replace(batch, images=images))
 

@@ -1,6 +1,5 @@
-"""One micro-batch of images with labels, and functions for work on batches."""
+"""Functions for work on batches of images."""
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,49 +10,6 @@ from torch import Tensor
 from moa_train.runtime.device import to_device
 
 _VALUES_AT_ONCE = 1 << 21
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images of one size, their labels, and the identity of their samples.
-
-    ``index``, ``epoch`` and ``repeat`` always stay on the host: augmentation derives its decisions from them, and
-    decisions on the device would make the host wait for it.
-
-    Attributes:
-        images: uint8, (B, C, H, W).
-        labels: int64, (B,).
-        index: int64, (B,); position of each sample in the data set.
-        epoch: int64, (B,); epoch of each sample.
-        repeat: int64, (B,); number of the sample's repetition within its epoch (``augment.repeats``).
-        step: optimizer step; in evaluation, the number of the chunk.
-        micro: number of the micro-batch within the global batch; 0 in evaluation.
-        unreadable: messages about files that could not be read and were replaced.
-    """
-
-    images: Tensor
-    labels: Tensor
-    index: Tensor
-    epoch: Tensor
-    repeat: Tensor
-    step: int
-    micro: int = 0
-    unreadable: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """Return the batch with images and labels on ``device``."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> "Batch":
-        """Return the batch with images and labels in page-locked memory, from which copies run asynchronously."""
-        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 def images_at_once(images: Tensor) -> int:

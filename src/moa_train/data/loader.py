@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from moa_train.data.array_source import ArraySource
-from moa_train.data.batch import Batch
 from moa_train.data.file_source import FileSource
 from moa_train.data.order import Draw, Indices, Order, micro_batches
 from moa_train.data.source import Source
 from moa_train.data.view import CenterCrop, View
 from moa_train.data.watch import FileWatch, start_method
+from moa_train.interfaces import Batch
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import StopRequestedError
 from moa_train.schema import DataConfig, RuntimeConfig

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moa_train.data.counter import permutation
-from moa_train.runtime.errors import UserError
 
 SPLIT_SEED = 20210703  # never the run's seed: runs with different seeds must stay comparable
 
@@ -29,7 +28,6 @@ def hold_out(labels: Rows, fraction: float, purpose: int = 0) -> tuple[Rows, Row
     Returns:
         Kept indices and held-out indices, both ascending.
     """
-    _check_fraction(fraction)
     held = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
@@ -53,7 +51,6 @@ def hold_out_by_name(names: Iterable[bytes], labels: Rows, fraction: float) -> t
     Returns:
         Kept indices and held-out indices, both ascending.
     """
-    _check_fraction(fraction)
     hashes = np.array([_hash(name) for name in names])
     held = hashes < fraction
     for label in np.unique(labels):
@@ -71,8 +68,3 @@ def _hash(name: bytes) -> float:
         name = os.fsencode(normalize("NFC", os.fsdecode(name)))
     digest = blake2b(name, digest_size=8, key=SPLIT_SEED.to_bytes(8, "little")).digest()
     return int.from_bytes(digest, "little") / 2**64
-
-
-def _check_fraction(fraction: float) -> None:
-    if not 0 < fraction < 1:
-        raise UserError(f"val_fraction={fraction}: must be above 0 and below 1, for example val_fraction=0.1.")

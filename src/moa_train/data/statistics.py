@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from moa_train.data.batch import Batch
+from moa_train.interfaces import Batch
 
 
 class Statistics(NamedTuple):

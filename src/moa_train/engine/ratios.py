@@ -18,15 +18,14 @@ class UpdateRatios:
     The host does not wait for the device.
 
     Args:
-        model: the bare model. If it is a `Classifier`, its own layers are used, otherwise its immediate submodules.
+        model: the bare model. If it declares no layers, they are its immediate submodules.
         due: whether to measure the update with this number, counted from 1.
     """
 
-    def __init__(self, model: nn.Module, due: Callable[[int], bool]) -> None:
+    def __init__(self, model: Classifier, due: Callable[[int], bool]) -> None:
         self.due = due
-        own = model.layer_names() if isinstance(model, Classifier) else []
-        layers = [*own, model.head_name] if isinstance(model, Classifier) and own else []
-        ids = model.layer_ids() if isinstance(model, Classifier) else {}
+        own, ids = model.layer_names(), model.layer_ids()
+        layers = [*own, model.head_name] if own else []
         self.layers: dict[str, list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             layer = name.partition(".")[0]

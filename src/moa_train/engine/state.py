@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moa_train.engine.checkpoint import Checkpoint
 from moa_train.engine.optimizer_state import pack_optimizers, unpack_optimizers
+from moa_train.interfaces import Classifier
 from moa_train.optim.ema import AveragedWeights
 from moa_train.optim.optimizers import Optimizers
 from moa_train.runtime.errors import UserError
@@ -82,7 +83,7 @@ class TrainState:
         meters: running means for the next log row.
     """
 
-    model: nn.Module
+    model: Classifier
     optimizer: Optimizers
     precision: Precision
     ema: AveragedWeights | None = None

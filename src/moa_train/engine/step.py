@@ -77,7 +77,6 @@ class TrainStep:
         self.distributed = distributed
         self.on_inputs: Callable[[Tensor, Tensor], None] | None = None
         self.ratios: UpdateRatios | None = None
-        self._latest: Batch | None = None
 
     def __call__(
         self, batches: Iterator[Batch], step: int, stop: Callable[[], bool] = lambda: False
@@ -96,49 +95,31 @@ class TrainStep:
             update was abandoned.
 
         Raises:
-            StopRequestedError: a stop was requested while this rank waited for a batch, and the ranks cannot agree to
-                abandon the update.
+            StopRequestedError: a stop was requested while this rank waited for a batch, for whose gradient the other
+                ranks wait.
         """
         self.begin()
         self.statistics.save()
-        abandoned = False
         total = torch.zeros((), device=self.distributed.device)
         for number in range(self.micro_batches):
             if number and stop():
                 self._abandon()
                 return None
-            if not abandoned:
-                try:
-                    batch = next(batches)
-                    assert batch.step == step, f"the loader delivered step {batch.step} at step {step}"
-                except StopRequestedError as error:
-                    self._abandon()
-                    if self.distributed.world_size == 1:
-                        return None
-                    batch, abandoned = self._substitute(error), True
+            try:
+                batch = next(batches)
+            except StopRequestedError:
+                if self.distributed.world_size > 1:
+                    raise
+                self._abandon()
+                return None
+            assert batch.step == step, f"the loader delivered step {batch.step} at step {step}"
             last = number == self.micro_batches - 1
             with nullcontext() if last else self.distributed.no_sync(self.model):
                 loss, _ = self._loss(self.model, batch, step)
-                if abandoned:
-                    loss = loss * math.nan  # reported to the other ranks by the gradient, which they wait for
                 self.precision.scaler.scale(loss).backward()
             total += loss.detach()
-        if self.distributed.world_size > 1 and not self.guard.delay:
-            self._latest = batch
-        grad_norm = self._update(step, abandoned)
-        if grad_norm is None:
-            return None
+        grad_norm = self._update(step)
         return {"loss": total, "grad_norm": grad_norm, **(self.ratios.values if self.ratios else {})}
-
-    def _substitute(self, error: StopRequestedError) -> Batch:
-        """Return a batch for the gradients that the other ranks wait for in an update that is to be abandoned."""
-        if self.guard.delay:
-            reason = "processes that train on GPUs do not wait for the gradient of an update"
-        elif self._latest is None:
-            reason = "this session has not completed an update"
-        else:
-            return self._latest
-        raise StopRequestedError(f"{error} The ranks could not agree to abandon the update, because {reason}.")
 
     def _abandon(self) -> None:
         self.optimizer.zero_grad()
@@ -166,19 +147,14 @@ class TrainStep:
         # The factor is 1, or NaN if the loss is not finite. Then the gradient is NaN too, which all ranks notice.
         return loss * (1 + 0 * loss.detach()), logits
 
-    def _update(self, step: int, abandoned: bool) -> Tensor | None:
-        """Apply the gradient and return its norm, or None if any rank has ``abandoned`` the update."""
+    def _update(self, step: int) -> Tensor:
+        """Apply the gradient and return its norm."""
         scaler = self.precision.scaler
         whole: Any = self.optimizer  # so that the scaler lets either all optimizers step or none
         scaler.unscale_(whole)
         if self.ratios:
             self.ratios.before(step)
         grad_norm = self.clip(self.parameters)
-        # The norm is the same on every rank, so either all ranks or none make this additional exchange.
-        asks = self.distributed.world_size > 1 and not self.guard.delay and not math.isfinite(grad_norm)
-        if asks and any(self.distributed.gather_objects(abandoned)):
-            self._abandon()
-            return None
         admitted = self.guard.admits(step, grad_norm)
         skipped = self.guard.found
         if admitted:

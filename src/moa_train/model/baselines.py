@@ -3,6 +3,8 @@
 The classes are torchvision's own. This module adds ``forward_features``, activation checkpointing, the description of
 the parameters and the usual stem for small images, so that differences in accuracy come from the models alone.
 """
+# mypy: disable-error-code="operator, index, union-attr, arg-type"
+# (torchvision has no types, so the attributes of its classes are tensors or modules to mypy.)
 
 import torch
 from torch import Tensor, nn

@@ -12,7 +12,7 @@ from moa_train.model.stages import StagePlan, plan_stages
 from moa_train.schema import ModelConfig
 
 
-class MOATransformer(Classifier, nn.Module):
+class MOATransformer(Classifier):
     """The whole network: patch embedding, stages with patch merging between them, LayerNorm, mean, linear head.
 
     Args:

@@ -1,25 +1,18 @@
 """Models by name or import path: checked, then built."""
 
-from typing import Any
-
-from torch import nn
-
 from moa_train.interfaces import Classifier
 from moa_train.plugins import MODELS
 from moa_train.runtime.errors import UserError
 from moa_train.schema import ModelConfig
 
 
-def create_model(config: ModelConfig, *, image_size: tuple[int, int], num_classes: int) -> Any:
+def create_model(config: ModelConfig, *, image_size: tuple[int, int], num_classes: int) -> Classifier:
     """Build a freshly initialized model that maps images (B, 3, H, W) to logits (B, num_classes).
 
     Args:
         config: architecture; ``config.name`` selects the class or function that builds it.
         image_size: (height, width) in pixels.
         num_classes: width of the classifier.
-
-    Returns:
-        An ``nn.Module`` that is also a `Classifier`.
 
     Raises:
         UserError: these settings do not fit together. No memory has been allocated yet.
@@ -28,10 +21,10 @@ def create_model(config: ModelConfig, *, image_size: tuple[int, int], num_classe
     model = MODELS.create(
         config.name, config.args, "model.args", config, image_size=image_size, num_classes=num_classes
     )
-    if not isinstance(model, Classifier) or not isinstance(model, nn.Module):
+    if not isinstance(model, Classifier):
         raise UserError(
-            f"model.name={config.name} returned a {type(model).__name__}, which must be both an nn.Module and a "
-            "Classifier: class Mine(moa_train.interfaces.Classifier, nn.Module)."
+            f"model.name={config.name} returned a {type(model).__name__}, which must be a Classifier: "
+            "class Mine(moa_train.interfaces.Classifier)."
         )
     if model.head_name not in dict(model.named_modules()):
         raise UserError(

@@ -70,10 +70,10 @@ def stage_maps(image_size: tuple[int, int], patch_size: int, count: int) -> Iter
         height, width = -(-height // 2), -(-width // 2)
 
 
-def nearest_divisors(number: int, wanted: int, count: int = 3) -> str:
-    """List the divisors of ``number`` that are closest to ``wanted``, in order of size."""
+def nearest_divisors(number: int, wanted: int) -> str:
+    """List the three divisors of ``number`` that are closest to ``wanted``, in order of size."""
     divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-    return ", ".join(map(str, sorted(sorted(divisors, key=lambda divisor: abs(divisor - wanted))[:count])))
+    return ", ".join(map(str, sorted(sorted(divisors, key=lambda divisor: abs(divisor - wanted))[:3])))
 
 
 def check_image(image_size: tuple[int, int], patch_size: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moa_train.interfaces import Classifier
 from moa_train.knobs import fill, knob
@@ -37,7 +37,7 @@ class TimmArgs:
     kwargs: dict[str, Any] = knob({}, "additional arguments of the model's class in timm: {depths:[2,2],embed_dim:48}")
 
 
-class TimmModel(Classifier, nn.Module):
+class TimmModel(Classifier):
     """timm's model ``config.variant``, held in the submodule ``net``.
 
     The image size, ``config.drop_path`` (timm's ``drop_path_rate``), ``config.dropout`` (timm's ``drop_rate``) and

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moa_train.interfaces import Classifier
 from moa_train.runtime.errors import UserError
@@ -12,7 +12,7 @@ from moa_train.schema import OptimConfig
 ParameterGroup = dict[str, Any]
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGroup]:
+def parameter_groups(model: Classifier, config: OptimConfig) -> list[ParameterGroup]:
     """Split the trainable parameters of the bare ``model`` (not wrapped by DDP or compile) by decay and by layer.
 
     Each group is ready for any ``torch.optim`` optimizer, which keeps the names as ``param_names``:
@@ -22,7 +22,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
     Raises:
         UserError: ``layer_decay`` is set, but the model doesn't declare its layers.
     """
-    exempt = described(model).no_weight_decay()
+    exempt = model.no_weight_decay()
     scales = _lr_scales(model, config.layer_decay)
     groups: list[ParameterGroup] = []
     for scale in dict.fromkeys(scales.values()):
@@ -36,37 +36,22 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
     return [group for group in groups if group["params"]]
 
 
-def split_matrices(model: nn.Module, groups: list[ParameterGroup]) -> tuple[list[ParameterGroup], list[ParameterGroup]]:
+def split_matrices(
+    model: Classifier, groups: list[ParameterGroup]
+) -> tuple[list[ParameterGroup], list[ParameterGroup]]:
     """Divide groups into the hidden matrices of the model and everything else."""
-    hidden = described(model).hidden_matrices()
+    hidden = model.hidden_matrices()
     matrices = [{**group, "params": [p for p in group["params"] if p[0] in hidden]} for group in groups]
     rest = [{**group, "params": [p for p in group["params"] if p[0] not in hidden]} for group in groups]
     return [group for group in matrices if group["params"]], [group for group in rest if group["params"]]
 
 
-def described(model: nn.Module) -> Classifier:
-    """Return the model as what it says about its parameters; a plain module gets the defaults of `Classifier`."""
-    return model if isinstance(model, Classifier) else _Plain(model)
-
-
-class _Plain(Classifier):
-    """Describes a module that does not describe itself."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    @property
-    def described_module(self) -> nn.Module:
-        """Return the module."""
-        return self.model
-
-
-def _lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
+def _lr_scales(model: Classifier, layer_decay: float) -> dict[str, float]:
     """Return the learning rate factor of every parameter: 1 for the head, times ``layer_decay`` per layer below."""
     names = [name for name, _ in _trainable(model)]
     if layer_decay == 1:
         return dict.fromkeys(names, 1.0)
-    ids = described(model).layer_ids()
+    ids = model.layer_ids()
     if not ids:
         raise UserError(
             f"optim.layer_decay={layer_decay} needs a model that declares its layers, and {type(model).__name__} does "
@@ -75,5 +60,5 @@ def _lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     return {name: layer_decay ** (max(ids.values()) - ids[name]) for name in names}
 
 
-def _trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _trainable(model: Classifier) -> Iterator[tuple[str, Tensor]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
+from moa_train.interfaces import Classifier
 from moa_train.optim.eager import eager
 from moa_train.optim.groups import ParameterGroup, parameter_groups, split_matrices
 from moa_train.optim.muon import BatchedMuon
@@ -45,7 +45,7 @@ class Optimizers:
             part.zero_grad()
 
 
-def create_optimizer(config: OptimConfig, model: nn.Module, lr: float) -> Optimizers:
+def create_optimizer(config: OptimConfig, model: Classifier, lr: float) -> Optimizers:
     """Create the configured optimizer for the trainable parameters of the bare ``model``, on its final device.
 
     Args:
@@ -85,23 +85,23 @@ class SGD(torch.optim.SGD):
 # returns one torch optimizer, or several over disjoint parameters. Your own has the same form.
 
 
-def adamw(config: OptimConfig, model: nn.Module, groups: list[ParameterGroup], lr: float) -> Optimizer:
+def adamw(config: OptimConfig, model: Classifier, groups: list[ParameterGroup], lr: float) -> Optimizer:
     """Return AdamW (Loshchilov and Hutter 2019)."""
     return AdamW(groups, lr=lr, betas=_betas(config), eps=config.eps, **_fused(groups))
 
 
-def nadamw(config: OptimConfig, model: nn.Module, groups: list[ParameterGroup], lr: float) -> Optimizer:
+def nadamw(config: OptimConfig, model: Classifier, groups: list[ParameterGroup], lr: float) -> Optimizer:
     """Return AdamW with Nesterov momentum."""
     return NAdam(groups, lr=lr, betas=_betas(config), eps=config.eps, decoupled_weight_decay=True, foreach=True)
 
 
-def sgd(config: OptimConfig, model: nn.Module, groups: list[ParameterGroup], lr: float) -> Optimizer:
+def sgd(config: OptimConfig, model: Classifier, groups: list[ParameterGroup], lr: float) -> Optimizer:
     """Return SGD with Nesterov momentum, where weight decay is part of the gradient."""
     momentum = config.momentum
     return SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, **_fused(groups))
 
 
-def muon(config: OptimConfig, model: nn.Module, groups: list[ParameterGroup], lr: float) -> list[Optimizer]:
+def muon(config: OptimConfig, model: Classifier, groups: list[ParameterGroup], lr: float) -> list[Optimizer]:
     """Return Muon (Jordan 2024) for the hidden matrices, and AdamW for all other parameters.
 
     Muon's steps have the size of AdamW's (Liu et al. 2025), so learning rates and weight decay carry over.

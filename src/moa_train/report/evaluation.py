@@ -11,21 +11,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from moa_train.assembly.pictures import read_images
 from moa_train.assembly.trained import Trained
 from moa_train.data.augment import Normalize
 from moa_train.data.source import Source
 from moa_train.engine.predictions import Predictions
 from moa_train.report import page, thumbnails
+from moa_train.report.curves import Curves
 from moa_train.report.findings import SHOWN, Findings
 from moa_train.report.intervals import Interval
-from moa_train.report.plots import curve_plots, reliability_plot
+from moa_train.report.plots import reliability_plot
 from moa_train.report.thumbnails import Sheets
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_whole
 from moa_train.runtime.text import escape, printable
 from moa_train.schema import RunConfig
 from moa_train.serialization import to_dict
-from moa_train.tracking.curves import Curves
 from moa_train.tracking.provenance import command, reproduce
 
 _BUDGET = 2_400_000
@@ -167,10 +168,10 @@ class Evaluated:
 
     def _curves(self) -> str:
         try:
-            run = Curves.read(self.trained.folder)
+            plots = Curves.read(self.trained.folder).plots()
         except UserError:  # weights outside of a run folder
             return ""
-        return f'<div class="plots">{"".join(f"<div>{plot}</div>" for plot in curve_plots(run))}</div>'
+        return page.plots(plots)
 
     def _looks(self, found: Findings, class_map: ClassMap) -> str:
         """Draw the maps of the predicted class for the most confident images, six wrong ones and six right ones."""
@@ -179,7 +180,7 @@ class Evaluated:
         rows = np.array([*found.confident_wrong[:6], *right])
         if not len(rows):
             return ""
-        pixels = thumbnails.read(self.source, rows.tolist(), self.run.data.eval_crop)
+        pixels = read_images(self.source, rows.tolist(), self.run.data.eval_crop)
         device = next(self.model.parameters()).device
         images_BCHW = Normalize.of(self.run.data)(pixels).to(device)
         was_training = self.model.training
@@ -354,12 +355,9 @@ def _calibration(found: Findings) -> str:
             f"{before.error.value:.2f} ({_text(before.error)}) becomes {after.error.value:.2f} "
             f"({_text(after.error)}), and the loss {before.loss:.4f} becomes {after.loss:.4f}.</p>"
         )
-    drawn = "".join(f"<div>{plot}</div>" for plot in plots)
     kinds = [("as trained", before), *([("with temperature", after)] if after else [])]
     tables = "".join(f"<h3>{name}</h3>{_bins(kind.as_dict()['bins'])}" for name, kind in kinds)
-    return (
-        f'<p class="lead">{lead}</p><div class="plots">{drawn}</div>{text}{page.details("Numbers of the bins", tables)}'
-    )
+    return f'<p class="lead">{lead}</p>{page.plots(plots)}{text}{page.details("Numbers of the bins", tables)}'
 
 
 def _bins(bins: Sequence[dict[str, Any]]) -> str:

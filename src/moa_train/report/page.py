@@ -87,6 +87,11 @@ def _right(column: int, numbers: Sequence[int]) -> str:
     return ' class="number"' if column in numbers else ""
 
 
+def plots(elements: Iterable[str]) -> str:
+    """Return SVG elements next to each other."""
+    return f'<div class="plots">{"".join(f"<div>{element}</div>" for element in elements)}</div>'
+
+
 def facts(entries: Iterable[tuple[str, object]]) -> str:
     """Return names and values in plain text as a description list."""
     return f"<dl class=facts>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(v)}</dd>' for k, v in entries)}</dl>"

@@ -4,7 +4,6 @@ import io
 import re
 import threading
 from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -12,10 +11,17 @@ import numpy as np
 
 from moa_train.report.calibration import BINS, Reliability
 from moa_train.runtime.errors import UserError
-from moa_train.tracking.curves import Curves, draw_accuracy, draw_loss
+from moa_train.runtime.text import escape
 
-_VARIABLES = {"#000000": "var(--ink)", "#e6e6e6": "var(--line)", "#666666": "var(--muted)", "#0072b2": "var(--accent)"}
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+"""The colors of Okabe and Ito, which color-blind readers can distinguish, with a gray instead of the yellow."""
+_VARIABLES = {"#000000": "var(--ink)", "#e6e6e6": "var(--line)", "#666666": "var(--muted)"}
 """Colors of matplotlib in the SVG, and the variables of the page that replace them."""
+
+
+def on_page(color: str) -> str:
+    """Return the color as CSS, as it is drawn on a page."""
+    return _VARIABLES.get(color, color)
 
 
 def require_matplotlib() -> None:
@@ -23,7 +29,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401 the import is the test
     except ImportError as error:
-        raise UserError("The report needs matplotlib: pip install 'moa-train[report]'.") from error
+        raise UserError("The page needs matplotlib: pip install 'moa-train[report]'.") from error
 
 
 def preload() -> None:
@@ -39,7 +45,7 @@ def svg(draw: Callable[[Any], None], description: str, size: tuple[float, float]
 
     Args:
         draw: draws onto axes of matplotlib.
-        description: text for screen readers, without markup.
+        description: text for screen readers.
         size: width and height in inches.
     """
     from matplotlib import rc_context
@@ -48,7 +54,7 @@ def svg(draw: Callable[[Any], None], description: str, size: tuple[float, float]
     # Text stays text. A fixed salt makes the file the same every time.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": description, "font.size": 9}):
         figure = Figure(figsize=size)  # its constrained layout would draw everything twice
-        figure.subplots_adjust(left=0.11, right=0.96, bottom=0.14, top=0.91)
+        figure.subplots_adjust(left=0.13, right=0.96, bottom=0.14, top=0.91)
         draw(figure.subplots())
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -60,7 +66,7 @@ def svg(draw: Callable[[Any], None], description: str, size: tuple[float, float]
     for color, variable in _VARIABLES.items():
         text = text.replace(color, variable)
     # Black text has no color in matplotlib's SVG, so that it takes the one of the element.
-    start = f'<svg role="img" aria-label="{description}" style="fill: var(--ink); stroke-linejoin: round"'
+    start = f'<svg role="img" aria-label="{escape(description)}" style="fill: var(--ink); stroke-linejoin: round"'
     return start + re.sub(r' (width|height)="[\d.]+pt"', "", text.removeprefix("<svg"), count=2)
 
 
@@ -90,11 +96,3 @@ def reliability_plot(found: Reliability, title: str) -> str:
 
 def _short(count: int) -> str:
     return f"{count}" if count < 1000 else f"{count / 1000:.3g}k"
-
-
-def curve_plots(run: Curves) -> list[str]:
-    """Return the curves of loss and accuracy of a run."""
-    panels = [("Loss during training", draw_loss)]
-    if run.evaluations:
-        panels.append(("Accuracy during training", draw_accuracy))
-    return [svg(partial(panel, runs=[run]), text) for text, panel in panels]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from moa_train.assembly.evaluation import build_evaluation
 from moa_train.assembly.trained import Trained
 from moa_train.assembly.views import Views
-from moa_train.data.batch import Batch as LoadedBatch
 from moa_train.data.source import Source
 from moa_train.engine.predictions import Predictions, Recorder
 from moa_train.interfaces import Batch
@@ -124,7 +123,6 @@ class Robustness:
 
 def _corrupted_first(transform: Callable[[Batch], Tensor], name: str, severity: int) -> Callable[[Batch], Tensor]:
     def corrupted(batch: Batch) -> Tensor:
-        assert isinstance(batch, LoadedBatch)
         images = corrupt(batch.images, batch.index.numpy(), name, severity)
         return transform(replace(batch, images=images))
 

@@ -2,22 +2,17 @@
 
 import base64
 import io
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from moa_train.data.array_source import ArraySource
-from moa_train.data.order import Draw
+from moa_train.assembly.pictures import read_images
 from moa_train.data.resample import resample
 from moa_train.data.source import Source
-from moa_train.data.view import CenterCrop
 
 SIDE = 96
 """Largest side of a thumbnail, in pixels."""
@@ -56,27 +51,13 @@ class Sheets:
         sheets = cls(size, [], {})
         for start in range(0, len(rows), PER_SHEET):
             chunk = rows[start : start + PER_SHEET]
-            text = encode(tiled(resample(read(source, chunk, crop_ratio), size)))
+            text = encode(tiled(resample(read_images(source, chunk, crop_ratio), size)))
             budget -= len(text)
             if budget < 0 and start:
                 break
             sheets.places.update({row: (len(sheets.files), place) for place, row in enumerate(chunk)})
             sheets.files.append(text)
         return sheets
-
-
-def read(source: Source, rows: Sequence[int], crop_ratio: float) -> Tensor:
-    """Return the pixels that the model receives, uint8, (B, 3, H, W)."""
-    index = np.asarray(rows, np.int64)
-    if isinstance(source, ArraySource):
-        return source.gather(index)
-    view, zero = CenterCrop(source.image_size, crop_ratio), np.zeros(1, np.int64)
-
-    def one(row: int) -> Tensor:
-        return source.read(Draw(zero, np.array([row]), zero), 0, view, substitute=False)[0]
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return torch.cat(list(pool.map(one, index)))
 
 
 def tiled(images_BCHW: Tensor) -> Tensor:

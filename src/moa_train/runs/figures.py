@@ -1,69 +1,45 @@
-"""Curves of groups of runs as SVG elements of a page, whose text and axes take the color of the page."""
+"""Curves of groups of runs as SVG elements of a page."""
 
-import io
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from moa_train.report.plots import COLORS, svg
 from moa_train.runs.compare import Group, mean_curve
 from moa_train.runs.read import Run
-from moa_train.runtime.errors import UserError
-from moa_train.tracking.curves import COLORS
 
 Points = Sequence[tuple[float, float]]
-INK = "#010203"
-"""A color that stands for the color of the page's text."""
-
-
-def color(place: int) -> str:
-    """Return the color of a group."""
-    return COLORS[place % len(COLORS)]
 
 
 def figure(
-    title: str, groups: Sequence[Group], points: Callable[[Run], Points], dashed: Callable[[Run], Points] | None = None
+    title: str, groups: Sequence[Group], points: Callable[[Run], Points], faint: Callable[[Run], Points] | None = None
 ) -> str:
-    """Draw a curve for each run: the mean of a group boldly, its runs faintly.
+    """Draw a curve for each run: the mean of a group boldly, its runs thinly.
 
     Args:
         title: of the figure, also for readers of the page who cannot see it.
-        groups: with the colors of their places.
+        groups: at most as many as there are `COLORS`.
         points: returns (x, y) of a run.
-        dashed: further points, drawn as thin lines.
+        faint: further points of a run, drawn as a thin line.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("The page needs matplotlib: pip install 'moa-train[plot]'.") from error
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": title,
-        "font.family": "sans-serif",
-        "font.size": 10,
-    }
-    inked: dict[Any, Any] = {f"{name}color": INK for name in ("axes.edge", "axes.label", "xtick.", "ytick.", "text.")}
-    with mpl.rc_context({**settings, **inked}):
-        drawing = Figure(figsize=(5, 3.2), layout="constrained")
-        axes = drawing.subplots()
-        for place, group in enumerate(groups):
+
+    def draw(axes: Any) -> None:
+        for shade, group in zip(COLORS, groups, strict=False):
             several = len(group.runs) > 1
             for run in group.runs:
-                curve = points(run)
-                _line(axes, curve, color(place), 0.9 if several else 1.8, 0.5 if several else 1.0)
-                if dashed is not None:
-                    _line(axes, dashed(run), color(place), 0.8, 0.5)
+                _line(axes, points(run), shade, 0.9 if several else 1.8, 0.5 if several else 1.0)
+                if faint is not None:
+                    _line(axes, faint(run), shade, 0.8, 0.5)
             if several:
-                _line(axes, mean_curve([points(run) for run in group.runs]), color(place), 2.0, 1.0)
+                _line(axes, mean_curve([points(run) for run in group.runs]), shade, 2.0, 1.0)
+        axes.set_title(title, loc="left", fontsize=9)
         axes.set_xlabel("steps")
-        axes.grid(color=INK, alpha=0.15, linewidth=0.6)
+        axes.locator_params(axis="y", nbins=6, steps=[1, 2, 5, 10])
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        axes.grid(color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        file = io.StringIO()
-        drawing.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = re.sub(r"^.*?(?=<svg)", "", file.getvalue(), flags=re.DOTALL)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace(INK, "currentColor")
-    svg = re.sub(r"font: ([^;']*?)'[^']*'[^;\"]*", r"font: \1system-ui, sans-serif", svg)
-    return svg.replace("<svg ", '<svg role="img" ', 1)
+
+    return svg(draw, title)
 
 
 def _line(axes: Any, points: Points, shade: str, width: float, alpha: float) -> None:

@@ -219,18 +219,9 @@ class Distributed:
         dist.all_gather(parts, padded, group=self._control)
         return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
 
-    def broadcast_object(self, value: object, source: int = 0) -> Any:
-        """Return the JSON-serializable ``value`` of rank ``source`` on every rank; JSON turns tuples into lists."""
-        if self.world_size == 1:
-            return _decode(_encode(value))
-        mine = self.rank == source
-        data = torch.frombuffer(bytearray(_encode(value)), dtype=torch.uint8) if mine else torch.empty(0)
-        size = torch.tensor([data.numel()])
-        dist.broadcast(size, source, group=self._control)
-        if not mine:
-            data = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(data, source, group=self._control)
-        return _decode(data.numpy().tobytes())
+    def broadcast_object(self, value: object) -> Any:
+        """Return the JSON-serializable ``value`` of rank 0 on every rank; JSON turns tuples into lists."""
+        return self.gather_objects(value if self.is_main else None)[0]
 
     def on_main(self, function: Callable[[], object]) -> Any:
         """Run ``function`` on rank 0 only and return its JSON-serializable result on every rank.

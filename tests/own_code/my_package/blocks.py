@@ -14,7 +14,7 @@ class TinyArgs:
     width: int = knob(8, "channels of the second convolution; the first has half of them", least=2)
 
 
-class Tiny(Classifier, nn.Module):
+class Tiny(Classifier):
     def __init__(self, config: ModelConfig, *, image_size: tuple[int, int], num_classes: int, args: TinyArgs) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, args.width // 2, 3, stride=2, padding=1)
