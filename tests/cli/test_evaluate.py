@@ -191,7 +191,7 @@ def test_evaluation_never_downloads_data(tmp_path):
     config = RunConfig()
     config.data = DataConfig(name="cifar10", root=str(tmp_path), download=True)
     trained = Trained(FoundWeights(tmp_path, None, ""), {}, {}, config, ["cat"])
-    with pytest.raises(UserError, match=r"does not hold cifar10: .*\. Set root to a folder"):
+    with pytest.raises(UserError, match=r"does not hold cifar10: .*tar\.gz\. To use your own copy, set root to"):
         trained.open_split("test")
     assert not list(tmp_path.iterdir())
 

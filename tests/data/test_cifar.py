@@ -85,11 +85,11 @@ def test_without_a_network_the_error_says_what_to_fetch_and_where_to_put_it(
 
 def test_nothing_is_fetched_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cifar, "download", lambda *arguments: pytest.fail("downloaded"))
-    with pytest.raises(UserError, match=r"Add data\.download=true"):
+    with pytest.raises(UserError, match=r"add data\.download=true"):
         opened("cifar10", tmp_path)  # the folder may be a typing error
     monkeypatch.chdir(tmp_path)
     folder = re.escape(str(tmp_path / "data" / "cifar10"))
-    with pytest.raises(UserError, match=rf"^{folder} does not hold .*\. Set data\.root to a folder"):
+    with pytest.raises(UserError, match=rf"^{folder} does not hold .*tar\.gz\. To use your own copy, set data\.root"):
         open_split(DataConfig(name="cifar10", download=False), "train")
 
 

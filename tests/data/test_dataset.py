@@ -134,7 +134,7 @@ def test_val_fraction_with_a_val_folder_is_an_error(make_tree: Callable[..., Pat
     [
         ("imagenet", "there is no such folder. Set data.root"),
         ("folder", "there is no such folder. Set data.root"),
-        ("cifar10", r"does not hold cifar10: .*cifar-10-binary\.tar\.gz\. Add data\.download=true"),
+        ("cifar10", r"does not hold cifar10: .*cifar-10-binary\.tar\.gz\. .* add data\.download=true"),
         ("cifar100", r"does not hold cifar100: .*data\.download=true"),
         ("cifar", "data set=cifar is not known. Did you mean 'cifar10'"),
     ],

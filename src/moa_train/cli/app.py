@@ -136,8 +136,8 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
 
-    def add_argument(self, *names: str, help: object, **options: Any) -> argparse.Action:  # type: ignore[override]
-        """Add an option. All options of Hydra have a help."""
+    def add_argument(self, *names: str, help: object = "", **options: Any) -> argparse.Action:
+        """Add an option."""
         return super().add_argument(*names, help=str(help), **options)
 
 

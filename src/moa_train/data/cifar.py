@@ -74,14 +74,10 @@ class Cifar(DataSet):
             download(self.config.url or archive.url, root / archive.filename, archive.sha256)
             pack_archive(archive, root / archive.filename, root)
         else:
-            offer = (
-                "Add data.download=true to download it to this folder, or set"
-                if self.config.download is None
-                else "Set"
-            )
+            offer = "To download it to this folder, add data.download=true. " if self.config.download is None else ""
             raise UserError(
                 f"{root.absolute()} does not hold {self.name}: no pack-{split}.npy, no folder {split}/CLASS/, no "
-                f"{archive.filename}. {offer} data.root to a folder that holds one of them."
+                f"{archive.filename}. {offer}To use your own copy, set data.root to its folder."
             )
         source = read_pack(root, split, f"{self.name}/{split}", self.image_size)
         if len(source.classes) > self.num_classes:
