@@ -84,6 +84,7 @@ def _append(url: str, file: BinaryIO) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code == 416 and have:  # everything is there
             return
         raise
