@@ -259,7 +259,7 @@ class OptimConfig:
         fixed=True,
     )
     weight_decay: float = knob(
-        0.05, "decoupled weight decay; biases, 1-D parameters and position tables are exempt", least=0
+        0.05, "weight decay, decoupled except for SGD; biases, 1-D parameters and position tables are exempt", least=0
     )
     betas: list[float] = knob([0.9, 0.999], "AdamW: decay rates of the two moments", least=0, below=1)
     eps: float = knob(1e-8, "AdamW: term added to the denominator", above=0)
