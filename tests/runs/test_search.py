@@ -60,7 +60,7 @@ def test_the_first_trials_are_never_pruned(make, tmp_path):
     pruned = []
     for number in range(4):
         trial = search.study.ask(fixed_distributions=search.space)
-        write(tmp_path / str(number), {step: 90.0 - 20 * number for step in (1, 2, 3, 4)})
+        write(tmp_path / str(number), dict.fromkeys((1, 2, 3, 4), 90.0 - 20 * number))
         prune = search._pruning(trial, set())
         pruned.append((prune(tmp_path / str(number)), trial.should_prune()))
         search.study.tell(trial, 90.0 - 20 * number)
