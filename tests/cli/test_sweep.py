@@ -265,7 +265,7 @@ def test_pruned_trials_stop_early_and_can_be_resumed(tmp_path):
             params={"optim.lr": 1e-3},
             distributions={"optim.lr": optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True)},
             value=100.0,
-            intermediate_values=dict.fromkeys(range(2, 400, 2), 100.0),
+            intermediate_values=dict.fromkeys(range(1, 200), 100.0),
         )
     )
     search = [*TINY, SPACE[0], "sweep.dir=all", "sweep.trials=2", "sweep.startup=1", "schedule.duration=300 steps"]

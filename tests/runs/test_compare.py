@@ -106,9 +106,23 @@ def test_one_seed_says_nothing_about_the_noise_between_seeds(sweep):
     assert report.groups[0].label == "lr=1e-05"
     (found,) = report.comparisons
     assert found.verdict == (
-        "better on these images: the noise between seeds is unknown, because no settings were run with two"
+        "better on these images: the noise between seeds is unknown, because no settings have two seeds with "
+        "different results"
     )
     assert any("one seed only" in note for note in report.notes)
+
+
+def test_equal_results_of_the_seeds_have_no_p(copied):
+    for path in copied.glob("*/result.json"):
+        found = json.loads(path.read_text())
+        found["test"]["top1"] = 62.5 if path.parent.name.startswith("fast") else 50.3
+        path.write_text(json.dumps(found))
+    report = compare(read_runs([copied])[0])
+    (found,) = report.comparisons
+    assert "top1" not in found.seeds
+    assert found.paired["top1"] == (pytest.approx([-12.2, -12.2]), None)
+    assert found.verdict.startswith("worse on these images: the noise between seeds is unknown")
+    assert any(line.split() == ["top1", "-12.20", "-12.20", "-"] for line in as_text(report).splitlines())
 
 
 def test_missing_predictions_name_the_command(copied):

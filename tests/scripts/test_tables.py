@@ -206,6 +206,12 @@ def test_seeds_needed_agrees_with_published_tables(effect, pairs):
     assert results.seeds_needed(deviation=0.5 / effect) == pairs
 
 
+@pytest.mark.parametrize("differences", [[0.7], [0.7, 61.1 - 60.4, 50.7 - 50]])
+def test_seeds_without_a_spread_decide_nothing(differences):
+    assert results.verdict(differences) == ""
+    assert results.described(differences) == f"+0.70 (n = {len(differences)})"
+
+
 def test_minutes_are_those_of_the_updates():
     rows = [{"step": 10, "images_per_second": None}, {"step": 20, "images_per_second": 50.0}]
     rows.append({"step": 60, "images_per_second": 100.0})

@@ -11,8 +11,9 @@ from moa_train.runtime.output import protect_output
 
 EXAMPLES = """moa-compare: compare runs, or show the leaderboard of a sweep.
 
-Runs that differ only in the seed form one group. Differences are tested on the same images (McNemar's exact test,
-bootstrap intervals) and over seeds (paired t-test). The first run is the reference or, for a folder of runs, the best.
+Runs that differ only in the seed form one group. A difference is within noise if an interval contains zero: that of a
+bootstrap over the images, or that of a t-test over seeds with the pooled variance of all groups. McNemar's exact test
+and the paired t-test are shown in addition. The first run is the reference or, for a folder of runs, the best.
 
 Examples:
   moa-compare outputs/RUN outputs/OTHER

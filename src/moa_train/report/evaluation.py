@@ -175,7 +175,7 @@ class Evaluated:
 
     def _looks(self, found: Findings, class_map: ClassMap) -> str:
         """Draw the maps of the predicted class for the most confident images, six wrong ones and six right ones."""
-        right = np.flatnonzero((found.rank < 1) & found.finite)
+        right = np.flatnonzero(found.rank < 1)
         right = right[np.argsort(-found.probability[right], kind="stable")][:6]
         rows = np.array([*found.confident_wrong[:6], *right])
         if not len(rows):
@@ -344,7 +344,7 @@ def _calibration(found: Findings) -> str:
     )
     plots = [reliability_plot(before, f"As trained: ECE {before.error.value:.2f}")]
     if after is None:
-        text = "<p>There are too few images to fit a temperature.</p>"
+        text = "<p>There are too few images or mistakes to fit a temperature.</p>"
     else:
         plots.append(reliability_plot(after, f"With temperature: ECE {after.error.value:.2f}"))
         one, other = calibration.temperatures
