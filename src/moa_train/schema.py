@@ -629,6 +629,17 @@ class PredictConfig(WeightsConfig):
         "table", "table; jsonl: one JSON object per image; csv: one row per class", options=("table", "jsonl", "csv")
     )
     output: str | None = path(None, "file for the predictions (default: standard output)")
+    max_pixels: int | None = knob(
+        None, "images with more pixels count as unreadable (default: the run's data.max_pixels)", least=1
+    )
+    max_seconds: float | None = knob(
+        None,
+        "an image whose decoding takes longer ends the prediction with an error (default: the run's data.max_seconds)",
+        above=0,
+    )
+    range: list[float] | None = knob(
+        None, "[LOW,HIGH]: gray levels of black and white in images of more than 8 bits (default: the run's data.range)"
+    )
     explain: str | None = path(None, "folder for one PNG per image: class map, and the attention of MOA models")
     explain_class: str | None = knob(None, "explain: class that the class map explains (default: the predicted class)")
     explain_window: list[int] | None = knob(

@@ -44,6 +44,10 @@ def run(options: argparse.Namespace) -> int:
     for file in (options.html, options.json):
         if file and not file.absolute().parent.is_dir():
             raise UserError(f"{file}: there is no folder {file.absolute().parent}.")
+    if options.html:
+        from moa_train.report.plots import require_matplotlib
+
+        require_matplotlib()
     from moa_train.runs.compare import compare
     from moa_train.runs.read import read_runs
     from moa_train.runs.text import as_text

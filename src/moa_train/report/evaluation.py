@@ -84,7 +84,9 @@ class Evaluated:
 
     @property
     def _trained_on(self) -> bool:
-        return self.split == "train"
+        """Whether these are the images that the weights were trained on, as far as their file's header says."""
+        recorded = self.trained.metadata.get("fingerprint")  # older versions did not record it
+        return self.split == "train" and recorded in (None, json.dumps(self.source.fingerprint))
 
     def facts(self) -> dict[str, Any]:
         """Return what was evaluated, as JSON."""
@@ -96,7 +98,7 @@ class Evaluated:
             "weights_are": trained.found.description,
             "tta": self.tta,
             "precision": self.run.runtime.eval_precision,
-            "model": {"name": self.run.model.name, "variant": self.run.model.variant, "parameters": parameters},
+            "model": {"name": self.run.model.name, "variant": self.run.model.title, "parameters": parameters},
             "data": self.source.describe(),
             "commands": [text for text in (reproduce(origin), command()) if text],
             "config": to_dict(self.run),
@@ -149,9 +151,8 @@ class Evaluated:
         parts = [part for part in parts if part[2]]
         links = " ".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _ in parts)
         title = f"{facts['data']['name']}: {found.top['top1'].value:.2f}% top-1"
-        subtitle = (
-            f"{facts['model']['variant'] or facts['model']['name']}, {facts['weights_are']}, evaluated on "
-            f"{len(found):,} images" + ("" if self.tta == "none" else f" with averaging over views ({self.tta})")
+        subtitle = f"{self.run.model.title}, {facts['weights_are']}, evaluated on {len(found):,} images" + (
+            "" if self.tta == "none" else f" with averaging over views ({self.tta})"
         )
         body = "\n".join(
             [

@@ -10,7 +10,6 @@ import numpy as np
 from moa_train.engine.predictions import Outcomes
 from moa_train.runs.read import SEED, Run
 from moa_train.runs.statistics import Interval, image_interval, mcnemar, paired_p, seed_interval
-from moa_train.runtime.command_line import argument
 from moa_train.runtime.errors import UserError, choose
 
 CONFIDENCE = 0.95
@@ -292,7 +291,7 @@ def _compare(
         for some in (group, reference)
     )
     missing = [
-        f"moa-eval {argument('ckpt', run.path)} split={split}"
+        run.command("moa-eval", ckpt=run.path, split=split)
         for some, found in ((group, ours), (reference, theirs))
         for run in some.independent
         if run.result and id(run) not in found
