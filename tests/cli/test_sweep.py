@@ -1,5 +1,6 @@
 """Sweeps with real processes: they continue after a kill, a crash ends one run only, and a search can be resumed."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from moa_train.tracking.jsonl import read_rows
 TINY = (
     "schedule.duration=4 steps", "schedule.warmup=0", "tracking=quiet", "runtime.device=cpu", "data.limit=64",
     "data.val_fraction=0.1", "engine.batch_size=16", "engine.eval_every=2 steps", "engine.save_every=1 steps",
+    "engine.keep_last=100",  # a step that a test waits for is not removed
     "model.embed_dim=16", "model.depths=[1,1]", "model.heads=[1,2]", "model.window=4", "model.moa.reduction=8",
 )  # fmt: skip
 COMMAND = (sys.executable, "-m", "moa_train.cli.train")
@@ -43,11 +45,15 @@ def interrupt(number: int, *arguments: str, cwd: Path, when: Path) -> tuple[int,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    while not when.exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=60)
+    try:
+        while not when.exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+        os.killpg(process.pid, number)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, output
 
 
