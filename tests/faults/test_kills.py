@@ -137,9 +137,11 @@ def test_a_second_interrupt_exits_immediately(tmp_path, inject):
     run = tmp_path / "run"
     job = Job(f"{TINY} run_dir={run}", tmp_path, faults="step.loss=hang@5")  # two micro-batches a step
     wait_for_step(run, 2)
+    time.sleep(0.5)  # until it hangs
     inject(2)
     job.signal(signal.SIGINT)
-    time.sleep(0.1)
+    while "SIGINT: saving and stopping" not in job.output:
+        time.sleep(0.01)
     job.signal(signal.SIGINT)
     assert job.codes() == [Exit.INTERRUPTED], job.output
     assert "Second Ctrl-C" in job.output
