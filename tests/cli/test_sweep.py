@@ -223,7 +223,7 @@ def test_two_processes_share_a_sweep(tmp_path):
     assert "runs in another process" in "".join(outputs)
 
 
-SPACE = ("optim.lr=tag(log,interval(1e-4,1e-2))", "model.dropout=0.0,0.1", "engine.ema_decay=range(0.5,1.0,0.25)")
+SPACE = ("optim.lr=tag(log,interval(1e-4,1e-2))", "model.dropout=0.0,0.1", "engine.ema_decay=range(0.5,0.9,0.2)")
 
 
 def trials(folder: Path) -> list[tuple[str, float | None, dict[str, object]]]:
