@@ -13,6 +13,7 @@ import records
 from records import Row, Table
 from scipy import stats
 
+from moa_train.runs.statistics import ROUNDING
 from moa_train.runtime.files import write_whole
 
 IMAGES = {"test": "test", "val": "held-out"}
@@ -86,18 +87,23 @@ def paired(row: Row, reference: Row) -> list[float]:
     return [found[seed] - other[seed] for seed in sorted(found.keys() & other.keys())]
 
 
-def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Return the 95% confidence interval of the mean, by Student's t distribution."""
+def interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95% confidence interval of the mean, by Student's t distribution.
+
+    There is none for a single seed, and for seeds with equal differences, which say nothing about the noise.
+    """
+    if max(differences) - min(differences) < ROUNDING:
+        return None
     center, error = statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
     half = float(stats.t.ppf(1 - LEVEL / 2, len(differences) - 1)) * error
     return center - half, center + half
 
 
 def verdict(differences: Sequence[float]) -> str:
-    """Return whether the mean difference is within noise; for a single seed, nothing."""
-    if len(differences) < 2:
+    """Return whether the mean difference is within noise; nothing if there is no interval."""
+    if not differences or (found := interval(differences)) is None:
         return ""
-    low, high = interval(differences)
+    low, high = found
     return "within noise" if low <= 0 <= high else "worse" if high < 0 else "better"
 
 
@@ -106,9 +112,8 @@ def described(differences: Sequence[float]) -> str:
     if not differences:
         return ""
     count = f"n = {len(differences)}"
-    if len(differences) > 1:
-        low, high = interval(differences)
-        count = f"{low:+.2f} to {high:+.2f}, {count}"
+    if found := interval(differences):
+        count = f"{found[0]:+.2f} to {found[1]:+.2f}, {count}"
     return f"{statistics.fmean(differences):+.2f} ({count})"
 
 
@@ -326,7 +331,7 @@ def differences(tables: Sequence[Table]) -> dict[str, Any] | None:
         own = [row for row in table.rows[1:] if owner[table.rows[0].name, row.name] == table.name]
         found = {row.label: paired(row, table.rows[0]) for row in own}
         points = {
-            label: {"mean": statistics.fmean(values), "interval": interval(values) if len(values) > 1 else None}
+            label: {"mean": statistics.fmean(values), "interval": interval(values)}
             for label, values in found.items()
             if values
         }

@@ -44,18 +44,23 @@ def stop_once(number: signal.Signals, delay: float, ranks: int, overrides: list[
         return seconds
 
 
-def main() -> None:
-    """Print the median and range of the seconds in one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=6, help="number of runs to stop (default: 6)")
-    parser.add_argument("--ranks", type=int, default=1, help="number of processes per run (default: 1)")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the options; all other arguments are passed on."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--times", type=int, default=6, help="number of runs to stop (default: 6)")
+    options.add_argument("--ranks", type=int, default=1, help="number of processes per run (default: 1)")
+    options.add_argument(
         "--within",
         type=float,
         default=3.0,
         help="send the signal at most this many seconds after the first step (default: 3)",
     )
-    options, overrides = parser.parse_known_args()
+    return options
+
+
+def main() -> None:
+    """Print the median and range of the seconds in one line."""
+    options, overrides = parser().parse_known_args()
     draw = random.Random(0)
     seconds = [
         stop_once(SIGNALS[turn % 3], draw.uniform(0, options.within), options.ranks, overrides)

@@ -20,12 +20,17 @@ ROOT = Path(__file__).resolve().parents[1]
 ROW = re.compile(r"^\| (\d+) \| (.+) \| (\d+) \| (\d+) \|$", re.MULTILINE)
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the options; all other arguments are passed on."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=3, help="number of rounds (default: 3)")
+    options.add_argument("--seed", type=int, default=None, help="seed of the first round (default: random)")
+    return options
+
+
 def main() -> int:
     """Print a Markdown table and return 1 if any test failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (default: 3)")
-    parser.add_argument("--seed", type=int, default=None, help="seed of the first round (default: random)")
-    options, further = parser.parse_known_args()  # passed to pytest
+    options, further = parser().parse_known_args()  # passed to pytest
     first = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     tries, passed = defaultdict[int, int](int), defaultdict[int, int](int)
     titles: dict[int, str] = {}

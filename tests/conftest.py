@@ -11,11 +11,14 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
-# When pytest runs in the background or under nohup, it and its child processes would ignore these two signals.
+# When pytest runs in the background, it and its child processes would ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 TINY = {
     "data.limit": "100",  # an epoch is 3 1/8 steps

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 import sys
 import tomllib
@@ -15,6 +16,7 @@ from torch.distributed.run import get_args_parser
 
 from moa_train.cli import app, bench, model, sweep
 from moa_train.cli.compose import compose, typed
+from moa_train.knobs import knobs
 from moa_train.runtime.signals import Exit
 from moa_train.schema import EvalConfig, ExportConfig, PredictConfig, RunConfig
 
@@ -29,7 +31,7 @@ MODULES = {path.split(":")[0].rpartition(".")[2]: name.removeprefix("moa-") for 
 
 def commands(text: str) -> Iterator[str]:
     """Yield the lines of a text that start with a command of this project, without their comments."""
-    names = rf"{'|'.join(SCRIPTS)}|torchrun|sbatch|scripts/\S+|make|python -m"
+    names = rf"{'|'.join(SCRIPTS)}|torchrun|sbatch|scripts/\S+|make|python -m|python scripts/\S+"
     for line in re.sub(r" *\\\n\s*", " ", text).splitlines():
         if found := re.match(rf"(?:#   |#? {{0,6}})((?:{names})(?: +\S.*)?$)", line):
             command = re.split(r"  +[^- ]|\s#\s", found[1])[0]  # two spaces separate a command from its explanation
@@ -76,8 +78,10 @@ def test_every_command_line_is_accepted(command):
         accept(MODULES[options.training_script.removeprefix("moa_train.cli.")], options.training_script_args)
     elif program == "make":
         accept_make(arguments)
-    elif program == "python":
+    elif program == "python" and arguments[0] == "-m":
         assert arguments[1] == "build"
+    elif program == "python":
+        accept_script(*arguments)
     elif program == "sbatch":
         script = next(number for number, argument in enumerate(arguments) if argument.endswith(".slurm"))
         assert (ROOT / arguments[script]).is_file()
@@ -94,6 +98,18 @@ def test_brackets_are_quoted_for_zsh():
     lines = [command for command, _ in COMMANDS] + re.findall(inline, "".join(path.read_text() for path in DOCUMENTS))
     unquoted = {line: re.sub(r"'[^']*'|\"[^\"]*\"", "", line) for line in lines}
     assert [line for line, rest in unquoted.items() if re.search(r"\w=\S*[][(){}*?]", rest)] == []
+
+
+def accept_script(path: str, *arguments: str) -> None:
+    """Parse ``arguments`` with the parser of a script, which passes the others on."""
+    if path == "scripts/tables.py":
+        assert arguments in (("run",), ("write",))  # run: followed by the arguments of reproduce.sh
+        return
+    others = runpy.run_path(str(ROOT / path))["parser"]().parse_known_args(arguments)[1]
+    if path == "scripts/time_stop.py":
+        accept("train", others)
+    else:
+        assert (path, others) == ("scripts/torture.py", [])
 
 
 def accept_make(arguments: list[str]) -> None:
@@ -154,6 +170,14 @@ def test_the_table_of_commands_is_complete():
 
 def test_the_table_of_exit_codes_is_complete():
     assert re.findall(r"^\| (\d+) \|", README, re.MULTILINE) == [str(code.value) for code in Exit]
+
+
+def test_the_table_of_changes_on_a_resume_names_the_settings_that_are_fixed():
+    table = (ROOT / "docs" / "RELIABILITY.md").read_text().partition("\n| change | policy |\n")[2]
+    refused = ", ".join(re.findall(r"^\| (.+) \| refused \|$", table, re.MULTILINE))
+    assert refused.startswith("architecture, data set, `model.args`, ")
+    fixed = {key for key, item, _ in knobs(RunConfig()) if item.metadata["fixed"] and not key.startswith("model.")}
+    assert set(re.findall(r"`(\S+)`", refused)) == fixed - {"data.name"} | {"model.args"}
 
 
 def test_the_first_commands_are_those_of_continuous_integration():

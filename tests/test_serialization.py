@@ -24,6 +24,15 @@ def test_a_configuration_of_another_version():
         from_dict(values)
 
 
+def test_references_to_secrets_are_not_resolved(monkeypatch):
+    """A file from elsewhere could otherwise bring a secret into a path, a message or a record."""
+    monkeypatch.setenv("MOA_API_TOKEN", "hunter2")
+    record = to_dict(RunConfig(run_dir="${oc.env:MOA_API_TOKEN}"))
+    record["data"]["args"] = {"folder": "/a/${oc.env:MOA_API_TOKEN}", "names": ["${oc.env:MOA_API_TOKEN,none}"]}
+    config = from_dict(record)
+    assert (config.run_dir, config.data.args) == (record["run_dir"], record["data"]["args"])
+
+
 def test_variables_in_own_settings_are_read_again(monkeypatch):
     config = RunConfig()
     config.data.args = {"folder": FromEnvironment("/a/x", "${oc.env:MOA_DATA}/x"), "names": ["b"]}

@@ -16,7 +16,10 @@ def load(
     device: str = "auto",
     weights: str = "auto",
     precision: str | None = None,
-    code: Sequence[str] = (),
+    code: str | Sequence[str] = (),
+    max_pixels: int | None = None,
+    max_seconds: float | None = None,
+    range: Sequence[float] | None = None,
 ) -> "Predictor":
     """Load trained weights, ready to predict: ``moa_train.load("outputs/RUN").predict(["cat.jpg", "dog.jpg"])``.
 
@@ -25,11 +28,21 @@ def load(
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``xpu`` or ``mps``.
         weights: ``model``, ``ema``, or ``auto``: EMA weights if there are any.
         precision: ``fp32``, ``bf16``, ``fp16`` or ``auto`` (default: that of evaluations in the run).
-        code: your own modules that the configuration in the file may import.
+        code: your own module, or several of them, that the configuration in the file may import.
+        max_pixels: images with more pixels count as unreadable (default: the run's ``data.max_pixels``).
+        max_seconds: longest time to decode an image in `Predictor.batches` (default: the run's ``data.max_seconds``).
+        range: values of black and white in gray images of more than 8 bits (default: the run's ``data.range``).
 
     Raises:
-        UserError: there are no such weights, they are damaged, or they need code that ``code`` does not allow.
+        UserError: there are no such weights, they are damaged, they need code that ``code`` does not allow, or another
+            argument is wrong.
     """
-    from moa_train.assembly.predictor import load as load_predictor  # torch is imported only when it is needed
+    from pathlib import Path
 
-    return load_predictor(path, device=device, weights=weights, precision=precision, code=code)
+    from moa_train.assembly.predictor import Predictor  # torch is imported only when it is needed
+    from moa_train.assembly.trained import Trained
+    from moa_train.runtime.device import pick_device
+
+    trained = Trained.open(Path(path), weights=weights, code=code)
+    limits = {"max_pixels": max_pixels, "max_seconds": max_seconds, "range": range}
+    return Predictor(trained, pick_device(device), precision, **limits)

@@ -70,7 +70,7 @@ class Classifier(nn.Module):
     def part_of(self, name: str) -> tuple[int, str]:
         """Return the stage (-1 if outside all stages) and the kind of part to which a parameter or module belongs.
 
-        ``moa-model summary`` prints one row for each pair.
+        ``moa-model summary`` prints one row for each pair. The empty name is that of the model itself.
         """
         return -1, name.split(".")[0]
 

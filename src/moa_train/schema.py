@@ -259,7 +259,7 @@ class OptimConfig:
         fixed=True,
     )
     weight_decay: float = knob(
-        0.05, "decoupled weight decay; biases, 1-D parameters and position tables are exempt", least=0
+        0.05, "weight decay, decoupled except for SGD; biases, 1-D parameters and position tables are exempt", least=0
     )
     betas: list[float] = knob([0.9, 0.999], "AdamW: decay rates of the two moments", least=0, below=1)
     eps: float = knob(1e-8, "AdamW: term added to the denominator", above=0)
@@ -446,8 +446,8 @@ class SweepConfig:
     sampler: str = knob("tpe", "how a search chooses the settings of a trial", options=("tpe", "random"))
     pruner: str = knob(
         "median",
-        "which trials end early. median: a trial whose score is worse than the median of earlier trials at the same "
-        "step; halving: all but the best quarter at each of several steps; none: no trial",
+        "which trials end early. median: a trial whose score is worse than the median of earlier trials after the same "
+        "number of evaluations; halving: all but the best quarter at each of several evaluations; none: no trial",
         options=("median", "halving", "none"),
     )
     startup: int = knob(10, "number of trials that a search draws at random and does not prune", least=1)
@@ -629,6 +629,17 @@ class PredictConfig(WeightsConfig):
         "table", "table; jsonl: one JSON object per image; csv: one row per class", options=("table", "jsonl", "csv")
     )
     output: str | None = path(None, "file for the predictions (default: standard output)")
+    max_pixels: int | None = knob(
+        None, "images with more pixels count as unreadable (default: the run's data.max_pixels)", least=1
+    )
+    max_seconds: float | None = knob(
+        None,
+        "an image whose decoding takes longer ends the prediction with an error (default: the run's data.max_seconds)",
+        above=0,
+    )
+    range: list[float] | None = knob(
+        None, "[LOW,HIGH]: gray levels of black and white in images of more than 8 bits (default: the run's data.range)"
+    )
     explain: str | None = path(None, "folder for one PNG per image: class map, and the attention of MOA models")
     explain_class: str | None = knob(None, "explain: class that the class map explains (default: the predicted class)")
     explain_window: list[int] | None = knob(

@@ -59,6 +59,9 @@ def test_the_error_for_an_indivisible_batch_names_the_nearest_size(tiny):
     assert fill_micro_batch_size(tiny({"engine.batch_size": 33}), three).engine.micro_batch_size == 11
     with pytest.raises(UserError, match=r"Possible numbers of ranks: 1, 2, 4\. A new run can"):  # as on a resume
         fill_micro_batch_size(tiny({"engine.micro_batch_size": 8}), three)
+    eight = Distributed(torch.device("cpu"), world_size=8, local_world_size=8)
+    with pytest.raises(UserError, match=r"engine\.batch_size=4 cannot be divided among 8 ranks\. Nearest: 8\."):
+        fill_micro_batch_size(tiny({"engine.batch_size": 4}), eight)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_all_problems_at_once(check, tmp_path):
 
 def test_a_run_that_does_not_fit_on_the_disk(check):
     with pytest.raises(UserError, match=r"The checkpoints need [\d.]+ GiB \(\d+ of .*Lower engine\.keep_last"):
-        check({"schedule.duration": "1000000000 steps", "engine.keep_every": "1 steps"})
+        check({"schedule.duration": "1000000000000000 steps", "engine.keep_every": "1 steps"})
 
 
 def test_a_loss_that_is_not_finite(check, tmp_path):

@@ -15,9 +15,11 @@ from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.nonfinite import RollBack
 from moa_train.runs.folder import status
 from moa_train.runtime import faults
+from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.signals import Exit
 from moa_train.tracking.jsonl import read_rows
+from moa_train.tracking.provenance import source_digest
 
 RESNET = {
     "model__name": "resnet",
@@ -63,6 +65,17 @@ def test_batch_normalization_with_one_value_per_channel_is_named(train, tmp_path
     changes = {**RESNET, "model__depths": "[1,1,1,1]"}
     with pytest.raises(UserError, match=r"Batch normalization needs .*engine\.micro_batch_size=1 and images of 32"):
         train(tmp_path / "run", engine__micro_batch_size=1, **changes)
+
+
+def test_ranks_compare_their_code_and_the_files_of_the_checkpoint(train, tmp_path, monkeypatch):
+    """That different values are an error on every rank is shown in runtime/test_distributed.py."""
+    compared = {}
+    monkeypatch.setattr(Distributed, "check_same", lambda self, what, value, *advice: compared.update({what: value}))
+    assert train(tmp_path, engine__stop_after="1 step") == 0
+    assert compared["configuration and code"]["code"] == source_digest()
+    newest = CheckpointStore(tmp_path).newest()
+    assert train(tmp_path, resume=True, engine__stop_after="2 steps") == 0
+    assert compared[f"the files of {newest.path}"] == newest.digest
 
 
 def test_training_works_in_a_thread(train, straight, outcome, tmp_path):

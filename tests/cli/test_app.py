@@ -322,6 +322,21 @@ def test_shell_completion(tried):
     assert "complete -o nospace" in tried["completion"]["out"]
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("mod", {"model", "model."}),
+        ("model=moa_", {"model=moa_b", "model=moa_micro", "model=moa_s", "model=moa_t"}),
+        ("model=moa_t optim.weight", {"optim.weight_decay="}),
+    ],
+)
+def test_the_tab_key_completes_groups_options_and_keys(typed, offered):
+    command = [sys.executable, "-m", "moa_train.cli.train", "-sc", "query=bash"]
+    environment = os.environ | {"COMP_LINE": f"moa-train {typed}"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert set(done.stdout.split()) == offered
+
+
 def test_version(tried):
     assert tried["version"]["code"] == 0
     assert re.fullmatch(r"moa-train \d+\.\d+\.\d+\n", tried["version"]["out"])  # of the package: test_package.py

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import sys
 from pathlib import Path
 
@@ -51,6 +52,22 @@ def test_converting_published_weights_and_back_changes_no_bit(published: Path, m
     before, after = read_state_dict(published), read_state_dict(back)
     assert sorted(before) == sorted(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_conversion_that_fails_leaves_the_old_file(published: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    ours, back, broken = (published.with_name(name) for name in ("x.safetensors", "back.pth", "broken.safetensors"))
+    assert run(monkeypatch, "convert", str(published), str(ours)) == 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for source, target in ((published, broken), (ours, back)):
+        target.write_text("old")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+        try:
+            assert run(monkeypatch, "convert", str(source), str(target)) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert f"{target} cannot be written: File too large" in capsys.readouterr().err
+        assert target.read_text() == "old"
+    assert sorted(published.parent.iterdir()) == sorted([published, ours, back, broken])
 
 
 def test_converted_weights_contain_their_configuration(published: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,11 +1,17 @@
 """moa-predict and moa_train.load compute exactly what an evaluation computes, and survive all kinds of input."""
 
+import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
+import pty
+import shlex
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +23,10 @@ import moa_train
 from moa_train.assembly.evaluation import build_evaluation
 from moa_train.assembly.trained import Trained
 from moa_train.cli.predict import _Explainer, predict
+from moa_train.data.image import Decoding
 from moa_train.data.paths import find_images
 from moa_train.engine.predictions import Recorder
+from moa_train.engine.tensorfile import read_tensors, write_tensors
 from moa_train.report.rows import open_rows
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
@@ -88,7 +96,7 @@ def test_logits_of_images_in_memory_are_those_of_their_files(straight, tmp_path)
     predictor = moa_train.load(straight, device="cpu")
     assert np.array_equal(predictor.logits(paths).numpy(), expected)
     pillow = predictor.logits([Image.open(path) for path in paths])
-    arrays = predictor.logits([image[0] for image in native])
+    arrays = predictor.logits([np.asarray(Image.open(path)) for path in paths])  # read-only
     tensors = predictor.logits([torch.from_numpy(image) for image in native])
     for found in (pillow, arrays, tensors):
         assert np.array_equal(found.numpy(), expected)
@@ -203,6 +211,7 @@ def test_class_maps_are_computed_in_parts(straight, tmp_path, monkeypatch):
         ({"ckpt": "RUN", "input": "EMPTY/*.png"}, "No file matches input="),
         ({"ckpt": "RUN", "input": "IMAGE", "output": "EMPTY/none/out.csv"}, "there is no folder"),
         ({"ckpt": "RUN", "input": "IMAGE", "output": "EMPTY"}, "Cannot write"),
+        ({"ckpt": "RUN", "input": "IMAGE", "range": [1]}, r"range=\[1\]: must be two numbers, LOW < HIGH"),
     ],
 )
 def test_errors(straight, tmp_path, capsys, options, message):
@@ -210,9 +219,92 @@ def test_errors(straight, tmp_path, capsys, options, message):
     (tmp_path / "empty").mkdir()
     places = {"RUN": straight, "IMAGE": tmp_path / "image.png", "EMPTY": tmp_path / "empty"}
     for name, place in places.items():
-        options = {key: value.replace(name, str(place)) for key, value in options.items()}
+        options = {k: v.replace(name, str(place)) if isinstance(v, str) else v for k, v in options.items()}
     with pytest.raises(UserError, match=message.replace("*", r"\*")):
         run(capsys, **options)
+
+
+def test_decoding_limits_can_be_set(straight, tmp_path, capsys):
+    Image.fromarray(np.full((9, 9), 2048, np.uint16)).save(tmp_path / "image.png")
+    options = {"ckpt": str(straight), "input": str(tmp_path / "image.png"), "format": "jsonl"}
+    _, found, _ = run(capsys, **options, range=[0, 2048])
+    white = moa_train.load(straight, device="cpu").predict(np.full((9, 9), 255, np.uint8))[0]
+    assert [entry["probability"] for entry in json.loads(found)["top"]] == white.probabilities
+    code, _, err = run(capsys, **options, max_pixels=80)
+    assert code == 2
+    assert "9 x 9 pixels are more than data.max_pixels=80 (moa-data: --max-pixels, moa-predict: max_pixels)" in err
+    limited = moa_train.load(straight, device="cpu", max_pixels=80, max_seconds=5, range=[0, 2048])
+    with pytest.raises(UserError, match=r"data\.max_pixels=80"):
+        limited.predict(tmp_path / "image.png")
+    assert limited._decoding == Decoding(80, 5, (0, 2048))
+
+
+def test_the_output_is_opened_last_and_errors_of_other_files_are_not_its_own(straight, tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise OSError("no process could be started")
+
+    Image.new("L", (9, 9)).save(tmp_path / "image.png")
+    (tmp_path / "out.txt").write_text("old")
+    options = {"ckpt": str(straight), "input": str(tmp_path / "image.png"), "output": str(tmp_path / "out.txt")}
+    with pytest.raises(UserError, match="precision=fp16 requires a GPU"):
+        run(capsys, **options, precision="fp16")
+    assert (tmp_path / "out.txt").read_text() == "old"
+    monkeypatch.setattr(moa_train.assembly.predictor.Predictor, "forward", fail)
+    with pytest.raises(OSError, match="no process could be started"):
+        run(capsys, **options)
+
+
+def test_pictures_without_matplotlib_are_an_error_before_anything_is_opened(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"explain= needs matplotlib: pip install 'moa-train\[plot\]'"):
+        run(capsys, ckpt="nowhere", input="nowhere.png", explain=str(tmp_path / "out"))
+
+
+def command(straight: Path, folder: Path, *arguments: str) -> list[str]:
+    return [
+        *("env", "OMP_NUM_THREADS=1", "TERM=xterm", sys.executable, "-m", "moa_train.cli.predict"),
+        *(f"ckpt={straight}", f"input={folder}", "device=cpu", "batch_size=1", "workers=0", *arguments),
+    ]
+
+
+@pytest.mark.parametrize(("redirection", "code"), [("> /dev/full", 2), ("| head -n 1", 0)])
+def test_predictions_that_nobody_gets_end_the_command(straight, tmp_path, redirection, code):
+    for number in range(300):  # head has exited long before the last one
+        Image.new("L", (9, 9)).save(tmp_path / f"{number:03}.png")
+    line = f"set -o pipefail; {shlex.join(command(straight, tmp_path, 'format=csv'))} {redirection}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode == code
+    lines = done.stderr.splitlines()
+    assert lines == (
+        ["error: Cannot write to standard output: No space left on device. Choose another output=."] if code else []
+    )
+
+
+def test_no_bar_shares_a_line_with_other_text(straight, tmp_path):
+    """Predictions or messages on a terminal would otherwise continue the line of the bar."""
+    tensors, header = read_tensors(straight / "checkpoints" / "best" / "ema.safetensors")
+    config = json.loads(header["config"])
+    config["tracking"]["progress"] = "auto"
+    write_tensors(tmp_path / "weights.safetensors", tensors, header | {"config": json.dumps(config)})
+    for number in range(3):
+        Image.new("L", (9, 9)).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_text("text")
+    for arguments in ([], [f"output={tmp_path}/out.txt"]):
+        words = command(tmp_path / "weights.safetensors", tmp_path, "top=1", *arguments)
+        primary, secondary = pty.openpty()
+        fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
+        done = subprocess.Popen(words, stdout=secondary, stderr=secondary, stdin=secondary)
+        os.close(secondary)
+        text = b""
+        with contextlib.suppress(OSError):  # the end of a pseudo-terminal
+            while part := os.read(primary, 65536):
+                text += part
+        os.close(primary)
+        assert done.wait() == 2
+        assert (b"predicting |" in text) == bool(arguments)
+        shown = [line.rpartition("\r")[2] for line in text.decode().replace("\r\n", "\n").split("\n")]
+        files = [str(tmp_path / name) for name in (["3"] if arguments else "0123")]
+        assert [line.split(".png")[0].split(" ")[0] for line in shown] == [*files, "3", "error:", ""]
 
 
 def test_images_of_the_library_that_are_none(straight):

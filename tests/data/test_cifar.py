@@ -23,6 +23,11 @@ COUNT = 12
 KINDS = {"cifar10": cifar.Cifar10, "cifar100": cifar.Cifar100}
 
 
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
 def opened(name: str, root: Path, split: str = "train", download: bool | None = None) -> Source:
     return open_split(DataConfig(name=name, root=str(root), download=download), split)
 

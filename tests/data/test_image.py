@@ -1,5 +1,6 @@
 import io
 import struct
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moa_train.data.image import Decoding, EncodedImage, reading
+from moa_train.data.image import Decoding, EncodedImage, open_image, reading
 from moa_train.runtime.errors import UserError
 
 
@@ -196,3 +197,29 @@ def test_decompression_bombs_are_refused_before_they_take_memory(side: int, tmp_
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"), reading(tmp_path / "none.jpg"):
         EncodedImage((tmp_path / "none.jpg").read_bytes())
+
+
+def test_the_limit_of_pillow_survives_threads(photographs: list[Image.Image]) -> None:
+    """It belongs to the process. The second thread must not take the None of the first one for the limit."""
+    data, limit = encode(photographs[0], "PNG"), Image.MAX_IMAGE_PIXELS
+    first, second, finished = threading.Event(), threading.Event(), threading.Event()
+
+    class First(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if not first.is_set():
+                first.set()
+                second.wait(0.3)  # in vain if the second thread waits for this one
+            return super().read(size)
+
+    class Second(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            second.set()
+            finished.wait()
+            return super().read(size)
+
+    other = threading.Thread(target=lambda: first.wait() and open_image(Second(data)))
+    other.start()
+    open_image(First(data))
+    finished.set()
+    other.join()
+    assert limit == Image.MAX_IMAGE_PIXELS

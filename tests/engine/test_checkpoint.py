@@ -434,7 +434,6 @@ def test_waiting_for_storage_that_does_not_answer_is_said(store, monkeypatch, ca
     threading.Timer(0.3, answer.set).start()
     store.wait()
     assert store.newest().step == 1
-    assert 1 <= len(caplog.messages) <= 7
     assert f"Waiting for a save in {store.directory}" in caplog.messages[0]
 
 
@@ -466,8 +465,8 @@ def test_leaving_by_an_error_finishes_the_save_and_keeps_that_error(store, caplo
 
 
 def test_a_save_larger_than_the_free_space_is_refused_before_it_starts(store):
-    huge = torch.empty(1, device="cpu").expand(2**45)  # 128 TiB, of one number
-    with pytest.raises(CheckpointError, match=r"requires 134217728 MiB, but .* has only \d+ MiB free"):
+    huge = torch.empty(1, device="cpu").expand(2**60)  # 4 EiB, of one number
+    with pytest.raises(CheckpointError, match=r"requires 4398046511104 MiB, but .* has only \d+ MiB free"):
         store.save(1, {"model": {"huge": huge}}, {})
     assert not any(store.directory.iterdir())
 

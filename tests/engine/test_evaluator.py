@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss, t
 from moa_train.data.array_source import ArraySource
 from moa_train.data.loader import EvalLoader
 from moa_train.engine.evaluator import Evaluation, evaluate
-from moa_train.engine.metrics import create_metrics, rank_of_label
+from moa_train.engine.metrics import NO_RANK, Top1, Top5, create_metrics, rank_of_label
 from moa_train.runtime.distributed import Distributed
 from moa_train.schema import EngineConfig
 
@@ -29,16 +29,19 @@ NAN, INF = math.nan, math.inf
         ([1.0, 1.0, 1.0], 2, 2),
         ([0.0, 2.0, 2.0], 2, 1),
         ([-INF, -INF, 0.0], 1, 2),
-        ([INF, 0.0, INF], 0, 0),
-        ([NAN, 2.0, 1.0], 1, 1),  # a NaN ranks before all numbers ...
-        ([2.0, 1.0, NAN], 0, 1),
-        ([NAN, 2.0, 1.0], 0, 3),  # ... and is never a hit at the label
-        ([NAN, NAN, NAN], 1, 3),
+        ([0.0, -INF, -INF], 0, 0),  # masked classes
+        ([INF, 0.0, INF], 0, NO_RANK),
+        ([NAN, 2.0, 1.0], 1, NO_RANK),
+        ([2.0, 1.0, NAN], 0, NO_RANK),
+        ([NAN, NAN, NAN], 1, NO_RANK),
+        ([-INF, -INF, -INF], 0, NO_RANK),
     ],
 )
 def test_rank_of_a_label(logits, label, rank):
     found = rank_of_label(torch.tensor([logits]), torch.tensor([label]))
     assert (found.tolist(), found.dtype) == ([rank], torch.int64)
+    hits = [int(metric.count(torch.tensor([logits]), torch.tensor([label]))) for metric in (Top1(), Top5())]
+    assert hits == [rank == 0, rank != NO_RANK], "of three classes, all are among the first five"
 
 
 @pytest.mark.parametrize("levels", [3, 1000])

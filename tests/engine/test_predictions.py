@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from moa_train.engine.metrics import NO_RANK
 from moa_train.engine.predictions import OutcomeRecorder, Recorder
 from moa_train.interfaces import Batch
 from moa_train.runtime.distributed import Distributed
@@ -36,9 +37,9 @@ def test_both_recorders_keep_the_same_outcomes() -> None:
         assert math.isclose(found[0].log_probability[row], values[labels[row]] - total, abs_tol=1e-6)
 
 
-def test_logits_that_are_not_finite_rank_last() -> None:
+def test_an_image_without_probabilities_has_no_rank() -> None:
     logits, labels = torch.tensor([[1.0, math.nan, 2.0], [0.0, 1.0, 2.0]]), torch.tensor([2, 2])
     rows, recorder = torch.arange(2), OutcomeRecorder()
     recorder(Batch(torch.zeros(2, 1), labels, index=rows, epoch=rows, repeat=rows, step=0), logits)
     found = recorder.gather(Distributed(torch.device("cpu")), SOURCE)
-    assert found.rank.tolist() == [1, 0]
+    assert found.rank.tolist() == [NO_RANK, 0]

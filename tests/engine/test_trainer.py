@@ -85,6 +85,18 @@ def test_a_stopped_and_resumed_run_ends_like_an_uninterrupted_one(straight, trai
     assert results[0]["test"] == results[1]["test"]
 
 
+@pytest.mark.parametrize("change", [{"schedule__duration": "20 steps"}, {"optim__lr": 3e-4}], ids=str)
+def test_after_a_change_the_schedule_continues_as_if_it_had_always_been_this_one(straight, train, tmp_path, change):
+    def lrs(run_dir: Path) -> dict[int, float]:
+        rows = read_rows(run_dir / "metrics.jsonl")
+        return {row["step"]: row["lr"] for row in rows if row["kind"] == "train" and row["step"] > 5}
+
+    assert train(tmp_path / "run", engine__stop_after="5 steps") == 0
+    assert train(tmp_path / "run", resume=True, **change) == 0
+    assert train(tmp_path / "always", **change) == 0
+    assert lrs(tmp_path / "run") == lrs(tmp_path / "always") != lrs(straight)
+
+
 def test_resuming_a_finished_run_changes_nothing(straight, train, outcome, tmp_path):
     run_dir = tmp_path / "run"
     assert train(run_dir, schedule__duration="4 steps") == 0

@@ -1,26 +1,31 @@
 """Folders for a model hub and single weights files are read back by moa-eval, init= and timm."""
 
+import io
 import json
 import re
 import shlex
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors import safe_open
 
+import moa_train
 from moa_train.assembly.trained import Trained
 from moa_train.assembly.training import load_init
 from moa_train.cli.compose import addable
 from moa_train.cli.evaluate import evaluate
 from moa_train.cli.train import with_overrides
 from moa_train.engine.tensorfile import write_tensors
+from moa_train.export.hub_folder import card
+from moa_train.export.subject import Subject
 from moa_train.knobs import knobs
 from moa_train.model.registry import create_model
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.seed import set_deterministic
-from moa_train.schema import EvalConfig, RunConfig
+from moa_train.schema import EvalConfig, ExportConfig, RunConfig
 from moa_train.serialization import to_dict
 
 
@@ -56,7 +61,8 @@ def test_the_header_has_preprocessing_and_classes(exported):
         header = {name: json.loads(value) for name, value in file.metadata().items()}
     assert header["preprocessing"]["size"] == [32, 32]
     assert len(header["preprocessing"]["mean"]) == 3
-    assert "orientation tags of image files are ignored" in header["preprocessing"]["decode"]
+    words = "orientation tags of image files are ignored; 16-bit gray is scaled to 8 bits"
+    assert (header["preprocessing"]["decode"], header["preprocessing"]["range"]) == (words, None)
     assert header["classes"] == [str(digit) for digit in range(10)]
     assert len(header["test_vectors"]) == 3
 
@@ -79,6 +85,34 @@ def test_the_model_card_has_measured_numbers_and_commands(exported, logged, lear
     )
     assert ours == theirs
     assert json.loads((path / "config.json").read_text())["num_classes"] == 10
+
+
+def test_weights_of_an_own_data_set_need_no_module_of_it(exported, learned, tmp_path):
+    """The header holds the mean and the standard deviation, which are all that predictions need of it."""
+    with safe_open(exported("safetensors")[0], "pt") as file:
+        header, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    config = json.loads(header["config"])
+    config["data"]["name"] = "missing_package.pens:Pens"
+    write_tensors(tmp_path / "x.safetensors", weights, header | {"config": json.dumps(config)})
+    image = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    found = moa_train.load(tmp_path / "x.safetensors", device="cpu", code="missing_package").logits(image)
+    assert torch.equal(found, moa_train.load(learned, device="cpu").logits(image))
+
+
+def test_a_second_export_replaces_the_record_of_the_first(exported, export, tmp_path):
+    export(ckpt=exported("safetensors")[0], format="safetensors", output=tmp_path / "x", images=50)
+    with safe_open(tmp_path / "x", "pt") as file:
+        assert json.loads(file.metadata()["evaluation"])["total"] == 50
+
+
+def test_the_commands_of_the_card_allow_own_code(learned):
+    trained = Trained.open(learned)
+    trained.config.loss.name, trained.config.data.range = "my_package.losses:focal", [0.0, 4095.0]
+    source = trained.open_split("test")
+    text = card(Subject(ExportConfig(license="mit"), trained, trained.config, source, io.StringIO()), None)
+    assert "moa-eval ckpt=FOLDER root=DATA 'code=[my_package]'    #" in text
+    assert 'moa_train.load("FOLDER", code=["my_package"])' in text
+    assert "RGB; gray of more than 8 bits is scaled to 8 bits: 0 becomes 0 and 4095 becomes 255. Resize" in text
 
 
 def test_a_license_is_required(learned, export, tmp_path):

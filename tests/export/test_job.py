@@ -8,11 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from moa_train.assembly.trained import Trained
 from moa_train.engine.tensorfile import write_tensors
-from moa_train.export.job import staged
-from moa_train.export.subject import Subject, draw
+from moa_train.export.job import FORMATS, staged
+from moa_train.export.subject import Deployed, Subject, draw
 from moa_train.runtime.errors import UserError
 from moa_train.schema import ExportConfig
 
@@ -76,6 +78,20 @@ def test_one_wrong_answer_more_fails_the_export(learned, logged):
     with pytest.raises(UserError, match=found) as error:
         checked.agreement(logits)
     assert "seed=, with a smaller images= if all" in str(error.value)  # a seed alone would draw the same images
+
+
+class Branches(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3)) if images.sum() > 0 else images.sum((2, 3))
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch_export"])
+def test_a_model_that_torch_cannot_export_is_an_error_that_names_another_format(learned, tmp_path, form):
+    module = pytest.importorskip(f"moa_train.export.{FORMATS[form][0]}")
+    failing = subject(learned)
+    failing.__dict__["model"] = Deployed(Branches(), failing.run.data)
+    with pytest.raises(UserError, match=r"torch cannot export .* \(.*[Dd]ata-dependent.*\)\. .* format=safetensors"):
+        module.write(failing, tmp_path / "x")
 
 
 def test_images_are_drawn_by_seed_without_repetition(learned):

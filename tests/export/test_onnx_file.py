@@ -15,7 +15,7 @@ from PIL import Image
 
 from moa_train.assembly.trained import Trained
 from moa_train.data.augment import Normalize
-from moa_train.data.image import EncodedImage
+from moa_train.data.image import Decoding, EncodedImage
 from moa_train.data.view import CenterCrop
 from moa_train.engine.tensorfile import write_tensors
 from moa_train.runtime.errors import UserError
@@ -117,12 +117,13 @@ def test_the_script_fits_on_a_screen(script):
     assert len([line for line in script.read_text().splitlines() if line.strip()]) <= 24
 
 
-@pytest.fixture(scope="module")
-def of_files(best, export, make_classes, tmp_path_factory) -> Path:
-    """The ONNX file of a model that was trained on image files, whose evaluation crops images."""
+@pytest.fixture(scope="module", params=[None, [0, 4095]], ids=["", "range"])
+def of_files(best, export, make_classes, tmp_path_factory, request) -> tuple[Path, Decoding]:
+    """The ONNX file of a model that was trained on image files, whose evaluation crops images, and their decoding."""
     folder, (weights, header) = tmp_path_factory.mktemp("files"), best
     config = json.loads(header["config"])
     config["data"] |= {"name": "folder", "root": str(make_classes(10)), "val_fraction": 0.0, "eval_crop": 0.8}
+    config["data"]["range"] = request.param
     classes = json.dumps([f"class{number}" for number in range(10)])
     write_tensors(
         folder / "x.safetensors",
@@ -130,7 +131,7 @@ def of_files(best, export, make_classes, tmp_path_factory) -> Path:
         header | {"config": json.dumps(config), "classes": classes, "in_memory": "false"},
     )
     export(ckpt=folder / "x.safetensors", output=folder / "x.onnx", images=20)
-    return folder / "x.onnx"
+    return folder / "x.onnx", Decoding(value_range=request.param)
 
 
 @pytest.mark.parametrize(
@@ -139,12 +140,14 @@ def of_files(best, export, make_classes, tmp_path_factory) -> Path:
 )
 def test_the_script_resizes_and_crops_as_an_evaluation(of_files, script, tmp_path, shape, levels, monkeypatch):
     """The filters of Pillow and of moa-train differ only by rounding."""
-    pixels = np.random.default_rng(1).integers(0, np.iinfo(levels).max, shape, dtype=levels, endpoint=True)
+    path, decoding = of_files
+    white = decoding.value_range[1] if decoding.value_range and levels == np.uint16 else np.iinfo(levels).max
+    pixels = np.random.default_rng(1).integers(0, white, shape, dtype=levels, endpoint=True)
     Image.fromarray(pixels.repeat(2, 0).repeat(2, 1)).save(tmp_path / "x.png")
-    monkeypatch.setattr(sys, "argv", ["classify.py", str(of_files), str(tmp_path / "x.png")])
+    monkeypatch.setattr(sys, "argv", ["classify.py", str(path), str(tmp_path / "x.png")])
     ours = np.asarray(runpy.run_path(str(script))["image"]).astype(int)
     view = CenterCrop((32, 32), 0.8)
-    theirs = view(EncodedImage.of(tmp_path / "x.png"), np.empty(0)).permute(1, 2, 0).numpy().astype(int)
+    theirs = view(EncodedImage.of(tmp_path / "x.png", decoding), np.empty(0)).permute(1, 2, 0).numpy().astype(int)
     assert ours.shape == (32, 32, 3)
     assert abs(ours - theirs).max() <= 1
 

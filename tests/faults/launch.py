@@ -97,6 +97,7 @@ class Job:
             environ |= {"MOA_TRAIN_FAULTS": faults, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}
             environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}
             words = arguments(command) + (arguments(own[rank]) if own else [])
+            words += ["device=cpu"] if module == EVALUATE else []  # trainings get it from TINY
             process = _context.Process(
                 target=_run,
                 args=(
@@ -148,6 +149,7 @@ def _run(
 ) -> None:
     """Turn the new process into one that looks as if a shell had started it, and run the command."""
     multiprocessing.set_start_method("fork", force=True)  # for data loading workers, as in a process started by a shell
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if pytest runs under nohup
     os.setsid()
     os.chdir(folder)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -161,8 +163,10 @@ def _run(
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if obedient:
         _obey_permissions()
+    from moa_train.data import loader
     from moa_train.runtime import faults
 
+    loader._STOP_PATIENCE = 3.0  # in place of 15 seconds
     faults.arm(os.environ)
     if record is not None:
         _record_samples(record)

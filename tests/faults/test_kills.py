@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from launch import PATIENCE, TINY, TRAIN, Job, arguments, result, samples, wait_for_step
@@ -133,11 +135,13 @@ def test_all_ranks_abandon_the_same_step(tmp_path, draw, inject):
 @pytest.mark.fault(6)
 def test_a_second_interrupt_exits_immediately(tmp_path, inject):
     run = tmp_path / "run"
-    job = Job(f"{TINY} run_dir={run}", tmp_path, faults="step.loss=sleep@5")  # two micro-batches a step
+    job = Job(f"{TINY} run_dir={run}", tmp_path, faults="step.loss=hang@5")  # two micro-batches a step
     wait_for_step(run, 2)
+    time.sleep(0.5)  # until it hangs
     inject(2)
     job.signal(signal.SIGINT)
-    time.sleep(0.1)
+    while "SIGINT: saving and stopping" not in job.output:
+        time.sleep(0.01)
     job.signal(signal.SIGINT)
     assert job.codes() == [Exit.INTERRUPTED], job.output
     assert "Second Ctrl-C" in job.output
@@ -162,23 +166,29 @@ def test_two_interrupts_abandon_a_save_that_hangs(tmp_path, inject):
     Job(f"{TINY} run_dir={run} resume=auto", tmp_path).ended(0)
 
 
-def torchrun(tmp_path, command: str, *options: str, faults: str = "") -> subprocess.Popen:
+@contextmanager
+def torchrun(tmp_path, command: str, *options: str, faults: str = "") -> Iterator[subprocess.Popen]:
     environ = {**os.environ, "MOA_TRAIN_FAULTS": faults, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *options]
-    with (tmp_path / "torchrun.txt").open("w") as log:
-        return subprocess.Popen(
-            [*words, "-m", TRAIN, *arguments(command)], cwd=tmp_path, env=environ, stdout=log, stderr=log
-        )
+    words += ["-m", TRAIN, *arguments(command)]
+    with (
+        (tmp_path / "torchrun.txt").open("w") as log,
+        subprocess.Popen(words, cwd=tmp_path, env=environ, stdout=log, stderr=log) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.terminate()  # if it still runs: it ends its ranks, by SIGKILL after 30 seconds
 
 
 @pytest.mark.fault(6)
 def test_torchrun_passes_the_signal_on(tmp_path, whole_pair, inject):
     run = tmp_path / "run"
-    process = torchrun(tmp_path, f"{TINY} run_dir={run}", faults="step.loss=sleep@4")
-    wait_for_step(run, 3)
-    process.terminate()
-    inject()
-    assert process.wait(PATIENCE) != 0
+    with torchrun(tmp_path, f"{TINY} run_dir={run}", faults="step.loss=sleep@4") as process:
+        wait_for_step(run, 3)
+        process.terminate()
+        inject()
+        assert process.wait(PATIENCE) == 1
     assert "saved. To resume" in (tmp_path / "torchrun.txt").read_text()
     Job(f"resume={run}", tmp_path, ranks=2).ended(0)
     assert result(run) == result(whole_pair)
@@ -189,18 +199,18 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path, whole_pair, inject):
     """Kill a rank; with --max-restarts and resume=auto, the result of the run is the same."""
     run = tmp_path / "run"
     command = f"{TINY} run_dir={run} resume=auto"
-    process = torchrun(tmp_path, command, "--max-restarts", "1", faults="step.loss=kill@8/1")
-    inject()
-    assert process.wait(PATIENCE) == 0, (tmp_path / "torchrun.txt").read_text()
+    with torchrun(tmp_path, command, "--max-restarts", "1", faults="step.loss=kill@8/1") as process:
+        inject()
+        assert process.wait(PATIENCE) == 0, (tmp_path / "torchrun.txt").read_text()
     assert len(json.loads((run / "provenance.json").read_text())) == 2
     assert result(run) == result(whole_pair)
 
 
 @pytest.mark.fault(7)
 def test_torchrun_shows_the_root_cause(tmp_path, inject):
-    process = torchrun(tmp_path, f"{TINY} run_dir={tmp_path / 'run'}", faults="step.loss=raise@4/1")
-    inject()
-    assert process.wait(PATIENCE) == 1
+    with torchrun(tmp_path, f"{TINY} run_dir={tmp_path / 'run'}", faults="step.loss=raise@4/1") as process:
+        inject()
+        assert process.wait(PATIENCE) == 1
     said = (tmp_path / "torchrun.txt").read_text()
     root = said[said.index("Root Cause") :]
     assert "rank      : 1" in root
@@ -209,9 +219,9 @@ def test_torchrun_shows_the_root_cause(tmp_path, inject):
 
 @pytest.mark.fault(15)
 def test_torchrun_ends_with_the_error_of_the_user(tmp_path, inject):
-    process = torchrun(tmp_path, f"{TINY} run_dir={tmp_path / 'run'} data=folder data.root=nowhere")
-    inject()
-    assert process.wait(PATIENCE) == 1
+    with torchrun(tmp_path, f"{TINY} run_dir={tmp_path / 'run'} data=folder data.root=nowhere") as process:
+        inject()
+        assert process.wait(PATIENCE) == 1
     said = (tmp_path / "torchrun.txt").read_text()
     root = said[said.index("Root Cause") :]
     assert "nowhere/train: there is no such folder. Set data.root to" in root
@@ -248,14 +258,14 @@ def test_a_lost_rank_ends_the_other(tmp_path, fault, inject):
 
 @pytest.mark.fault(7)
 def test_a_rank_that_hangs_ends_the_other_after_the_timeout(tmp_path, inject):
-    job = Job(f"{TINY} run_dir={tmp_path / 'run'} runtime.timeout=20", tmp_path, ranks=2, faults="step.loss=stop@4/1")
+    job = Job(f"{TINY} run_dir={tmp_path / 'run'} runtime.timeout=8", tmp_path, ranks=2, faults="step.loss=stop@4/1")
     inject()
     job.processes[0].join(PATIENCE)
     code = job.processes[0].exitcode
     job.signal(signal.SIGKILL)
     job.codes()
     assert code == Exit.FAILED, job.output
-    assert "Rank 1 sent no heartbeat for 20 s (runtime.timeout)." in job.logs[0].read_text()
+    assert "Rank 1 sent no heartbeat for 8 s (runtime.timeout)." in job.logs[0].read_text()
 
 
 @pytest.mark.fault(20)

@@ -6,12 +6,13 @@ import pytest
 import two_nodes
 from launch import result
 
-LACKING = two_nodes.missing()
-pytestmark = [pytest.mark.fault(22), pytest.mark.skipif(LACKING is not None, reason=str(LACKING))]
+pytestmark = pytest.mark.fault(22)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cable() -> Iterator[None]:
+    if lacking := two_nodes.missing():
+        pytest.skip(lacking)
     with two_nodes.network():
         yield
 

@@ -55,7 +55,12 @@ def ip(*words: str) -> None:
 
 @contextmanager
 def network() -> Iterator[None]:
-    """Make the two namespaces and the cable between them; remove them at the end."""
+    """Remove the namespaces of killed processes, make the two and the cable between them; remove them at the end."""
+    for files in Path("/etc/netns").glob("moa-*-node?"):
+        pid = files.name.split("-")[1]
+        if pid == str(os.getpid()) or not Path("/proc", pid).exists():
+            subprocess.run(["ip", "netns", "del", files.name], capture_output=True, check=False)
+            shutil.rmtree(files, ignore_errors=True)
     with ExitStack() as made:
         for node, other, address in zip(NODES, NODES[::-1], ADDRESSES[::-1], strict=True):
             files = Path("/etc/netns") / node  # what `ip netns exec` puts in place of the files in /etc

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
+from moa_train.interfaces import Classifier
 from moa_train.model.stages import plan_stages
 from moa_train.model.summary import PeakMemory, summarize, training_cost
 from moa_train.schema import ModelConfig
@@ -88,6 +90,31 @@ def test_baselines_cost_what_torchvision_says(model_config, fields, parameters, 
     assert summary.total_parameters == parameters
     assert summary.total_macs == pytest.approx(macs, abs=0.005e9)
     assert set(summary.parameters) == set(summary.macs)
+
+
+class Products(Classifier, nn.Module):
+    """An own model that multiplies in its own forward pass and in a module without parameters."""
+
+    class Square(nn.Module):
+        def forward(self, x_BCD: torch.Tensor) -> torch.Tensor:
+            return x_BCD @ x_BCD.transpose(1, 2)
+
+    def __init__(self, config: ModelConfig, *, image_size: tuple[int, int], num_classes: int) -> None:
+        super().__init__()
+        self.square = self.Square()
+        self.head = nn.Linear(3, num_classes)
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        x_BCD = images_BCHW.flatten(2)
+        return self.head((self.square(x_BCD) @ x_BCD).mean(2))
+
+
+def test_products_outside_of_parts_with_parameters_are_counted(model_config):
+    summary = summarize(model_config(name=f"{__name__}:Products"), image_size=(4, 8), num_classes=5)
+    assert summary.macs == {(-1, "model"): 3 * 3 * 32, (-1, "square"): 3 * 32 * 3, (-1, "head"): 3 * 5}
+    assert summary.total_macs == 3 * 3 * 32 + 3 * 32 * 3 + 3 * 5
+    rows = [line.split() for line in summary.table().splitlines()[1:]]
+    assert [row[:2] for row in rows] == [["head", "20"], ["square", "0"], ["model", "0"], ["total", "20"]]
 
 
 def test_a_summary_is_that_of_the_model_itself(small, small_config, variant):

@@ -47,19 +47,21 @@ NAMED = [f"{key}={value}" for key, value in PARTS.items()]
 ALL = [*NAMED, *(f"{key}={value}" for key, value in SETTINGS.items())]
 
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+ENVIRONMENT["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+
+
 def run(command: str, *arguments: str, cwd: Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, *launch, "-m", f"moa_train.cli.{command}", *arguments],
-        cwd=cwd, env=environment, capture_output=True, text=True, check=False,
+        cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run that was stopped after 6 of 12 steps, and resumed."""
+    """A folder with a run that was stopped after 6 of 12 steps and resumed, and the same run without a stop."""
     path = tmp_path_factory.mktemp("own")
     first = run("train", *ALL, "run_dir=run", "engine.stop_after=6 steps", cwd=path)
     assert first.returncode == 0, first.stderr
@@ -68,6 +70,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "code=[my_package.blocks,my_package.parity," in refused.stderr
     second = run("train", "resume=run", "code=[my_package]", cwd=path)
     assert second.returncode == 0, second.stderr
+    straight = run("train", *ALL, "run_dir=straight", cwd=path)
+    assert straight.returncode == 0, straight.stderr
     return path
 
 
@@ -76,8 +80,6 @@ def rows(run_dir: Path) -> list[dict[str, object]]:
 
 
 def test_a_run_with_own_parts_is_resumed_to_the_bit(folder: Path) -> None:
-    straight = run("train", *ALL, "run_dir=straight", cwd=folder)
-    assert straight.returncode == 0, straight.stderr
     machine = {"seconds", "images_per_second", "memory"}
     logged = [
         [{key: value for key, value in row.items() if key not in machine} for row in rows(folder / name)]
@@ -106,7 +108,7 @@ def test_weights_are_evaluated_only_with_code_that_the_command_names(folder: Pat
     refused = run("evaluate", "ckpt=run", cwd=folder)
     assert refused.returncode == 2
     assert "A file by itself cannot make moa-train run code" in refused.stderr
-    done = run("evaluate", "ckpt=run", "code=[my_package]", cwd=folder)
+    done = run("evaluate", "ckpt=run", "code=[my_package]", "device=cpu", cwd=folder)
     assert done.returncode == 0, done.stderr
     test = json.loads((folder / "run" / "result.json").read_text())["test"]
     assert {key: json.loads(done.stdout)[key] for key in test} == test
@@ -132,25 +134,44 @@ def test_help_lists_the_own_settings(folder: Path) -> None:
         assert f"  {line}" in shown
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["model.args.widht=8"], "Unknown key model.args.widht. Did you mean 'width'?"),
-        (["model.args.width=x"], "model.args.width='x' has the wrong type: it must be an integer"),
-        (["model.args.width=1"], "model.args.width=1 is out of range: it must be >= 2"),
-        (["model.name=my_package.blocks:Tinny"], "my_package.blocks has no Tinny. Did you mean 'Tiny'?"),
-        (["model.name=my_pakage.blocks:Tiny"], "no module named my_pakage"),
-        (["engine.best_by=loss"], "engine.best_by=loss must be one of engine.metrics: top1, Balanced"),
-        (["optim.args.x=1"], "has no settings of its own"),
-        (["engine.args.Balnced.x=1"], "engine.args.Balnced belongs to no entry of engine.metrics. Did you mean"),
-        (["tracking.args.file=x"], "tracking.args.file belongs to no entry of tracking.loggers. Entries: Notes"),
-        (["tracking.args.Notes=x"], "tracking.args.Notes=x must be settings of logger my_package."),
-    ],
-)
-def test_mistakes_are_explained(tmp_path: Path, arguments: list[str], said: str) -> None:
-    done = run("train", *ALL, *arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert said in done.stderr
+CHILD = """
+import contextlib, io, json, sys
+from moa_train.cli.train import main
+found = []
+for arguments in json.load(sys.stdin):
+    sys.argv, said = ["moa-train", *arguments], io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            main()
+        except SystemExit as leaving:
+            found.append([leaving.code, said.getvalue()])
+print(json.dumps(found))
+"""
+MISTAKES = {
+    "model.args.widht=8": "Unknown key model.args.widht. Did you mean 'width'?",
+    "model.args.width=x": "model.args.width='x' has the wrong type: it must be an integer",
+    "model.args.width=1": "model.args.width=1 is out of range: it must be >= 2",
+    "model.name=my_package.blocks:Tinny": "my_package.blocks has no Tinny. Did you mean 'Tiny'?",
+    "model.name=my_pakage.blocks:Tiny": "no module named my_pakage",
+    "engine.best_by=loss": "engine.best_by=loss must be one of engine.metrics: top1, Balanced",
+    "optim.args.x=1": "has no settings of its own",
+    "engine.args.Balnced.x=1": "engine.args.Balnced belongs to no entry of engine.metrics. Did you mean",
+    "tracking.args.file=x": "tracking.args.file belongs to no entry of tracking.loggers. Entries: Notes",
+    "tracking.args.Notes=x": "tracking.args.Notes=x must be settings of logger my_package.",
+}
+
+
+def test_mistakes_are_explained(tmp_path: Path) -> None:
+    """One process tries all of them, because importing torch takes seconds."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], input=json.dumps([[*ALL, mistake] for mistake in MISTAKES]),
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for (code, said), (mistake, expected) in zip(json.loads(done.stdout), MISTAKES.items(), strict=True):
+        assert code == 2, mistake
+        assert expected in said, mistake
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_documentation_shows_these_files() -> None:

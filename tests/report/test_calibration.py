@@ -37,10 +37,10 @@ def test_scaling_repairs_overconfidence():
 
 
 def test_the_temperature_of_a_half_is_fitted_on_the_other():
-    """Labels of the first half are changed: its own temperature must not see that, but that of the other half must."""
+    """Every third label of the first half is changed: only the temperature of the other half must see that."""
     logits, labels = drawn(4000, 1.0)
     first = halves(len(labels))
-    changed = np.where(first, (labels + 1) % 5, labels)
+    changed = np.where(first & (np.arange(len(labels)) % 3 == 0), (labels + 1) % 5, labels)
     before, after = Calibration.of(logits, labels), Calibration.of(logits, changed)
     assert after.temperatures[0] == before.temperatures[0]
     assert after.temperatures[1] > 2 * before.temperatures[1]
@@ -64,3 +64,21 @@ def test_the_error_agrees_with_a_loop_over_bins_and_empty_bins_are_null():
 
 def test_few_images_get_no_temperature():
     assert Calibration.of(*drawn(40, 1.0)).after is None
+
+
+def test_a_half_without_mistakes_gets_no_temperature():
+    """Its loss has no minimum: the lower the temperature, the lower the loss."""
+    logits, labels = drawn(4000, 1.0)
+    first = halves(len(labels))
+    labels = np.where(first, logits.argmax(1), labels)
+    assert fit_temperature(logits[first], labels[first]) is None
+    assert fit_temperature(logits[~first], labels[~first]) == pytest.approx(1, rel=0.1)
+    found = Calibration.of(logits, labels)
+    assert (found.after, found.temperatures) == (None, [])
+
+
+def test_masked_classes_do_not_change_the_temperature():
+    logits, labels = drawn(4000, 3.0)
+    masked = np.pad(logits, ((0, 0), (0, 1)), constant_values=-np.inf)
+    assert fit_temperature(masked, labels) == pytest.approx(fit_temperature(logits, labels))
+    assert Calibration.of(masked, labels).after.loss == pytest.approx(Calibration.of(logits, labels).after.loss)

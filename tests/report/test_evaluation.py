@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,22 @@ def test_the_json_has_the_numbers_of_the_page(hostile):
     assert "Where it looks" in text
     assert "Too few images".lower() in text.lower() or found["calibration"]["after"] is not None
     assert any("moa-train" in command or "pytest" in command for command in found["commands"])
+
+
+def test_an_own_model_is_named(hostile, tmp_path):
+    evaluated = hostile[2]
+    run = replace(evaluated.run, model=replace(evaluated.run.model, name="my_package.blocks:Tiny"))
+    html, data = replace(evaluated, run=run).write(tmp_path / "report")
+    assert '<p class="lead">Tiny, ' in html.read_text()
+    assert json.loads(data.read_text())["model"]["variant"] == "Tiny"
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_label_errors_are_left_out_for_the_images_of_the_training_only(straight, hostile, own):
+    trained = Trained.open(straight)
+    source = trained.open_split("train") if own else hostile[2].source
+    evaluated = replace(hostile[2], trained=trained, split="train", source=source)
+    assert evaluated._trained_on == own
 
 
 def test_a_page_of_ten_thousand_images_is_small(straight, tmp_path):

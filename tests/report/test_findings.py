@@ -14,11 +14,12 @@ PREDICTED = np.array([0, 1, 1, 1, 2, 2])
 CONFIDENCE = np.array([2.0, 3.0, 1.0, 5.0, 4.0, 0.5])
 
 
-def findings(*, trained_on: bool = False, bad: int | None = None) -> Findings:
+def findings(*, trained_on: bool = False, **changed: object) -> Findings:
+    """Return findings, with ``rowN`` as the logits of image N."""
     logits = np.zeros((6, 4), np.float32)
     logits[np.arange(6), PREDICTED] = CONFIDENCE
-    if bad is not None:
-        logits[bad] = np.nan
+    for name, row in changed.items():
+        logits[int(name[3:])] = row
     files = np.array([f"class/{row}.png".encode() for row in range(6)])
     images = np.zeros((6, 3, 4, 4), np.uint8)
     source = ArraySource("set/test", images, LABELS, ["a", "b", "c", "unused"], (4, 4), files=files)
@@ -56,10 +57,34 @@ def test_images_of_the_training_split_have_no_label_errors():
     assert "trained on these images" in next(findings(trained_on=True).notes())
 
 
-def test_logits_that_are_not_finite_count_as_wrong_and_are_reported():
-    found = findings(bad=3)
+@pytest.mark.parametrize("row3", [np.nan, [0, np.inf, 0, 0], [0, 9, np.nan, 0], -np.inf])
+def test_images_without_probabilities_count_as_wrong_and_are_reported(row3):
+    """Without the infinity or NaN, image 3 would be the only hit of class b."""
+    found = findings(row3=row3)
     assert found.top["top1"].value == pytest.approx(100 * 2 / 6)
+    assert found.top["top5"].value == pytest.approx(100 * 5 / 6), "a hit even of four classes"
     assert (1, 1) not in found.confusion
-    assert "1 images have logits that are not finite" in next(found.notes())
+    assert 3 not in [*found.uncertain_right, *found.confident_wrong]
+    second = found.by_class[1]
+    assert (second.accuracy.value, second.predicted, second.precision.value) == (0, 2, 0)
+    assert second.confidence == pytest.approx(100 * np.exp(4) / (np.exp(4) + 3)), "that of image 4 alone"
+    assert "1 images have no probabilities" in next(found.notes())
     assert np.isfinite(found.loss.value)
     json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_masked_classes_have_a_probability_of_0():
+    """The mask of image 3 leaves a hit. That of image 4 leaves two wrong classes, and makes the loss infinite."""
+    found = findings(row3=[-np.inf, 5, -np.inf, -np.inf], row4=[0, -np.inf, 4, -np.inf])
+    assert found.top == findings().top
+    assert found.confusion == findings().confusion
+    assert found.probability[3] == 1
+    assert found.loss.value == np.inf
+    written = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert (written["loss"]["value"], written["calibration"]["before"]["loss"]) == (None, None)
+
+
+def test_findings_without_any_probabilities_are_valid_json():
+    rows = {f"row{row}": np.nan for row in range(6)}
+    written = json.loads(json.dumps(findings(**rows).as_dict(), allow_nan=False))
+    assert (written["top1"]["count"], written["loss"]["value"], written["confusion"]) == (0, None, [])

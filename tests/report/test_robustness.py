@@ -39,6 +39,15 @@ def test_real_labels_allow_several_classes_and_omit_images_without_one():
     assert (found["images"], found["top1"]["value"], found["clean"]["value"]) == (2, 50, 50)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_images_without_probabilities_count_as_wrong(bad):
+    """numpy's argmax is the class whose logit is NaN or infinity, here the label."""
+    clean = predictions([0, 1], [[bad, 0, 0], [0, 9, -np.inf]])
+    assert Control(clean).accuracy().value == 50
+    assert Control(clean).accuracy(np.array([0, 1])).value == 50
+    assert Control(clean).real([[0], [1]])["top1"]["value"] == 50
+
+
 def results(errors: dict[str, float], benchmark: str = "imagenet-c", severities: int = 5) -> list[dict]:
     return [
         {

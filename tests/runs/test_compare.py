@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -106,9 +107,23 @@ def test_one_seed_says_nothing_about_the_noise_between_seeds(sweep):
     assert report.groups[0].label == "lr=1e-05"
     (found,) = report.comparisons
     assert found.verdict == (
-        "better on these images: the noise between seeds is unknown, because no settings were run with two"
+        "better on these images: the noise between seeds is unknown, because no settings have two seeds with "
+        "different results"
     )
     assert any("one seed only" in note for note in report.notes)
+
+
+def test_equal_results_of_the_seeds_have_no_p(copied):
+    for path in copied.glob("*/result.json"):
+        found = json.loads(path.read_text())
+        found["test"]["top1"] = 62.5 if path.parent.name.startswith("fast") else 50.3
+        path.write_text(json.dumps(found))
+    report = compare(read_runs([copied])[0])
+    (found,) = report.comparisons
+    assert "top1" not in found.seeds
+    assert found.paired["top1"] == (pytest.approx([-12.2, -12.2]), None)
+    assert found.verdict.startswith("worse on these images: the noise between seeds is unknown")
+    assert any(line.split() == ["top1", "-12.20", "-12.20", "-"] for line in as_text(report).splitlines())
 
 
 def test_missing_predictions_name_the_command(copied):
@@ -122,6 +137,19 @@ def test_missing_predictions_name_the_command(copied):
     assert report.comparisons[0].top1 is None
     assert set(report.comparisons[0].seeds) == {"top1", "top5", "loss"}
     assert f"  moa-eval ckpt={copied}/slow0 split=test" in as_text(report)
+
+
+def test_a_command_for_a_run_of_own_code_allows_this_code(copied):
+    path = copied / "fast1"
+    config = json.loads((path / "config.json").read_text())
+    config["engine"] |= {"metrics": ["top1", "my_package.metrics:Group.Balanced"]}
+    config["engine"] |= {"best_by": "my_package.metrics:Group.Balanced"}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "predictions-test.npz").unlink()
+    run = read_run(path)
+    (found,) = compare([run, read_run(copied / "slow1")], metric="top1").comparisons
+    assert found.missing == [f"moa-eval ckpt={path} split=test 'code=[my_package]'"]
+    assert run.best_by == "Balanced"
 
 
 def test_unfinished_runs_count_with_their_evaluations(copied):
@@ -260,6 +288,13 @@ def test_the_command(sweep, tmp_path, capsys):
             command.main(arguments)
         assert left.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_page_without_matplotlib_is_an_error_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        command.main(["nowhere", "--html", str(tmp_path / "page.html")])
+    assert "needs matplotlib: pip install" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_an_error(sweep, tmp_path, capsys):

@@ -42,8 +42,18 @@ def test_equal_models_have_no_difference():
     found = image_interval(np.zeros(100), 0.95)
     assert (found.mean, found.low, found.high, found.excludes_zero) == (0, 0, 0, False)
     assert mcnemar(np.ones(9, bool), np.ones(9, bool)) == (0, 0, 1.0)
-    assert paired_p([0.0, 0.0]) == 1
-    assert seed_interval([2.0, 2.0], [2.0, 2.0], [[2.0, 2.0]], 0.95)[1] == 1
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.5])
+def test_equal_results_of_all_seeds_say_nothing_about_the_noise(gain):
+    """Their spread would be zero, or that of rounding, and every difference significant."""
+    first, second = [60.1 + gain, 0.3 + 59.8 + gain], [60.1, 60.1]
+    assert first[0] != first[1], "only by rounding"
+    assert paired_p([a - b for a, b in zip(first, second, strict=True)]) is None
+    assert seed_interval(first, second, [first, second, [7.0]], 0.95) is None
+    found, p = seed_interval(first, second, [first, second, [7.0, 8.0]], 0.95)
+    assert found.mean == pytest.approx(gain)
+    assert p > 0.2
 
 
 def test_the_difference_of_two_groups_is_students_t_test():
@@ -69,12 +79,27 @@ def test_the_paired_test_equals_scipys():
     assert paired_p([1.0, 2.0, 3.0]) == pytest.approx(stats.ttest_rel([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]).pvalue)
 
 
-def test_intervals_over_images_hold_as_often_as_they_should():
+@pytest.mark.parametrize("level", [0.95, 0.995])
+@pytest.mark.parametrize("discordant", [5, 8, 11, 20])
+def test_equal_models_rarely_seem_different(discordant, level):
+    """Each discordant image is right in either model with probability 1/2: add up the cases with an interval off 0."""
+    rejected = 0.0
+    for gained in range(discordant + 1):
+        differences = np.zeros(360)
+        differences[:gained], differences[gained:discordant] = 1, -1
+        if image_interval(differences, level).excludes_zero:
+            rejected += stats.binom.pmf(gained, discordant, 0.5)
+    assert rejected < 1.2 * (1 - level)
+    assert (rejected > 0) == (discordant >= 11 or (discordant == 8 and level == 0.95)), "as in McNemar's exact test"
+
+
+@pytest.mark.parametrize("probabilities", [[0.1, 0.7, 0.2], [0.005, 0.98, 0.015], [0, 0.98, 0.02]])
+def test_intervals_over_images_hold_as_often_as_they_should(probabilities):
     """Draw from a known distribution 300 times: about 285 of the 95% intervals contain its mean."""
     generator = np.random.default_rng(3)
     held = 0
     for _ in range(300):
-        differences = generator.choice([-1.0, 0.0, 1.0], 500, p=[0.1, 0.7, 0.2])
+        differences = generator.choice([-1.0, 0.0, 1.0], 500, p=probabilities)
         found = image_interval(differences, 0.95)
-        held += found.low <= 0.1 <= found.high
-    assert 272 <= held <= 296
+        held += found.low <= probabilities[2] - probabilities[0] <= found.high
+    assert 279 <= held <= 297

@@ -1,4 +1,7 @@
+import contextlib
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,10 +21,16 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 def folder(tmp_path_factory) -> Path:
     """The folder with the results of two_ranks.py."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run([sys.executable, SCRIPT, str(folder)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "destroy_process_group" not in done.stderr
-    assert "deprecated" not in done.stderr
+    words, options = [sys.executable, SCRIPT, str(folder)], {"text": True, "start_new_session": True}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
+        try:
+            _, errors = process.communicate(timeout=120)
+        finally:  # the ranks that the script has forked, one of which is suspended
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, errors[-3000:]
+    assert "destroy_process_group" not in errors
+    assert "deprecated" not in errors
     return folder
 
 

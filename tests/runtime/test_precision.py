@@ -73,6 +73,13 @@ for name, expected in (("fp32", ("highest", False)), ("bf16", ("high", True))):
         assert switches() == expected, (name, switches())
         assert torch.is_autocast_enabled("cpu") == (name == "bf16")
     assert switches() == ("high", True)
+first, second = (Precision.resolve("fp32", torch.device("cpu")).evaluation() for _ in range(2))
+first.__enter__()
+second.__enter__()  # in another thread
+first.__exit__(None, None, None)
+assert switches() == ("highest", False), "the second one still needs it"
+second.__exit__(None, None, None)
+assert switches() == ("high", True)
 """
 
 

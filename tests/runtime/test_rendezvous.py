@@ -1,6 +1,7 @@
 import os
 import socket
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
@@ -20,7 +21,7 @@ def meet(store: dist.Store, ranks: list[int], late: int = 0) -> dict[int, str]:
     for rank, thread in threads.items():
         if rank != late:
             thread.start()
-    threads[late].join(0.2) if threads[late].is_alive() else None
+    time.sleep(0.2)
     threads[late].start()
     for thread in threads.values():
         thread.join()

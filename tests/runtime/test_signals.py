@@ -13,7 +13,9 @@ import pytest
 from moa_train.runtime.signals import Exit, StopSignals
 
 LOOP = """
-import sys, time
+import signal, sys, time
+if "nohup" not in sys.argv:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if pytest runs under nohup
 from moa_train.runtime.signals import Exit, StopSignals
 with StopSignals() as stop:
     stop.watched = "early" not in sys.argv
@@ -140,7 +142,7 @@ def test_a_closed_pipe_is_not_an_error(started):
 
 @pytest.mark.skipif(shutil.which("nohup") is None, reason="needs nohup")
 def test_under_nohup_a_closed_terminal_is_ignored(started):
-    process = started(before=("nohup",))
+    process = started("nohup", before=("nohup",))
     process.send_signal(signal.SIGHUP)
     time.sleep(0.1)
     assert process.poll() is None

@@ -80,6 +80,7 @@ def test_every_row_trains_for_two_steps(images, tmp_path, key):
     settings += [*SMALL[row.recipe.split("_")[0].rstrip("0123456789")].split(), *row.settings, "schedule.warmup=0%"]
     settings += ["schedule.duration=2 steps", "engine.batch_size=4", f"run_dir={tmp_path / 'run'}"]
     settings += ["runtime.device=cpu", "runtime.threads=1", "data.val_fraction=0", "engine.eval_split=none"]
+    settings += ["runtime.deterministic=true"]  # measures no kernels
     store = ConfigStore.instance()
     store.store(name="train_schema", node=RunConfig)
     store.store(group="hydra/help", name="train_help", node={})
@@ -204,6 +205,12 @@ def test_without_records_there_are_no_results(copy):
 def test_seeds_needed_agrees_with_published_tables(effect, pairs):
     """The well-known sizes of a two-sided paired t test at 5% with a power of 80%, by standardized effect."""
     assert results.seeds_needed(deviation=0.5 / effect) == pairs
+
+
+@pytest.mark.parametrize("differences", [[0.7], [0.7, 61.1 - 60.4, 50.7 - 50]])
+def test_seeds_without_a_spread_decide_nothing(differences):
+    assert results.verdict(differences) == ""
+    assert results.described(differences) == f"+0.70 (n = {len(differences)})"
 
 
 def test_minutes_are_those_of_the_updates():

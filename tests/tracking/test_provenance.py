@@ -17,6 +17,12 @@ def git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.fixture(autouse=True)
+def _no_other_repository(monkeypatch) -> None:
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     folder = tmp_path / "checkout"

@@ -27,7 +27,7 @@ def fill_micro_batch_size(config: RunConfig, distributed: Distributed) -> RunCon
         if engine.batch_size % distributed.world_size:
             raise UserError(
                 f"engine.batch_size={engine.batch_size} cannot be divided among {distributed.world_size} ranks. "
-                f"Nearest: {round(engine.batch_size / distributed.world_size) * distributed.world_size}."
+                f"Nearest: {max(1, round(engine.batch_size / distributed.world_size)) * distributed.world_size}."
             )
         engine.micro_batch_size = engine.batch_size // distributed.world_size
     micro_batches(engine.batch_size, engine.micro_batch_size, distributed.rank, distributed.world_size)

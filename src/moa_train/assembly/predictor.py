@@ -1,7 +1,7 @@
 """Predict the classes of images with trained weights, prepared exactly as in evaluation."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -17,7 +17,6 @@ from moa_train.data.image import DecodedImage, Decoding, EncodedImage, reading
 from moa_train.data.loader import EvalLoader
 from moa_train.data.paths import UNREADABLE, PathSource
 from moa_train.data.view import CenterCrop
-from moa_train.runtime.device import pick_device
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.precision import Precision
 from moa_train.schema import image_shape
@@ -45,26 +44,33 @@ class Prediction:
 class Predictor:
     """A trained model that is ready to predict, with its preprocessing and the names of its classes.
 
-    Images are prepared as in evaluation. The logits of an image are bit for bit those of an evaluation in which its
-    batch holds the same images. In other batches they differ by rounding (docs/PREDICT.md), because the kernels of
-    matrix products depend on the size of the batch.
+    Images are prepared as in evaluation. In fp32, the default, the logits of an image are bit for bit those of an
+    evaluation in which its batch holds the same images. In other batches they differ by rounding (docs/PREDICT.md),
+    because the kernels of matrix products depend on the size of the batch.
 
     Attributes:
         model: in eval mode, on ``precision.device``, from normalized images to logits.
         classes: names of the classes, in the order of the logits.
         image_size: height and width of the images that the model receives, in pixels.
         description: which weights these are.
+
+    Args:
+        trained: the weights.
+        device: where the model runs.
+        precision: in place of the precision of evaluations in the run.
+        limits: ``max_pixels``, ``max_seconds`` and ``range`` in place of those of the run; None keeps the run's.
     """
 
-    def __init__(self, trained: Trained, device: torch.device, precision: str | None = None) -> None:
+    def __init__(self, trained: Trained, device: torch.device, precision: str | None = None, **limits: Any) -> None:
         config = trained.config
+        given = {name: value for name, value in limits.items() if value is not None}
         self.precision = Precision.resolve(precision or config.runtime.eval_precision, device)
         self.model: nn.Module = trained.build().to(device).eval()
         self.classes, self.image_size = trained.classes, image_shape(config.data.image_size)
         self.description = trained.found.description
         self.batch_size = eval_batch_size(config.engine, device)
         self._crop, self._config = config.data.eval_crop, config
-        self._view, self._decoding = CenterCrop(self.image_size, self._crop), Decoding.of(config.data)
+        self._view, self._decoding = CenterCrop(self.image_size, self._crop), Decoding.of(replace(config.data, **given))
         self.normalize = normalization(config)
 
     def predict(self, images: AnyImage | Sequence[AnyImage], top: int = 5) -> list[Prediction]:
@@ -172,19 +178,6 @@ class PredictedBatch:
     unreadable: tuple[str, ...]
 
 
-def load(
-    path: str | PathLike[str],
-    *,
-    device: str = "auto",
-    weights: str = "auto",
-    precision: str | None = None,
-    code: Sequence[str] = (),
-) -> Predictor:
-    """Return trained weights, ready to predict. See `moa_train.load`."""
-    trained = Trained.open(Path(path), weights=weights, code=code)
-    return Predictor(trained, pick_device(device), precision)
-
-
 def _decoded(image: Any, decoding: Decoding) -> DecodedImage:
     from PIL.Image import Image
 
@@ -193,7 +186,7 @@ def _decoded(image: Any, decoding: Decoding) -> DecodedImage:
     if isinstance(image, Tensor):
         x_CHW = image
     elif isinstance(image, np.ndarray):
-        x_CHW = torch.from_numpy(np.ascontiguousarray(image))
+        x_CHW = torch.from_numpy(np.require(image, requirements=("C", "W")))  # torch warns of read-only arrays
         x_CHW = x_CHW[None] if x_CHW.ndim == 2 else x_CHW.movedim(-1, 0)
     else:
         raise UserError(

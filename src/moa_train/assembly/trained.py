@@ -41,7 +41,7 @@ class Trained:
     classes: list[str]
 
     @classmethod
-    def open(cls, path: Path, *, weights: str = "auto", code: Sequence[str] = ()) -> "Trained":
+    def open(cls, path: Path, *, weights: str = "auto", code: str | Sequence[str] = ()) -> "Trained":
         """Read and verify weights; nothing is built yet.
 
         Args:
@@ -55,10 +55,13 @@ class Trained:
         found = find_weights(path, ("ema", "model") if weights == "auto" else (weights,))
         tensors, metadata = found.load()
         config = described(metadata, found.path)
-        check_trusted(own_code(config), list(code), str(found.path))
+        check_trusted(own_code(config), [code] if isinstance(code, str) else code, str(found.path))
         assumed = config.data.name in ("cifar10", "cifar100", "digits")  # older versions did not record it
         if json.loads(metadata.get("in_memory", json.dumps(assumed))):
             config.data.eval_crop = 1.0
+        if "preprocessing" in metadata:  # written by an export: the code of the data set is not needed
+            statistics = json.loads(metadata["preprocessing"])
+            config.data.mean, config.data.std = statistics["mean"], statistics["std"]
         return cls(found, tensors, metadata, config, json.loads(metadata["classes"]))
 
     @property

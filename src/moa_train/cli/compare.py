@@ -11,8 +11,9 @@ from moa_train.runtime.output import protect_output
 
 EXAMPLES = """moa-compare: compare runs, or show the leaderboard of a sweep.
 
-Runs that differ only in the seed form one group. Differences are tested on the same images (McNemar's exact test,
-bootstrap intervals) and over seeds (paired t-test). The first run is the reference or, for a folder of runs, the best.
+Runs that differ only in the seed form one group. A difference is within noise if an interval contains zero: that of a
+bootstrap over the images, or that of a t-test over seeds with the pooled variance of all groups. McNemar's exact test
+and the paired t-test are shown in addition. The first run is the reference or, for a folder of runs, the best.
 
 Examples:
   moa-compare outputs/RUN outputs/OTHER
@@ -43,6 +44,10 @@ def run(options: argparse.Namespace) -> int:
     for file in (options.html, options.json):
         if file and not file.absolute().parent.is_dir():
             raise UserError(f"{file}: there is no folder {file.absolute().parent}.")
+    if options.html:
+        from moa_train.report.plots import require_matplotlib
+
+        require_matplotlib()
     from moa_train.runs.compare import compare
     from moa_train.runs.read import read_runs
     from moa_train.runs.text import as_text

@@ -102,12 +102,15 @@ def convert(source: Path, target: Path, image_size: int | None = None) -> int:
         )
     if not target.parent.is_dir():
         raise UserError(f"Cannot write {target.name}: the folder {target.parent} does not exist. Create it first.")
+    from moa_train.export.job import staged
+
     if source.suffix == ".safetensors":
         from moa_train.engine.find_weights import find_weights
         from moa_train.model.published_weights import write_published
 
         weights, metadata = find_weights(source).load()
-        write_published(target, weights, json.loads(metadata.get("config", "{}")))
+        with staged(target) as temporary:
+            write_published(temporary, weights, json.loads(metadata.get("config", "{}")))
     else:
         from moa_train.engine.tensorfile import write_tensors
         from moa_train.model.load import load_weights
@@ -119,7 +122,8 @@ def convert(source: Path, target: Path, image_size: int | None = None) -> int:
         found = published_model(weights, (image_size, image_size) if image_size else None)
         model = create_model(found.config, image_size=found.image_size, num_classes=found.num_classes)
         load_weights(model, weights)  # writes nothing unless all weights fit
-        write_tensors(target, model.state_dict(), header(found))
+        with staged(target) as temporary:
+            write_tensors(temporary, model.state_dict(), header(found))
     print(f"wrote {target}: {len(weights)} tensors")
     return Exit.FINISHED
 

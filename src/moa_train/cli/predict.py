@@ -4,11 +4,13 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from moa_train.cli import app
 from moa_train.runtime.errors import UserError, choose
+from moa_train.runtime.output import unprotected
 from moa_train.runtime.signals import Exit
 from moa_train.schema import PredictConfig
 
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """moa-predict: predict the classes of image files with trained weights.
 
-Images are prepared as in evaluation. Files that cannot be read are reported and skipped; the exit code is then 2.
+Images are prepared as in evaluation. Files that cannot be read are reported and skipped; the exit code is then 2. A
+file that takes longer than max_seconds to decode ends the command, because nothing else can stop a decoder.
 
 Examples:
   moa-predict ckpt=outputs/RUN input=photo.jpg
@@ -39,6 +42,8 @@ def predict(config: PredictConfig, overrides: list[str]) -> int:
     for key, folder in (("output", config.output), ("explain", config.explain)):
         if folder and not Path(folder).absolute().parent.is_dir():
             raise UserError(f"{key}={folder}: there is no folder {Path(folder).parent}.")
+    if config.explain and find_spec("matplotlib") is None:
+        raise UserError("explain= needs matplotlib: pip install 'moa-train[plot]'.")
     if config.explain_window is not None and len(config.explain_window) != 2:
         raise UserError(f"explain_window={config.explain_window} must be [row,column].")
     from moa_train.data.paths import find_images
@@ -57,21 +62,29 @@ def predict(config: PredictConfig, overrides: list[str]) -> int:
     if config.explain_class is not None and config.explain_class not in trained.classes:
         raise UserError(choose("explain_class", config.explain_class, trained.classes))
     unreadable = 0
-    with Distributed.start(config.device, trained.config.runtime.timeout) as distributed, _opened(config) as stream:
+    limits = {"max_pixels": config.max_pixels, "max_seconds": config.max_seconds, "range": config.range}
+    style = trained.config.tracking.progress
+    if not config.output and sys.stdout.isatty():
+        style = "plain"  # the bar would share a line with the predictions
+    with Distributed.start(config.device, trained.config.runtime.timeout) as distributed:
         set_up_process(trained.config.runtime, distributed)
-        predictor = Predictor(trained, distributed.device, config.precision)
-        write = open_rows(config.format, stream, paths, predictor.classes)
+        predictor = Predictor(trained, distributed.device, config.precision, **limits)
         explain = _Explainer(config, predictor) if config.explain else None
-        progress = EvaluationProgress("predicting", style=trained.config.tracking.progress, stream=sys.stderr)
-        for batch in predictor.batches(paths, batch_size=config.batch_size, processes=config.workers, advance=progress):
-            for path, logits_K in zip(batch.paths, batch.logits, strict=True):
-                write(path, *predictor.name(logits_K, config.top))
-            stream.flush()
-            for message in batch.unreadable:
-                print(printable(message), file=sys.stderr)
-            unreadable += len(batch.unreadable)
-            if explain:
-                explain(batch)
+        progress = EvaluationProgress("predicting", style=style, stream=sys.stderr)
+        batches = predictor.batches(paths, batch_size=config.batch_size, processes=config.workers, advance=progress)
+        with _opened(config) as stream, contextlib.closing(progress):
+            with _writing(config):
+                write = open_rows(config.format, stream, paths, predictor.classes)
+            for batch in batches:
+                with _writing(config):
+                    for path, logits_K in zip(batch.paths, batch.logits, strict=True):
+                        write(path, *predictor.name(logits_K, config.top))
+                    stream.flush()
+                for message in batch.unreadable:
+                    progress.say(printable(message))
+                unreadable += len(batch.unreadable)
+                if explain:
+                    explain(batch)
     print(f"{len(paths) - unreadable} images; {predictor.description}", file=sys.stderr)
     if explain:
         explain.report()
@@ -82,16 +95,34 @@ def predict(config: PredictConfig, overrides: list[str]) -> int:
 
 @contextlib.contextmanager
 def _opened(config: PredictConfig) -> Iterator[TextIO]:
-    """Open ``output``, or return standard output. An error while writing is the user's to fix."""
+    """Open ``output``, or return standard output without its protection, so that it raises errors."""
     if not config.output:
-        yield sys.stdout
+        yield unprotected(sys.stdout)
         return
-    try:
+    with _writing(config):
         # newline="" so that names with carriage returns are written as they are
-        with Path(config.output).open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
-            yield stream
+        stream = Path(config.output).open("w", encoding="utf-8", errors="backslashreplace", newline="")  # noqa: SIM115
+    try:
+        yield stream
+    finally:
+        with _writing(config):
+            stream.close()
+
+
+@contextlib.contextmanager
+def _writing(config: PredictConfig) -> Iterator[None]:
+    """Exit quietly if the reader of the predictions has exited, as in ``moa-predict | head``.
+
+    Raises:
+        UserError: the predictions cannot be written for another reason.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        sys.exit(Exit.FINISHED)
     except OSError as error:
-        raise UserError(f"Cannot write {config.output}: {error.strerror or error}. Choose another output=.") from error
+        place = config.output or "to standard output"
+        raise UserError(f"Cannot write {place}: {error.strerror or error}. Choose another output=.") from error
 
 
 class _Explainer:

@@ -223,6 +223,7 @@ def _options(override: Override) -> dict[str, Any]:
         return {"low": low, "high": high, "log": log, "step": None}
     if isinstance(value, RangeSweep) and not value.shuffle:
         last = list(value.range())[-1]
+        last = float(f"{last:.12g}") if isinstance(last, float) else last  # not 0.7000000000000001, after 0.5 and 0.6
         return {"low": value.start, "high": last, "log": log, "step": None if log else value.step}
     assert isinstance(value, ChoiceSweep | RangeSweep), value
     return {"choices": [str(text) for text in override.sweep_string_iterator()]}

@@ -8,6 +8,7 @@ in this process. This is the only module that opens image files.
 import io
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ _STRIP = 1 << 20  # pixels copied at a time
 _BYTES_PER_PIXEL = 8  # of an uncompressed file: 4 channels of 16 bits
 _TILE_WIDTH, _TILE_LENGTH, _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 322, 323, 262, 258, 339  # TIFF tags
 
+_opening = threading.Lock()  # Pillow's limit belongs to the process; a thread must not restore another one's None
+os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_opening.release)
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -50,19 +54,19 @@ class Decoding:
 
     max_pixels: int = DataConfig.max_pixels
     max_seconds: float = DataConfig.max_seconds
-    value_range: tuple[float, float] | None = None
+    value_range: tuple[float, ...] | None = None
 
     @classmethod
     def of(cls, config: DataConfig) -> "Decoding":
         """Return the settings of a configuration."""
-        value_range = (config.range[0], config.range[1]) if config.range else None
-        return cls(config.max_pixels, config.max_seconds, value_range)
+        return cls(config.max_pixels, config.max_seconds, None if config.range is None else tuple(config.range))
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:
             raise UserError(f"max_pixels={self.max_pixels}: must be at least 1. Default: 100000000.")
-        if self.value_range and not -np.inf < self.value_range[0] < self.value_range[1] < np.inf:
-            raise UserError(f"range={list(self.value_range)}: must be two numbers, LOW < HIGH, for example [0,1].")
+        levels = self.value_range
+        if levels is not None and not (len(levels) == 2 and -np.inf < levels[0] < levels[1] < np.inf):
+            raise UserError(f"range={list(levels)}: must be two numbers, LOW < HIGH, for example [0,1].")
 
 
 class EncodedImage:
@@ -160,11 +164,12 @@ def open_image(file: IO[bytes]) -> Image.Image:
     Raises:
         UnidentifiedImageError: the file has none of these formats.
     """
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Decoding.max_pixels is the limit instead
-    try:
-        return Image.open(file, formats=_formats())
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    with _opening:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Decoding.max_pixels is the limit instead
+        try:
+            return Image.open(file, formats=_formats())
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 @cache
@@ -187,7 +192,7 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _too_many(decoding: Decoding) -> str:
-    return f"data.max_pixels={decoding.max_pixels} (moa-data: --max-pixels)"
+    return f"data.max_pixels={decoding.max_pixels} (moa-data: --max-pixels, moa-predict: max_pixels)"
 
 
 def _tags(image: Image.Image) -> Any:
@@ -218,7 +223,7 @@ def _simplejpeg() -> Any:
         return None
 
 
-def _to_rgb(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
+def _to_rgb(image: Image.Image, value_range: tuple[float, ...] | None) -> Image.Image:
     tags = _tags(image)
     if image.mode[0] in "IF":
         return Image.fromarray(_to_8_bits(image, tags, value_range)).convert("RGB")
@@ -232,7 +237,7 @@ def _to_rgb(image: Image.Image, value_range: tuple[float, float] | None) -> Imag
     return image.convert("RGB")
 
 
-def _to_8_bits(image: Image.Image, tags: Any, value_range: tuple[float, float] | None) -> NDArray[np.uint8]:
+def _to_8_bits(image: Image.Image, tags: Any, value_range: tuple[float, ...] | None) -> NDArray[np.uint8]:
     """Return the gray levels of an image of mode I or F, scaled to 0..255."""
     values = np.asarray(image)
     if value_range:
@@ -245,7 +250,7 @@ def _to_8_bits(image: Image.Image, tags: Any, value_range: tuple[float, float] |
         kind = "floating-point" if image.mode == "F" else "32-bit or signed"
         raise UserError(
             f"the range of its {kind} values is not known. Set the values of black and white: data.range=[LOW,HIGH], "
-            "for example [0,1] (moa-data: --range LOW HIGH)"
+            "for example [0,1] (moa-data: --range LOW HIGH, moa-predict: range)"
         )
     else:
         white = (1 << tags.get(_BITS, (16,))[0]) - 1

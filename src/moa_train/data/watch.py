@@ -73,7 +73,7 @@ class FileWatch:
             if slot.decoding_since and seconds > self.max_seconds:
                 raise UserError(
                     f"{_name(slot)}: decoding takes longer than data.max_seconds={self.max_seconds:g} (moa-data: "
-                    "--max-seconds). Repair or remove the file, or increase the limit."
+                    "--max-seconds, moa-predict: max_seconds). Repair or remove the file, or increase the limit."
                 )
 
     def files(self) -> str:

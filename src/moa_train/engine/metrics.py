@@ -8,6 +8,9 @@ from moa_train.plugins import METRICS, short_name
 from moa_train.runtime.device import has_float64
 from moa_train.schema import EngineConfig
 
+NO_RANK = torch.iinfo(torch.int64).max
+"""Rank of the label of a sample without probabilities, so that it is not a hit in any top-k."""
+
 
 def create_metrics(config: EngineConfig) -> dict[str, Metric]:
     """Return the configured metrics by name."""
@@ -57,10 +60,18 @@ class Loss:
 def rank_of_label(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
     """Return how many classes are ranked before each sample's label: 0 is a top-1 hit. Shape (B,), int64.
 
-    Ties go to the lower class index on every device. A NaN at the label, or at any class before it, is never a hit.
+    Ties go to the lower class index on every device. A sample without probabilities has `NO_RANK`.
     """
     label_B1 = labels_B[:, None]
     logit_B1 = logits_BK.gather(1, label_B1)
     classes_K = torch.arange(logits_BK.shape[1], device=logits_BK.device)
-    ahead_BK = ~(logits_BK <= logit_B1) | ((logits_BK == logit_B1) & (classes_K < label_B1))
-    return ahead_BK.sum(dim=1)
+    ahead_BK = (logits_BK > logit_B1) | ((logits_BK == logit_B1) & (classes_K < label_B1))
+    return torch.where(has_probabilities(logits_BK), ahead_BK.sum(dim=1), NO_RANK)
+
+
+def has_probabilities(logits_BK: Tensor) -> Tensor:
+    """Return whether the softmax of each sample's logits is defined: (B,), bool.
+
+    It is not if a logit is NaN or infinity. Minus infinity is the logit of a class with a probability of 0.
+    """
+    return logits_BK.amax(dim=1).isfinite()  # the maximum of numbers and NaN is NaN

@@ -107,7 +107,7 @@ class Outcomes:
 
     Attributes:
         labels: (N,).
-        rank: number of classes ranked before the label, (N,): 0 is a top-1 hit.
+        rank: number of classes ranked before the label, (N,): 0 is a top-1 hit; see `rank_of_label`.
         log_probability: natural logarithm of the probability of the label, float32, (N,). Its negative is the loss.
         top: the most likely classes, most likely first, (N, 5) or (N, K).
         top_log_probability: logarithms of their probabilities, float32, same shape.

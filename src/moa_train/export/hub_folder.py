@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped]
 
+from moa_train.assembly.commands import command, own_packages
 from moa_train.engine.tensorfile import write_tensors
 from moa_train.export import weights_file
 from moa_train.export.subject import Runner, Subject
@@ -149,7 +150,15 @@ def card(subject: Subject, timm_name: str | None) -> str:
     ]
     own = {key: value for key, value in subject.run.model.args.items() if key != "pretrained"}
     settings += [shlex.quote(f"model.args.{key}={_hydra(value)}") for key, value in own.items()]
-    use = MOA_USE.format(height=height, width=width, settings=" ".join(settings))
+    evaluate = command("moa-eval", subject.run, ckpt="FOLDER", root="DATA")
+    code = own_packages(subject.run)
+    use = MOA_USE.format(
+        height=height,
+        width=width,
+        settings=" ".join(settings),
+        evaluate=evaluate,
+        code=f", code={json.dumps(code)}" if code else "",
+    )
     use += TIMM_USE.format(height=height, width=width) if timm_name else ""
     return CARD.format(
         front=yaml.safe_dump(front, sort_keys=False).rstrip(),
@@ -162,6 +171,7 @@ def card(subject: Subject, timm_name: str | None) -> str:
         cover="{} x {}".format(*subject.preprocessing.cover),
         mean=", ".join(map(str, subject.preprocessing.mean)),
         std=", ".join(map(str, subject.preprocessing.std)),
+        levels=subject.preprocessing.levels,
         source=found["name"],
         fingerprint=found["fingerprint"],
         weights=trained.found.description,
@@ -199,9 +209,9 @@ Measured by the export itself, on {total} images of {source} (fingerprint `{fing
 
 ## Input
 
-Images of {height} x {width} pixels, RGB. Resize an image (bicubic, with antialiasing) so that it just covers {cover}
-pixels, cut out the center, and normalize each channel: (x / 255 - mean) / std, with mean {mean} and std {std}. The
-names of the classes, in the order of the logits, are `label_names` in config.json.
+Images of {height} x {width} pixels, RGB; {levels}. Resize an image (bicubic, with antialiasing) so that it just
+covers {cover} pixels, cut out the center, and normalize each channel: (x / 255 - mean) / std, with mean {mean} and
+std {std}. The names of the classes, in the order of the logits, are `label_names` in config.json.
 
 ## Use
 
@@ -220,14 +230,14 @@ names of the classes, in the order of the logits, are `label_names` in config.js
 MOA_USE = """With moa-train, where FOLDER is this folder:
 
 ```bash
-moa-eval ckpt=FOLDER root=DATA    # measure the accuracy again
+{evaluate}    # measure the accuracy again
 moa-train init=FOLDER init_head=new data=folder data.root=DATA data.image_size=[{height},{width}] {settings}
 ```
 
 ```python
 import moa_train
 
-model = moa_train.load("FOLDER")
+model = moa_train.load("FOLDER"{code})
 print(model.predict(["cat.jpg"])[0].classes[0])
 ```
 """

@@ -98,7 +98,7 @@ def staged(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(
             f"{output} cannot be written: {error.strerror or error}. Free some space or fix the permissions, or choose "
-            "another path with output=."
+            "another path."
         ) from error
     finally:
         if temporary.is_dir():

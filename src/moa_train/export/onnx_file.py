@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from moa_train.export.libraries import require
-from moa_train.export.subject import Runner, Subject
+from moa_train.export.subject import Runner, Subject, traced
 from moa_train.runtime.files import write_flushed
 from moa_train.schema import ExportConfig
 
@@ -44,15 +44,16 @@ def to_onnx(subject: Subject) -> Any:
 
     height, width = subject.preprocessing.size
     example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
-    program = torch.onnx.export(
-        subject.model,
-        (example,),
-        dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-        input_names=["images"],
-        output_names=["logits"],
-        verbose=False,
-    )
+    with traced():
+        program = torch.onnx.export(
+            subject.model,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            input_names=["images"],
+            output_names=["logits"],
+            verbose=False,
+        )
     assert program is not None
     # Kernels that are reshaped weights become constants of any size, which quantization requires.
     model = optimizer.optimize(program.model_proto, input_size_limit=LARGE, output_size_limit=LARGE)

@@ -4,7 +4,8 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, TextIO
@@ -19,10 +20,12 @@ from moa_train import __version__
 from moa_train.assembly.inputs import build_eval_loader, build_eval_transform
 from moa_train.assembly.trained import Trained
 from moa_train.data.augment import Normalize
+from moa_train.data.image import Decoding
 from moa_train.data.source import Source
 from moa_train.engine.metrics import rank_of_label
 from moa_train.runtime.distributed import Distributed
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.text import printable
 from moa_train.schema import DataConfig, ExportConfig, RunConfig, image_shape
 from moa_train.tracking.console import EvaluationProgress
 
@@ -42,12 +45,14 @@ class Preprocessing:
         cover: height and width that the resized image just covers; the input is its center.
         mean: channel means that the file itself subtracts, for values from 0 to 1.
         std: channel standard deviations that the file itself divides by.
+        range: black and white in images of more than 8 bits (default: 0 and the largest value of the integer type).
     """
 
     size: tuple[int, int]
     cover: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    range: tuple[float, ...] | None
 
     @classmethod
     def of(cls, config: DataConfig, source: Source) -> "Preprocessing":
@@ -55,18 +60,26 @@ class Preprocessing:
         size, (mean, std) = image_shape(config.image_size), Normalize.statistics(config)
         ratio = 1.0 if source.in_memory else config.eval_crop
         height, width = (math.floor(side / ratio) for side in size)
-        return cls(size, (height, width), tuple(mean), tuple(std))
+        return cls(size, (height, width), tuple(mean), tuple(std), Decoding.of(config).value_range)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the preprocessing in JSON types, with a description in words."""
         return {
             "input": "uint8, (batch, height, width, 3), RGB",
-            "decode": "orientation tags of image files are ignored; 16-bit gray is scaled to 8 bits",
+            "decode": f"orientation tags of image files are ignored; {self.levels}",
             "resize": "bicubic with antialiasing, keeping the aspect ratio, so that the image just covers `cover`; "
             "then cut out the center of size `size`",
             "normalize": "inside the file: (x / 255 - mean) / std",
             **asdict(self),
         }
+
+    @property
+    def levels(self) -> str:
+        """Describe how gray levels of more than 8 bits become 8 bits."""
+        if self.range is None:
+            return "16-bit gray is scaled to 8 bits"
+        low, high = self.range
+        return f"gray of more than 8 bits is scaled to 8 bits: {low:g} becomes 0 and {high:g} becomes 255"
 
 
 class Deployed(nn.Module):
@@ -213,6 +226,27 @@ class Subject:
             },
         }
         return {name: json.dumps(value) for name, value in values.items()}
+
+
+@contextmanager
+def traced() -> Iterator[None]:
+    """Convert every error of torch.export to one that names the first line of its cause.
+
+    Raises:
+        UserError: the block raised an error.
+    """
+    try:
+        yield
+    except Exception as error:  # the exporters raise various errors
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = printable(str(cause).strip().partition("\n")[0])
+        raise UserError(
+            f"torch cannot export this model ({type(cause).__name__}: {reason}). Change the code of the model, for "
+            "example control flow that depends on values of tensors, or use format=safetensors, which exports every "
+            "model."
+        ) from error
 
 
 def as_input(images_BCHW: Tensor) -> NDArray[np.uint8]:

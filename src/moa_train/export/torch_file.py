@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moa_train.export.subject import Runner, Subject
+from moa_train.export.subject import Runner, Subject, traced
 from moa_train.runtime.files import write_flushed
 from moa_train.schema import ExportConfig
 
@@ -25,7 +25,8 @@ def write(subject: Subject, path: Path) -> dict[str, Any]:
     height, width = subject.preprocessing.size
     example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(subject.model, (example,), dynamic_shapes=({0: batch},))
+    with traced():
+        program = torch.export.export(subject.model, (example,), dynamic_shapes=({0: batch},))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # contains paths of this machine
     record = subject.record(subject.model.run, subject.scores(subject.reference))

@@ -14,7 +14,7 @@ def check(config: ExportConfig) -> None:
 
 
 def write(subject: Subject, path: Path) -> dict[str, Any]:
-    """Write the file. Its header keeps all entries of the checkpoint's header."""
+    """Write the file. Its header keeps the entries of the checkpoint's header."""
     write_tensors(path, subject.trained.weights, header(subject))
     return {}
 
@@ -22,7 +22,7 @@ def write(subject: Subject, path: Path) -> dict[str, Any]:
 def header(subject: Subject) -> dict[str, str]:
     """Return the header of the weights file."""
     record = subject.record(subject.model.run, subject.scores(subject.reference))
-    return {**record, **subject.trained.metadata}
+    return {**subject.trained.metadata, **record}  # in this order, because the weights may be an earlier export
 
 
 def load(path: Path, config: ExportConfig) -> Runner:

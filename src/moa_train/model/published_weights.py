@@ -4,6 +4,7 @@ Such a file is a pickle ``{"model": state dict, ...}``, which `pth_file.read_sta
 those of the published form in this package, so no tensor needs conversion.
 """
 
+import io
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.files import write_flushed
 from moa_train.schema import MoaConfig, ModelConfig
 
 
@@ -48,6 +50,7 @@ def write_published(path: Path, weights: Mapping[str, Tensor], config: Mapping[s
 
     Raises:
         UserError: the weights belong to another model or form, which has no published layout.
+        OSError: the file cannot be written.
     """
     foreign = [name for name in weights if not _PUBLISHED.fullmatch(name)]
     if foreign:
@@ -56,7 +59,9 @@ def write_published(path: Path, weights: Mapping[str, Tensor], config: Mapping[s
             f"for {', '.join(foreign[:5])}{' ...' if len(foreign) > 5 else ''}."
         )
     content = {"model": {name: value.detach().cpu().clone() for name, value in weights.items()}, "config": dict(config)}
-    torch.save(content, path)
+    file = io.BytesIO()
+    torch.save(content, file)  # into memory, because torch reports a full disk as an internal error
+    write_flushed(path, file.getvalue())
 
 
 _BLOCK = (

@@ -21,11 +21,14 @@ from moa_train.schema import ModelConfig
 
 @dataclass(frozen=True)
 class Summary:
-    """A model in numbers. Parts are keyed by (stage or -1, name); multiply-accumulates are those of one image."""
+    """A model in numbers. Parts are keyed by (stage or -1, name); multiply-accumulates are those of one image.
+
+    The part ``model`` is what the model computes itself, outside of its modules.
+    """
 
     maps: Sequence[tuple[int, ...]]  # (C, H, W) of every stage
     parameters: dict[tuple[int, str], int]
-    macs: dict[tuple[int, str], int]
+    macs: dict[tuple[int, str], int]  # of all parts, also those without parameters
 
     @property
     def total_parameters(self) -> int:
@@ -40,11 +43,12 @@ class Summary:
     def table(self) -> str:
         """Return the summary as a table with a row for every part."""
         lines = [f"{'stage':<7}{'map':<18}{'part':<14}{'parameters':>14}{'MACs an image':>16}"]
-        for key in self.parameters:
+        for key in self.macs:
             stage, part = key
             where = f"{stage}" if stage >= 0 else ""
             shape = " x ".join(map(str, self.maps[stage])) if stage >= 0 else ""
-            lines.append(f"{where:<7}{shape:<18}{part:<14}{self.parameters[key]:>14,}{_giga(self.macs[key]):>16}")
+            count = self.parameters.get(key, 0)
+            lines.append(f"{where:<7}{shape:<18}{part:<14}{count:>14,}{_giga(self.macs[key]):>16}")
         lines.append(f"{'total':<39}{self.total_parameters:>14,}{_giga(self.total_macs):>16}")
         return "\n".join(lines)
 
@@ -66,10 +70,11 @@ def summarize(config: ModelConfig, *, image_size: tuple[int, int], num_classes: 
             parameters[model.part_of(path)] += parameter.numel()
         if any(stage >= 0 for stage, _ in parameters):
             maps = [tuple(map_BCHW.shape[1:]) for map_BCHW in model.forward_features(image_BCHW)]
-    macs: Counter[tuple[int, str]] = Counter()
+    macs: Counter[tuple[int, str]] = Counter(dict.fromkeys(parameters, 0))
     for path, count in counted.by_module.items():
-        macs[model.part_of(path)] += count
-    return Summary(maps, dict(parameters), {key: macs[key] for key in parameters})
+        stage, part = model.part_of(path)
+        macs[stage, part or "model"] += count
+    return Summary(maps, dict(parameters), dict(macs))
 
 
 class Macs(LightMode):

@@ -25,8 +25,9 @@ class Schedule:
           step        max(floor, peak gamma^(milestones at or before t))
           constant    peak
 
-    The floor is reached at ``t = T``, one step after the last update, so that no update has a learning rate of 0.
-    Learning rates are already scaled to the batch size; milestones are steps.
+    The floor is reached at ``t = T``, one step after the last update, so that a floor of 0 wastes no update. The first
+    update of a warmup has the learning rate ``warmup_start``, which may be 0. Learning rates are already scaled to the
+    batch size; milestones are steps.
     """
 
     name: str

@@ -5,15 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 
 from moa_train.data.counter import uniform
-from moa_train.report.intervals import Interval, share
+from moa_train.report.intervals import Interval, finite, share
 
 BINS = 15
 """Number of equally wide bins of confidence."""
 _REPLICATES = 250
 _HALVES, _BOOTSTRAP = 1, 2  # purposes of random numbers
+_LEAST = -1e30  # replaces minus infinity, whose product with a probability of 0 is not defined
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Reliability:
             }
             for place, count in enumerate(self.counts)
         ]
-        return {"ece": self.error.as_dict(), "loss": self.loss, "bins": rows}
+        return {"ece": self.error.as_dict(), "loss": finite(self.loss), "bins": rows}
 
 
 def reliability(log_probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> Reliability:
@@ -97,28 +100,29 @@ def halves(count: int) -> NDArray[np.bool_]:
     return uniform(_HALVES, np.arange(count)) < 0.5
 
 
-def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float | None:
     """Return the temperature that minimizes the cross-entropy of logits / temperature, to a thousandth.
 
-    The loss is convex in 1 / temperature, so a bisection of its derivative finds the minimum.
+    The loss is convex in 1 / temperature, so its derivative is zero only at the minimum. Between 1/20 and 20 there is
+    none, for example, if all predictions are right: the lower the temperature, the lower the loss. The result is then
+    None.
 
     Args:
         logits: (N, K).
         labels: (N,).
     """
-    centered = logits - logits.max(1, keepdims=True)
+    centered = np.maximum(logits - logits.max(1, keepdims=True), _LEAST)
     target = float(np.take_along_axis(centered, labels[:, None], 1).mean(dtype=np.float64))
 
-    def slope(scale: float) -> float:
-        weights = np.exp(np.float32(scale) * centered)
+    def slope(log_scale: float) -> float:
+        weights = np.exp(np.float32(np.exp(log_scale)) * centered)
         means = np.einsum("nk,nk->n", weights, centered) / weights.sum(1)
         return float(means.mean(dtype=np.float64)) - target
 
     low, high = np.log(1 / 20), np.log(20.0)
-    while high - low > 1e-3:
-        middle = (low + high) / 2
-        low, high = (low, middle) if slope(np.exp(middle)) > 0 else (middle, high)
-    return float(np.exp(-(low + high) / 2))
+    if not slope(low) < 0 < slope(high):
+        return None
+    return float(np.exp(-brentq(slope, low, high, xtol=1e-3)))
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,8 @@ class Calibration:
 
     Attributes:
         before: with the model's own probabilities.
-        after: with a temperature; None if a half has too few images.
-        temperatures: of the first and the second half.
+        after: with a temperature; None if a half has too few images or mistakes.
+        temperatures: of the first and the second half, if both have one.
     """
 
     before: Reliability
@@ -141,21 +145,18 @@ class Calibration:
     @classmethod
     def of(cls, logits: NDArray[np.float32], labels: NDArray[np.int64], least: int = 50) -> "Calibration":
         """Compute the calibration; halves with fewer than ``least`` images get no temperature."""
-        values = logits.astype(np.float64)
-        before = reliability(_log_softmax(values), labels)
+        values = torch.from_numpy(logits).double()
+        before = reliability(values.log_softmax(1).numpy(), labels)
         first = halves(len(labels))
         if min(first.sum(), (~first).sum()) < least:
             return cls(before, None, [])
-        temperatures = [fit_temperature(logits[~part], labels[~part]) for part in (first, ~first)]
-        scaled = values / np.where(first, *temperatures)[:, None]
-        return cls(before, reliability(_log_softmax(scaled), labels), temperatures)
+        one, other = (fit_temperature(logits[~part], labels[~part]) for part in (first, ~first))
+        if one is None or other is None:
+            return cls(before, None, [])
+        scaled = values / torch.from_numpy(np.where(first, one, other))[:, None]
+        return cls(before, reliability(scaled.log_softmax(1).numpy(), labels), [one, other])
 
     def as_dict(self) -> dict[str, Any]:
         """Return the calibration as JSON."""
         after = None if self.after is None else self.after.as_dict()
         return {"before": self.before.as_dict(), "after": after, "temperatures": list(self.temperatures)}
-
-
-def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = logits - logits.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))

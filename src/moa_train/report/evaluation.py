@@ -84,7 +84,9 @@ class Evaluated:
 
     @property
     def _trained_on(self) -> bool:
-        return self.split == "train"
+        """Whether these are the images that the weights were trained on, as far as their file's header says."""
+        recorded = self.trained.metadata.get("fingerprint")  # older versions did not record it
+        return self.split == "train" and recorded in (None, json.dumps(self.source.fingerprint))
 
     def facts(self) -> dict[str, Any]:
         """Return what was evaluated, as JSON."""
@@ -96,7 +98,7 @@ class Evaluated:
             "weights_are": trained.found.description,
             "tta": self.tta,
             "precision": self.run.runtime.eval_precision,
-            "model": {"name": self.run.model.name, "variant": self.run.model.variant, "parameters": parameters},
+            "model": {"name": self.run.model.name, "variant": self.run.model.title, "parameters": parameters},
             "data": self.source.describe(),
             "commands": [text for text in (reproduce(origin), command()) if text],
             "config": to_dict(self.run),
@@ -149,9 +151,8 @@ class Evaluated:
         parts = [part for part in parts if part[2]]
         links = " ".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _ in parts)
         title = f"{facts['data']['name']}: {found.top['top1'].value:.2f}% top-1"
-        subtitle = (
-            f"{facts['model']['variant'] or facts['model']['name']}, {facts['weights_are']}, evaluated on "
-            f"{len(found):,} images" + ("" if self.tta == "none" else f" with averaging over views ({self.tta})")
+        subtitle = f"{self.run.model.title}, {facts['weights_are']}, evaluated on {len(found):,} images" + (
+            "" if self.tta == "none" else f" with averaging over views ({self.tta})"
         )
         body = "\n".join(
             [
@@ -175,7 +176,7 @@ class Evaluated:
 
     def _looks(self, found: Findings, class_map: ClassMap) -> str:
         """Draw the maps of the predicted class for the most confident images, six wrong ones and six right ones."""
-        right = np.flatnonzero((found.rank < 1) & found.finite)
+        right = np.flatnonzero(found.rank < 1)
         right = right[np.argsort(-found.probability[right], kind="stable")][:6]
         rows = np.array([*found.confident_wrong[:6], *right])
         if not len(rows):
@@ -344,7 +345,7 @@ def _calibration(found: Findings) -> str:
     )
     plots = [reliability_plot(before, f"As trained: ECE {before.error.value:.2f}")]
     if after is None:
-        text = "<p>There are too few images to fit a temperature.</p>"
+        text = "<p>There are too few images or mistakes to fit a temperature.</p>"
     else:
         plots.append(reliability_plot(after, f"With temperature: ECE {after.error.value:.2f}"))
         one, other = calibration.temperatures

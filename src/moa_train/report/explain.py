@@ -53,12 +53,10 @@ def draw_explanation(
             windows at its center (default: the window with the largest sum of the class map).
 
     Raises:
-        UserError: matplotlib is not installed, there is no such window, or the file cannot be written.
+        UserError: there is no such window, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("explain= needs matplotlib: pip install 'moa-train[plot]'.") from error
+    from matplotlib.figure import Figure
+
     last = {found.stage: found for found in within}  # the last local block of every stage
     spatial = [found for found in between if found.is_spatial]
     center = _center(window, map_HW, (spatial or [*last.values()])[:1])

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from moa_train.data.source import Source
-from moa_train.engine.metrics import rank_of_label
+from moa_train.engine.metrics import has_probabilities, rank_of_label
 from moa_train.engine.predictions import TOP, Predictions, log_probabilities
 from moa_train.report import intervals
 from moa_train.report.calibration import Calibration
@@ -65,8 +65,7 @@ class Findings:
         self.labels = predictions.labels
         logits = torch.from_numpy(predictions.logits)
         self.rank = rank_of_label(logits, torch.from_numpy(self.labels)).numpy()
-        # Logits that are not finite count as wrong, but they have no probabilities.
-        self.finite: NDArray[np.bool_] = logits.isfinite().all(1).numpy()
+        self.finite: NDArray[np.bool_] = has_probabilities(logits).numpy()  # others count as wrong
         self.logits = np.where(self.finite[:, None], predictions.logits, 0).astype(np.float32)
         self.log_probabilities = log_probabilities(torch.from_numpy(self.logits)).numpy()
         self.predicted: Rows = self.logits.argmax(1)
@@ -91,7 +90,7 @@ class Findings:
 
     @cached_property
     def loss(self) -> Interval:
-        """Mean cross-entropy of the images with finite logits."""
+        """Mean cross-entropy of the images with probabilities."""
         losses = -np.take_along_axis(self.log_probabilities, self.labels[:, None], 1)[self.finite, 0]
         return intervals.mean(losses)
 
@@ -116,7 +115,9 @@ class Findings:
         images = np.bincount(self.labels, minlength=count)
         hits = np.bincount(self.labels[self.rank < 1], minlength=count)
         predicted = np.bincount(self.predicted[self.finite], minlength=count)
-        confidence = np.bincount(self.labels[self.finite], self.probability[self.finite], count)
+        labels = self.labels[self.finite]
+        confidence = np.bincount(labels, self.probability[self.finite], count)
+        counted = np.bincount(labels, minlength=count)
         worst: dict[int, tuple[int, int]] = {}
         for label, wrong in self.worst_pairs:
             worst.setdefault(label, (wrong, self.confusion[label, wrong]))
@@ -127,7 +128,7 @@ class Findings:
                 accuracy=intervals.share(int(hits[label]), int(images[label])),
                 predicted=int(predicted[label]),
                 precision=intervals.share(int(hits[label]), int(predicted[label])) if predicted[label] else None,
-                confidence=100 * float(confidence[label]) / int(images[label]),
+                confidence=100 * float(confidence[label]) / max(int(counted[label]), 1),
                 confused_with=self.classes[worst[int(label)][0]] if int(label) in worst else None,
                 confusions=worst[int(label)][1] if int(label) in worst else 0,
             )
@@ -143,7 +144,7 @@ class Findings:
     @cached_property
     def uncertain_right(self) -> Rows:
         """The right predictions with the lowest probability."""
-        rows = np.flatnonzero((self.rank < 1) & self.finite)
+        rows = np.flatnonzero(self.rank < 1)
         return rows[np.argsort(self.probability[rows], kind="stable")][:SHOWN]
 
     @cached_property
@@ -155,13 +156,13 @@ class Findings:
         if len(present) < 2:
             return np.array([], np.int64)
         rows = np.flatnonzero(self.finite)
-        logits = torch.from_numpy(self.logits[rows][:, present])
+        logits = torch.from_numpy(self.logits[rows][:, present]).double().clamp(min=-1e30)  # not all minus infinity
         labels = np.searchsorted(present, self.labels[rows])
-        return rows[label_errors(logits.double().softmax(1).numpy(), labels)]
+        return rows[label_errors(logits.softmax(1).numpy(), labels)]
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """Calibration of the images with finite logits; None if there are none."""
+        """Calibration of the images with probabilities; None if there are none."""
         if not self.finite.any():
             return None
         return Calibration.of(self.logits[self.finite], self.labels[self.finite])
@@ -183,7 +184,10 @@ class Findings:
         if self.trained_on:
             yield "The model was trained on these images, so all numbers are better than on new images."
         if bad := int((~self.finite).sum()):
-            yield f"{bad:,} images have logits that are not finite. They count as wrong and are left out below."
+            yield (
+                f"{bad:,} images have no probabilities, because a logit is NaN or infinity. They count as wrong in all "
+                "accuracies, and everything else leaves them out."
+            )
         absent = len(self.classes) - len(self.by_class)
         if absent:
             yield f"{absent} of the {len(self.classes)} classes have no images here. They can still be predicted."

@@ -1,5 +1,6 @@
 """Confidence intervals at 95%."""
 
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -17,9 +18,14 @@ class Interval:
     low: float
     high: float
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | None]:
         """Return the interval as JSON."""
-        return asdict(self)
+        return {name: finite(value) for name, value in asdict(self).items()}
+
+
+def finite(value: float) -> float | None:
+    """Return a number for JSON, which has neither NaN nor infinity: None in their place."""
+    return value if math.isfinite(value) else None
 
 
 def share(hits: int, total: int) -> Interval:
@@ -35,6 +41,8 @@ def share(hits: int, total: int) -> Interval:
 
 def mean(values: NDArray[np.floating]) -> Interval:
     """Return the mean of one value per image with its normal interval."""
-    center = float(values.mean(dtype=np.float64)) if len(values) else float("nan")
+    center = float(values.mean(dtype=np.float64)) if len(values) else math.nan
+    if not math.isfinite(center):
+        return Interval(center, center, center)
     margin = Z * float(values.std(dtype=np.float64, ddof=1)) / np.sqrt(len(values)) if len(values) > 1 else 0.0
     return Interval(center, center - margin, center + margin)

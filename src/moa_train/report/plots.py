@@ -29,7 +29,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401 the import is the test
     except ImportError as error:
-        raise UserError("The page needs matplotlib: pip install 'moa-train[report]'.") from error
+        raise UserError("The page needs matplotlib: pip install 'moa-train[plot]'.") from error
 
 
 def preload() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from moa_train.assembly.evaluation import build_evaluation
 from moa_train.assembly.trained import Trained
 from moa_train.assembly.views import Views
 from moa_train.data.source import Source
+from moa_train.engine.metrics import has_probabilities, rank_of_label
 from moa_train.engine.predictions import Predictions, Recorder
 from moa_train.interfaces import Batch
 from moa_train.report import page
@@ -160,8 +162,9 @@ class Control:
     def real(self, labels: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Return the accuracy by ReaL labels as JSON; images without a label do not count."""
         predicted = self.clean.logits.argmax(1)
+        valid = has_probabilities(torch.from_numpy(self.clean.logits)).numpy()
         rows = np.array([row for row, allowed in enumerate(labels) if allowed])
-        hits = sum(int(predicted[row]) in labels[row] for row in rows)
+        hits = sum(bool(valid[row]) and int(predicted[row]) in labels[row] for row in rows)
         subset = Predictions(self.clean.labels[rows], self.clean.logits[rows])
         return {
             "benchmark": "imagenet-real",
@@ -176,10 +179,11 @@ class Control:
 
 def _accuracy(found: Predictions, present: NDArray[np.int64] | None) -> Interval:
     if present is None:
-        return share(int((found.logits.argmax(1) == found.labels).sum()), len(found.labels))
+        present = np.arange(found.logits.shape[1])
     inside = np.isin(found.labels, present)
-    chosen = present[found.logits[inside][:, present].argmax(1)]
-    return share(int((chosen == found.labels[inside]).sum()), int(inside.sum()))
+    logits, labels = found.logits[inside][:, present], np.searchsorted(present, found.labels[inside])
+    rank = rank_of_label(torch.from_numpy(logits), torch.from_numpy(labels))
+    return share(int((rank < 1).sum()), len(labels))
 
 
 def errors_by_corruption(results: Sequence[Mapping[str, Any]], classes: int) -> dict[str, Any]:

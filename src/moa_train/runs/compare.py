@@ -10,7 +10,6 @@ import numpy as np
 from moa_train.engine.predictions import Outcomes
 from moa_train.runs.read import SEED, Run
 from moa_train.runs.statistics import Interval, image_interval, mcnemar, paired_p, seed_interval
-from moa_train.runtime.command_line import argument
 from moa_train.runtime.errors import UserError, choose
 
 CONFIDENCE = 0.95
@@ -80,9 +79,10 @@ class Comparison:
     Attributes:
         top1, loss: over the images, with bootstrap intervals; None without predictions.
         pairs: one per seed that both groups have.
-        seeds: by metric, the difference of the means over seeds with t interval and p; empty if no group has two seeds.
+        seeds: by metric, the difference of the means over seeds with t interval and p; empty if no group has two seeds
+            with different results.
         paired: by metric, the differences of the seeds that both groups have, and the p of their t-test, for at least
-            two such seeds.
+            two such seeds; None if the differences are equal.
         verdict: a result, such as "better" or "within noise", a colon, and the reason.
         missing: commands that write the predictions that are missing.
     """
@@ -94,7 +94,7 @@ class Comparison:
     loss: Interval | None
     pairs: Sequence[Pair]
     seeds: Mapping[str, tuple[Interval, float]]
-    paired: Mapping[str, tuple[Sequence[float], float]]
+    paired: Mapping[str, tuple[Sequence[float], float | None]]
     verdict: str
     classes: Sequence[ClassChange]
     missing: Sequence[str]
@@ -291,7 +291,7 @@ def _compare(
         for some in (group, reference)
     )
     missing = [
-        f"moa-eval {argument('ckpt', run.path)} split={split}"
+        run.command("moa-eval", ckpt=run.path, split=split)
         for some, found in ((group, ours), (reference, theirs))
         for run in some.independent
         if run.result and id(run) not in found
@@ -318,7 +318,7 @@ def _compare(
             gained, lost, p = mcnemar(_hits(ours[id(first)]), _hits(theirs[id(second)]))
             pairs.append(Pair(first.seed, gained, lost, p))
     seeds: dict[str, tuple[Interval, float]] = {}
-    paired: dict[str, tuple[Sequence[float], float]] = {}
+    paired: dict[str, tuple[Sequence[float], float | None]] = {}
     for name in metrics:
         everything = [some.final[name] for some in groups]
         if group.final[name] and reference.final[name]:
@@ -347,7 +347,7 @@ def _verdict(images: Interval | None, seeds: Interval | None, lower: bool, predi
     known = [found for found in (images, seeds) if found is not None]
     if not known:
         reason = "this metric cannot be tested over images" if predictions else "there are no predictions"
-        return f"not tested: {reason}, and no settings were run with two seeds"
+        return f"not tested: {reason}, and no settings have two seeds with different results"
     word = "better" if (known[0].mean < 0) == lower else "worse"
     if images is not None and not images.excludes_zero:
         return "within noise: other images might reverse the difference"
@@ -356,7 +356,8 @@ def _verdict(images: Interval | None, seeds: Interval | None, lower: bool, predi
     if images is None:
         return f"{word}: the difference exceeds the noise between seeds; the noise of the images was not tested"
     if seeds is None:
-        return f"{word} on these images: the noise between seeds is unknown, because no settings were run with two"
+        unknown = "the noise between seeds is unknown, because no settings have two seeds with different results"
+        return f"{word} on these images: {unknown}"
     return f"{word}: the difference exceeds the noise of the images and between seeds"
 
 

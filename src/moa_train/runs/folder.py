@@ -141,7 +141,11 @@ def status(run_dir: Path) -> str:
 
 
 def scores(run_dir: Path, metric: str) -> list[tuple[int, float]]:
-    """Return step and value of the evaluations that choose the best checkpoint of a run."""
+    """Return number, from 1, and value of the evaluations that choose the best checkpoint of a run.
+
+    Evaluations without a finite value count, but are left out.
+    """
     path = run_dir / "metrics.jsonl"
     rows: list[Row] = read_rows(path) if path.is_file() else []
-    return [(row["step"], row[metric]) for row in rows if "best" in row and row.get(metric) is not None]
+    values = [row.get(metric) for row in rows if "best" in row]
+    return [(number, value) for number, value in enumerate(values, 1) if value is not None]

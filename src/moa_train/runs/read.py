@@ -9,9 +9,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from moa_train.assembly.commands import command
 from moa_train.engine.predictions import Outcomes, predictions_file
+from moa_train.plugins import short_name
 from moa_train.runs.folder import SweepFolder, status
 from moa_train.runtime.errors import UserError
+from moa_train.serialization import from_dict
 from moa_train.tracking.jsonl import Row, read_rows
 
 log = logging.getLogger(__name__)
@@ -63,7 +66,15 @@ class Run:
     @property
     def best_by(self) -> str:
         """Return the name of the metric that chooses the best checkpoint."""
-        return str(self.config.get("engine.best_by", "top1")).rpartition(":")[2]
+        return short_name(str(self.config.get("engine.best_by", "top1")))
+
+    def command(self, program: str, **settings: object) -> str:
+        """Return a shell command with these settings and, as ``code=``, the user's own packages that the run imports.
+
+        Raises:
+            UserError: this version does not know a setting of the run.
+        """
+        return command(program, from_dict(_json(self.path / "config.json", dict)), **settings)
 
     @property
     def step(self) -> int:

@@ -134,11 +134,13 @@ class Search:
         return fmean(finite) if len(finite) == len(values) else None
 
     def _pruning(self, trial: "optuna.Trial", reported: set[int]) -> Callable[[Path], bool]:
+        # Trials are compared by the number of the evaluation, because a step is not as far in a trial of another batch
+        # size: Optuna's "step" is that number.
         def prune(run_dir: Path) -> bool:
-            new = [(step, value) for step, value in scores(run_dir, self.metric) if step not in reported]
-            for step, value in new:
-                reported.add(step)
-                trial.report(value, step)
+            new = [(number, value) for number, value in scores(run_dir, self.metric) if number not in reported]
+            for number, value in new:
+                reported.add(number)
+                trial.report(value, step=number)
             return bool(new) and trial.number >= self.settings.startup and trial.should_prune()
 
         return prune

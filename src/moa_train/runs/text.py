@@ -138,8 +138,10 @@ def interval(found: Interval, form: str) -> list[str]:
     return [f"{found.mean:{form}}", f"[{found.low:{form}}, {found.high:{form}}]"]
 
 
-def probability(p: float) -> str:
-    """Format a p value."""
+def probability(p: float | None) -> str:
+    """Format a p value, if there is one."""
+    if p is None:
+        return "-"
     return f"{p:.2g}" if p >= 1e-16 else "<1e-16"
 
 

@@ -3,7 +3,7 @@
 import atexit
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 
 def protect_output() -> None:
@@ -27,6 +27,11 @@ def protect_output() -> None:
         if not isinstance(stream, _Lenient):
             setattr(sys, name, _Lenient(stream))
             atexit.register(getattr(sys, name).flush)
+
+
+def unprotected(stream: TextIO) -> TextIO:
+    """Return a stream whose errors are raised, for a command whose product is what it prints."""
+    return stream._stream if isinstance(stream, _Lenient) else stream
 
 
 class _Lenient:

@@ -1,6 +1,7 @@
 """Choose the precision of a training step: bf16, fp16 with loss scaling, or fp32 with or without TF32."""
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -92,15 +93,28 @@ class Precision:
         The counts therefore hardly depend on how images are batched. Only the order of summation differs, with
         relative differences of about 1e-7.
         """
-        matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-        if self.name == "fp32":
-            set_fp32_products("ieee")
-        try:
-            with self.autocast():
-                yield
-        finally:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)
+        with _without_tf32() if self.name == "fp32" else nullcontext(), self.autocast():
+            yield
+
+
+_lock = threading.Lock()
+_before: list[tuple[str, bool]] = []
+"""The switches of TF32 when each of the current evaluations in fp32 began; these may run in several threads."""
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Disable TF32 until the last of the evaluations ends, because the switches belong to the whole process."""
+    with _lock:
+        _before.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        set_fp32_products("ieee")
+    try:
+        yield
+    finally:
+        with _lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            matmul, convolutions = _before.pop()
+            if not _before:
                 torch.set_float32_matmul_precision(matmul)
                 torch.backends.cudnn.allow_tf32 = convolutions
 

@@ -81,11 +81,7 @@ class Console(Logger):
 
     def say(self, text: str) -> None:
         """Write ``text`` above the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
+        _say(text, self._bar, self._stream)
 
     def close(self, final: Metrics | None = None) -> None:
         """Finish the table and leave the bar on the screen."""
@@ -176,12 +172,20 @@ class EvaluationProgress:
             self._bar.parts = parts
             self._bar.update()
             if done == rounds:
-                self._bar.close()
-                self._bar = None
+                self.close()
         elif not self._has_bar and self._clock() >= self._line_due and done < rounds:
             self._line_due = self._clock() + self._line_seconds
-            self._stream.write("  ".join([self._title, f"batch {done}/{rounds}", *parts]) + "\n")
-            self._stream.flush()
+            self.say("  ".join([self._title, f"batch {done}/{rounds}", *parts]))
+
+    def say(self, text: str) -> None:
+        """Write ``text`` above the bar."""
+        _say(text, self._bar, self._stream)
+
+    def close(self) -> None:
+        """Remove the bar, if an evaluation ended early."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 def _has_bar(stream: TextIO, style: str) -> bool:
@@ -245,6 +249,14 @@ class _Bar(tqdm):
 
 
 _Bar.set_lock(threading.RLock())
+
+
+def _say(text: str, bar: _Bar | None, stream: TextIO) -> None:
+    if bar is not None:
+        bar.write(text, file=stream)
+    else:
+        stream.write(text + "\n")
+    stream.flush()
 
 
 def block(title: str, rows: Mapping[str, object]) -> str:
