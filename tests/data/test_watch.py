@@ -36,6 +36,16 @@ def test_a_process_that_is_killed_is_an_error() -> None:
         list(map_files(read, ["a", "b", "c"], 1, 60.0))
 
 
+def test_the_end_of_one_iteration_leaves_the_processes_of_another() -> None:
+    """An iteration that an error abandoned ends when the garbage collector finds it."""
+    abandoned = map_files(str.upper, ["a", "b"], 1, 60.0)
+    assert next(abandoned) == "A"
+    other = map_files(str.upper, [str(number) for number in range(100)], 1, 60.0)
+    assert next(other) == "0"
+    abandoned.close()
+    assert len(list(other)) == 99
+
+
 def test_time_in_which_all_processes_were_suspended_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "_LONGEST", 0.1)
     files = FileWatch(1, 0.45)

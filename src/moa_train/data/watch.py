@@ -16,7 +16,6 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
-from multiprocessing import active_children
 from multiprocessing.sharedctypes import RawArray, Synchronized
 from pathlib import Path
 from typing import TypeVar
@@ -120,7 +119,7 @@ def map_files(
     """
     workers = max(1, workers)
     context = multiprocessing.get_context(start_method())
-    watch, number, others = FileWatch(workers, max_seconds), context.Value("i", 0), set(active_children())
+    watch, number = FileWatch(workers, max_seconds), context.Value("i", 0)
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(watch, number))
     rest, pending, waited = iter(paths), deque[Future[list[Result]]](), 0.0
     try:
@@ -147,8 +146,9 @@ def map_files(
             f"these files: {watch.files() or 'unknown'}."
         ) from error
     finally:
+        processes = list(pool._processes.values())  # other iterations have their own
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(active_children()) - others:
+        for process in processes:
             process.kill()
 
 
