@@ -9,6 +9,7 @@ from torch import nn
 
 from moa_train.bench import memory, plain, step
 from moa_train.bench.peers import build_peer, check_peer, read_arguments
+from moa_train.interfaces import Classifier
 from moa_train.model.summary import summarize
 from moa_train.optim.optimizers import create_optimizer
 from moa_train.runtime.errors import UserError
@@ -114,9 +115,13 @@ def test_an_unsupported_precision_is_rejected_before_any_measurement(job):
         step.prepare(job(precisions=("fp32", "fp16")))
 
 
+class Affine(Classifier, nn.Linear):
+    """A model of one layer."""
+
+
 def test_the_plain_update_equals_a_handwritten_one():
     torch.manual_seed(0)
-    model, twin = nn.Linear(4, 3), nn.Linear(4, 3)
+    model, twin = Affine(4, 3), nn.Linear(4, 3)
     twin.load_state_dict(model.state_dict())
     batches = [(torch.randn(5, 4), torch.rand(5, 3).softmax(1)) for _ in range(2)]
     plain.update(

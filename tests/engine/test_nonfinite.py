@@ -11,6 +11,7 @@ from moa_train.engine.loss import soft_cross_entropy
 from moa_train.engine.nonfinite import GradientGuard, NonFinitePolicy, RollBack
 from moa_train.engine.state import TrainState
 from moa_train.engine.step import TrainStep
+from moa_train.interfaces import Classifier
 from moa_train.optim.clip import clip_gradients
 from moa_train.optim.ema import AveragedWeights
 from moa_train.optim.optimizers import create_optimizer
@@ -47,7 +48,7 @@ def batches(start: int, bad: dict[tuple[int, int], float] | None = None) -> Iter
         yield Points(step, micro, torch.arange(4) + 4 * number, x_BC)
 
 
-class Network(nn.Module):
+class Network(Classifier):
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.stem, self.norm = nn.Linear(6, 8), nn.BatchNorm1d(8)

@@ -6,6 +6,7 @@ from torch import nn
 
 from moa_train.engine.checkpoint import CheckpointStore
 from moa_train.engine.state import TrainState, check_form
+from moa_train.interfaces import Classifier
 from moa_train.optim.ema import AveragedWeights
 from moa_train.optim.optimizers import create_optimizer
 from moa_train.runtime.errors import UserError
@@ -15,9 +16,13 @@ from moa_train.schema import OptimConfig
 CPU = torch.device("cpu")
 
 
+class Layers(Classifier, nn.Sequential):
+    """A model of a few layers."""
+
+
 def state(*, optimizer: str = "adamw", ema: bool = True, width: int = 3, seed: int = 0) -> TrainState:
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
+    model = Layers(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
     return TrainState(
         model,
         create_optimizer(OptimConfig(name=optimizer), model, 0.1),
