@@ -14,8 +14,9 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from torch.distributed.run import get_args_parser
 
-from moa_train.cli import app, bench, model, sweep
+from moa_train.cli import bench, model, sweep
 from moa_train.cli.compose import compose, typed
+from moa_train.cli.overrides import check_overrides
 from moa_train.knobs import knobs
 from moa_train.runtime.signals import Exit
 from moa_train.schema import EvalConfig, ExportConfig, PredictConfig, RunConfig
@@ -137,7 +138,7 @@ def accept(program: str, arguments: list[str]) -> None:
         return None
     if "--config-dir" in arguments:  # a folder of the user, which tests/cli/test_app.py tests
         return None
-    app.check_overrides(arguments, SCHEMAS[program])
+    check_overrides(arguments, SCHEMAS[program])
     assert set(arguments) - {"--help", "-m", "--cfg", "job"} == {text for text in arguments if "=" in text}
     if sweep.requested(arguments) and not all(text.startswith(("-m", "sweep.")) for text in arguments):
         sweep.check([text for text in arguments if text not in sweep.FLAGS], program)

@@ -2,18 +2,14 @@
 
 import argparse
 import contextlib
-import difflib
 import json
 import logging
 import os
 import re
 import signal
 import sys
-import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -22,8 +18,6 @@ import hydra
 from hydra._internal import utils as hydra_utils
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,24 +26,21 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from moa_train import __version__
 from moa_train.cli import sweep
 from moa_train.cli.compose import (
-    ARGS_KEY,
     GROUPS,
-    OPTIONAL,
     addable,
-    compose,
     config_roots,
-    is_override,
     options,
     readable,
     typed,
 )
-from moa_train.knobs import in_words, knobs
-from moa_train.plugins import DATASETS, args_type
+from moa_train.cli.help_text import help_text, own_settings
+from moa_train.cli.overrides import check_overrides, similar
+from moa_train.knobs import knobs
+from moa_train.plugins import DATASETS
 from moa_train.runtime.cpu import wait_briefly
-from moa_train.runtime.errors import LostRankError, UserError, check_all, choose
+from moa_train.runtime.errors import LostRankError, UserError
 from moa_train.runtime.output import protect_output
 from moa_train.runtime.signals import Exit
-from moa_train.schema import parts
 
 
 def run(
@@ -105,8 +96,8 @@ def run(
                 raise UserError(f"--config-dir {root}: there is no such folder.")
         if {"--help", "-h"} & set(arguments):
             # Hydra would compose every option of every group for its help, which takes a second.
-            own = _own_settings(arguments, config_name)
-            print(_help(schema, examples, own, config_roots(arguments), sweeps=multirun is not None))
+            own = own_settings(arguments, config_name)
+            print(help_text(schema, examples, own, config_roots(arguments), sweeps=multirun is not None))
             return None
         if not {"--hydra-help", "--shell-completion", "-sc"} & set(arguments):
             check_overrides(arguments, schema)
@@ -139,139 +130,6 @@ class _Parser(argparse.ArgumentParser):
     def add_argument(self, *names: str, help: object = "", **options: Any) -> argparse.Action:
         """Add an option."""
         return super().add_argument(*names, help=str(help), **options)
-
-
-def _own_settings(arguments: Sequence[str], config_name: str) -> list[tuple[str, Any, str]]:
-    """Return key, default and help of the settings that belong to parts named on the command line."""
-    overrides = [text for text in arguments if is_override(text)]
-    if not overrides:
-        return []
-    composed = compose(config_name, overrides, config_roots(arguments))
-    described = []
-    for kind, name, _, key in parts(OmegaConf.to_object(composed)):
-        settings = args_type(kind.load(name)) if kind.may_have_args(name) else None
-        for item in fields(settings) if settings else ():
-            default = item.default_factory() if item.default_factory is not MISSING else item.default
-            shown = "REQUIRED" if default is MISSING else default
-            described.append((f"{key}.{item.name}", shown, item.metadata.get("help", "")))
-    return described
-
-
-def check_overrides(arguments: list[str], schema: type) -> None:
-    """Check ``key=value`` arguments before Hydra composes anything.
-
-    Raises:
-        UserError: keys, options or groups are unknown (the message suggests the nearest names), or values have the
-            wrong type.
-    """
-    stray = [text for text in arguments if "=" not in text and not text.startswith(("-", "~"))]
-    if stray and not any(text.startswith("-") for text in arguments):
-        raise UserError(f"Unexpected argument {stray[0]!r}: arguments have the form key=value. See --help.")
-    items = {key: item for key, item, _ in knobs(schema())}
-    roots = config_roots(arguments)
-    check_all(
-        partial(_check_argument, text, schema, items, sweep.requested(arguments), roots)
-        for text in arguments
-        if not text.startswith("-") and ("=" in text or text.startswith("~"))
-    )
-
-
-def _check_argument(text: str, schema: type, items: Mapping[str, Any], in_sweep: bool, roots: Sequence[Path]) -> None:
-    try:
-        override = OverridesParser.create().parse_override(text)
-    except HydraException:
-        raise UserError(
-            f"Cannot parse {text}. Write key=value without spaces around the equals sign, and close all brackets "
-            "and quotes. A value with special characters, such as =, needs two pairs of quotes, one of them for "
-            "the shell: \"run_dir='a=b'\"."
-        ) from None
-    _check_override(override, schema, items, in_sweep, roots)
-
-
-def _check_override(
-    override: Override, schema: type, items: Mapping[str, Any], in_sweep: bool, roots: Sequence[Path]
-) -> None:
-    key, text = override.key_or_group, override.input_line or ""
-    if key.startswith(("hydra.run", "hydra.sweep")):
-        raise UserError(f"{text} has no effect. Set run_dir for the folder of a run, or sweep.dir for that of a sweep.")
-    if key.startswith("hydra"):
-        return
-    if override.is_delete():
-        raise UserError(f"{text}: settings cannot be removed. Leave a setting out to use its default.")
-    if ARGS_KEY.match(f"{key}=") and key.split(".args.")[0] + ".args" in items:
-        return  # checked by the part that declares this setting
-    known = key in GROUPS or key in items
-    if not known and key in {head for name in items for head in _sections(name)}:
-        return  # a whole section, as in model.moa={overlap:1,reduction:16}
-    if not known:
-        raise UserError(f"Unknown key {key}.{_similar(key, list(items))}")
-    if override.is_add():
-        raise UserError(f"{text}: {key} exists already and cannot be added. Write {text.lstrip('+')}.")
-    values = [override.value()]
-    if override.is_sweep_override():
-        if not in_sweep:
-            raise UserError(
-                f"{text} gives several values. To start one run for each, add -m. To pass a list, write [1,2]. To pass "
-                f"text that contains commas, write \"{key}='a,b'\"."
-            )
-        # Unwrap quoted text. Hydra checks lists in sweeps, intervals and ranges itself.
-        values = [getattr(value, "text", value) for value in getattr(override.value(), "list", [])]
-    for value in values:
-        if key in GROUPS:
-            _check_option(key, value, roots)
-        elif not isinstance(value, list) or len(values) == 1:
-            _check_type(key, value, schema, items[key].type)
-
-
-def _sections(key: str) -> list[str]:
-    """Return the sections that contain a key: model and model.moa for model.moa.form."""
-    parts = key.split(".")
-    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
-
-
-def _similar(key: str, keys: list[str]) -> str:
-    """Return a hint for an unknown key: the nearest key, keys with a similar last part, or the keys of its section."""
-    leaves: dict[str, list[str]] = {}
-    for known in keys:
-        leaves.setdefault(known.rpartition(".")[2], []).append(known)
-    head, _, leaf = key.rpartition(".")
-    if leaf in ELSEWHERE and ELSEWHERE[leaf] in keys:
-        unit = f"='10 {leaf[4:] if '_' in leaf else leaf}'" if ELSEWHERE[leaf] == "schedule.duration" else ""
-        return f" Did you mean {ELSEWHERE[leaf]}{unit}? --help lists every key."
-    if close := difflib.get_close_matches(key, [*keys, *([] if head else GROUPS)], n=1, cutoff=0.8):
-        return f" Did you mean {close[0]}? --help lists every key."
-    if close := difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6):
-        return f" Did you mean {' or '.join(leaves[close[0]])}? --help lists every key."
-    inside = [known for known in keys if known.startswith(head + ".")] if head else []
-    return f" Keys of {head}: {', '.join(known[len(head) + 1 :] for known in inside)}." if inside else " See --help."
-
-
-def _check_type(key: str, value: Any, schema: type, kind: Any) -> None:
-    try:
-        OmegaConf.update(OmegaConf.structured(schema), key, value)
-    except OmegaConfBaseException:
-        shown = "null" if value is None else value
-        raise UserError(f"{key}={shown} has the wrong type: it must be {in_words(kind)}.") from None
-
-
-ELSEWHERE = {
-    **dict.fromkeys(("epochs", "num_epochs", "max_epochs", "steps", "max_steps"), "schedule.duration"),
-    "learning_rate": "optim.lr",
-}
-"""What other trainers call some settings."""
-
-
-def _options(group: str, roots: Sequence[Path]) -> list[str]:
-    """Return the options of a group: the names of the files in its folders."""
-    return sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")})
-
-
-def _check_option(group: str, option: Any, roots: Sequence[Path]) -> None:
-    options = _options(group, roots)
-    if option is None and group in OPTIONAL:
-        return
-    if str(option) not in options:
-        raise UserError(choose(group, "null" if option is None else option, options))
 
 
 def _guarded(action: Callable[[], int | None], arguments: Sequence[str] = (), schema: type | None = None) -> int:
@@ -315,7 +173,7 @@ def _explain_key(key: str, schema: type) -> str:
     """Explain what is wrong with an unknown key in a recipe."""
     if key in GROUPS:
         return f"The first line of a recipe in {key}/ must be: # @package _global_"
-    return f"Unknown key {key}.{_similar(key, [known for known, _, _ in knobs(schema())])}"
+    return f"Unknown key {key}.{similar(key, [known for known, _, _ in knobs(schema())])}"
 
 
 def _is_utf8(path: Path) -> bool:
@@ -336,55 +194,3 @@ def _explain(text: str) -> None:
             when = path.stat().st_mtime if path.exists() else time.time()
             # This is torch's format; importing torch to write it would take two seconds.
             path.write_text(json.dumps({"message": text, "timestamp": str(int(when))}))
-
-
-OPTIONS = """Options:
-  -m, --multirun                              run all combinations of comma-separated values, one after the other
-  --config-dir DIR                            folder with your own recipes (DIR/GROUP/OPTION.yaml) and modules
-  --cfg job                                   print the composed configuration and exit
-  --version                                   print the version and exit
-"""
-GROUPS_HELP = "Groups (GROUP=OPTION), each a folder of conf/:\n\n"
-WIDTH, INDENT = 120, 46
-"""Columns of the help, and the one where descriptions start."""
-
-
-def _help(schema: type, examples: str, own: Sequence[tuple[str, Any, str]], roots: Sequence[Path], sweeps: bool) -> str:
-    lines: list[str] = []
-    section = ""
-    for key, item, value in knobs(schema()):
-        head = key.rpartition(".")[0]
-        if head != section:
-            lines.append("")
-            section = head
-        rule = item.metadata
-        names = (*rule["plugins"].table, "package.module:name") if rule["plugins"] else rule["options"]
-        lines += _entry(key, value, rule["help"] + (f" [{', '.join(names)}]" if names else ""))
-    if own:
-        lines.append("")
-    for key, value, text in own:
-        lines += _entry(key, value, text)
-    grouped = any(item.name in GROUPS for item in fields(schema))
-    usage = (
-        f"usage: {examples.partition(':')[0]} {'[GROUP=OPTION ...] ' if grouped else ''}[KEY=VALUE ...] [OPTION ...]"
-    )
-    settings = "Settings (KEY=VALUE) with their defaults" + (
-        ". Groups change some defaults; --cfg job shows the result.\n" if grouped else ":\n"
-    )
-    groups = "".join(f"{group}: {', '.join(_options(group, roots))}\n" for group in sorted(GROUPS))
-    options = "".join(line for line in OPTIONS.splitlines(True) if sweeps or "--multirun" not in line)
-    blocks = [usage, f"{examples}\n", options, *([f"{GROUPS_HELP}{groups}\n"] if grouped else [])]
-    return "\n".join([*blocks, settings + "\n".join(lines)])
-
-
-def _entry(key: str, value: Any, text: str) -> list[str]:
-    """Return the lines of the help that describe a setting."""
-    first = f"  {key}={_shown(value)}".ljust(INDENT - 1) + " "
-    lines = textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * INDENT, break_on_hyphens=False)
-    return lines or [first.rstrip()]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{','.join(map(_shown, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -16,6 +16,7 @@ import hydra
 
 from moa_train.cli import app
 from moa_train.cli.compose import typed
+from moa_train.cli.overrides import check_overrides
 from moa_train.plugins import DATASETS
 from moa_train.runtime.command_line import leave_with, path
 from moa_train.runtime.errors import UserError, choose
@@ -165,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
 
 def compose(overrides: Sequence[str]) -> RunConfig:
     """Return the configuration composed from ``overrides``; Hydra has already read the options among them."""
-    app.check_overrides(list(overrides), RunConfig)
+    check_overrides(list(overrides), RunConfig)
     config: RunConfig = typed(hydra.compose("train", [text for text in overrides if not text.startswith("-")]))
     return config
 

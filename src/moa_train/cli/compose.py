@@ -89,6 +89,11 @@ def config_roots(arguments: Sequence[str]) -> list[Path]:
     return [CONF, folder] if folder else [CONF]
 
 
+def options_of(group: str, roots: Sequence[Path]) -> list[str]:
+    """Return the options of a group: the names of the files in its folders."""
+    return sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")})
+
+
 def options(arguments: Sequence[str]) -> argparse.Namespace:
     """Return those of Hydra's options that the commands themselves act on."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
