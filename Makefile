@@ -9,7 +9,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # If this file is newer than pyproject.toml and contains the path of this folder, to which the editable install points,
-# the environment is up to date. Otherwise, as in a copied or moved checkout, the environment is created again.
+# the environment is up to date. If only pyproject.toml is newer, pip runs again. If the path differs, as in a copied or
+# moved checkout, the environment is created again.
 READY := $(VENV)/ready
 ifneq ($(shell test -x $(BIN)/python && cat $(READY) 2>/dev/null),$(CURDIR))
 CREATE := yes
@@ -55,8 +56,8 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "error: '$(PYTHON)' is not Python 3.11 or newer. Choose another one: make PYTHON=python3.12" >&2; exit 1; }
 	@test ! -e $(VENV) || test -e $(READY) || { \
-		echo "error: make did not create $(VENV), so it does not change it. Remove it (rm -r $(VENV)) and run make" \
-			"again, or install moa-train into it yourself: pip install --editable '.[dev]'." >&2; exit 1; }
+		echo "error: make did not create $(VENV), and does not change it. Remove it (rm -r $(VENV)) and run make" \
+			"again, or use it without make: pip install --editable '.[dev]'." >&2; exit 1; }
 	@echo "Setting up $(VENV) (once, a few minutes: PyTorch is large) ..."
 	@mkdir -p $(VENV) && echo 'The setup was interrupted.' > $(READY)
 	@test -z '$(CREATE)' || find $(VENV) -mindepth 1 ! -path $(READY) -delete

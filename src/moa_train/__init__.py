@@ -30,7 +30,8 @@ def load(
         precision: ``fp32``, ``bf16``, ``fp16`` or ``auto`` (default: that of evaluations in the run).
         code: your own module, or several of them, that the configuration in the file may import.
         max_pixels: images with more pixels count as unreadable (default: the run's ``data.max_pixels``).
-        max_seconds: longest time to decode an image in `Predictor.batches` (default: the run's ``data.max_seconds``).
+        max_seconds: longest time, in seconds, to decode an image in `Predictor.batches` (default: the run's
+            ``data.max_seconds``).
         range: values of black and white in gray images of more than 8 bits (default: the run's ``data.range``).
 
     Raises:

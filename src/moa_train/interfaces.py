@@ -1,4 +1,4 @@
-"""The interfaces that the training engine requires of models, batches and metrics. Your own parts implement them."""
+"""What the training engine requires of models, batches and metrics. Your own models extend `Classifier`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -160,7 +160,7 @@ class DataConfig:
         100, "unreadable=quarantine: number of unreadable files per rank before the run fails", least=0
     )
     max_pixels: int = knob(100_000_000, "images with more pixels count as unreadable", least=1)
-    max_seconds: float = knob(60.0, "an image whose decoding takes longer ends the run with an error", above=0)
+    max_seconds: float = knob(60.0, "longest time to decode an image, in seconds; then, the run fails", above=0)
     range: list[float] | None = knob(
         None,
         "[LOW,HIGH]: gray levels of black and white in images with more than 8 bits per channel (default: the full "
@@ -634,7 +634,7 @@ class PredictConfig(WeightsConfig):
     )
     max_seconds: float | None = knob(
         None,
-        "an image whose decoding takes longer ends the prediction with an error (default: the run's data.max_seconds)",
+        "longest time to decode an image, in seconds; then, the command fails (default: the run's data.max_seconds)",
         above=0,
     )
     range: list[float] | None = knob(

@@ -268,7 +268,7 @@ def command(straight: Path, folder: Path, *arguments: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("redirection", "code"), [("> /dev/full", 2), ("| head -n 1", 0)])
-def test_predictions_that_nobody_gets_end_the_command(straight, tmp_path, redirection, code):
+def test_predictions_that_cannot_be_written_end_the_command(straight, tmp_path, redirection, code):
     for number in range(300):  # head has exited long before the last one
         Image.new("L", (9, 9)).save(tmp_path / f"{number:03}.png")
     line = f"set -o pipefail; {shlex.join(command(straight, tmp_path, 'format=csv'))} {redirection}"
@@ -276,7 +276,9 @@ def test_predictions_that_nobody_gets_end_the_command(straight, tmp_path, redire
     assert done.returncode == code
     lines = done.stderr.splitlines()
     assert lines == (
-        ["error: Cannot write to standard output: No space left on device. Choose another output=."] if code else []
+        ["error: Cannot write to standard output: No space left on device. Choose another file with output=."]
+        if code
+        else []
     )
 
 

@@ -21,7 +21,7 @@ class OwnArgs:
     width: int = knob(4, "channels", least=2)
 
 
-class Own(Classifier, nn.Module):
+class Own(Classifier):
     def __init__(self, config, *, image_size, num_classes, args: OwnArgs):
         super().__init__()
         self.body = nn.Conv2d(3, args.width, 1)

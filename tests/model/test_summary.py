@@ -92,7 +92,7 @@ def test_baselines_cost_what_torchvision_says(model_config, fields, parameters, 
     assert set(summary.parameters) == set(summary.macs)
 
 
-class Products(Classifier, nn.Module):
+class Products(Classifier):
     """An own model that multiplies in its own forward pass and in a module without parameters."""
 
     class Square(nn.Module):

@@ -82,7 +82,7 @@ def test_the_paired_test_equals_scipys():
 @pytest.mark.parametrize("level", [0.95, 0.995])
 @pytest.mark.parametrize("discordant", [5, 8, 11, 20])
 def test_equal_models_rarely_seem_different(discordant, level):
-    """Each discordant image is right in either model with probability 1/2: add up the cases with an interval off 0."""
+    """Each discordant image is right in either model with probability 1/2: add the cases whose interval excludes 0."""
     rejected = 0.0
     for gained in range(discordant + 1):
         differences = np.zeros(360)

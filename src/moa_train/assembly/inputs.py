@@ -58,7 +58,7 @@ def check_same_images(sources: Mapping[str, Source], distributed: Distributed) -
 
 
 def open_teachers(config: RunConfig, train: Source, distributed: Distributed) -> Teachers | None:
-    """Return the teachers of a distillation, after checking that all ranks read the same predictions; None without."""
+    """Return the teachers of a distillation, after checking that all ranks read the same predictions, or None."""
     distill = config.distill
     if not distill.teachers:
         return None

@@ -1,4 +1,4 @@
-"""Restore a run from its newest checkpoint, and decide what its best score is worth."""
+"""Restore a run from its newest checkpoint, and check whether its best score is still valid."""
 
 from typing import Any
 

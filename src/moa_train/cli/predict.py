@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """moa-predict: predict the classes of image files with trained weights.
 
-Images are prepared as in evaluation. Files that cannot be read are reported and skipped; the exit code is then 2. A
-file that takes longer than max_seconds to decode ends the command, because nothing else can stop a decoder.
+Images are prepared as in evaluation. Files that cannot be read are reported and skipped; the exit code is then 2. If
+decoding a file takes longer than max_seconds, the command ends with an error.
 
 Examples:
   moa-predict ckpt=outputs/RUN input=photo.jpg
@@ -122,7 +122,8 @@ def _writing(config: PredictConfig) -> Iterator[None]:
         sys.exit(Exit.FINISHED)
     except OSError as error:
         place = config.output or "to standard output"
-        raise UserError(f"Cannot write {place}: {error.strerror or error}. Choose another output=.") from error
+        reason = error.strerror or error
+        raise UserError(f"Cannot write {place}: {reason}. Choose another file with output=.") from error
 
 
 class _Explainer:

@@ -72,6 +72,7 @@ def rank_of_label(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
 def has_probabilities(logits_BK: Tensor) -> Tensor:
     """Return whether the softmax of each sample's logits is defined: (B,), bool.
 
-    It is not if a logit is NaN or infinity. Minus infinity is the logit of a class with a probability of 0.
+    It is not if a logit is NaN or infinity, or if all are minus infinity. Minus infinity is the logit of a class with a
+    probability of 0.
     """
     return logits_BK.amax(dim=1).isfinite()  # the maximum of numbers and NaN is NaN

@@ -18,7 +18,7 @@ class UpdateRatios:
     The host does not wait for the device.
 
     Args:
-        model: the bare model. If it declares no layers, they are its immediate submodules.
+        model: the bare model. If it declares no layers, its immediate submodules are measured.
         due: whether to measure the update with this number, counted from 1.
     """
 

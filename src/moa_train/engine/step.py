@@ -95,8 +95,8 @@ class TrainStep:
             update was abandoned.
 
         Raises:
-            StopRequestedError: a stop was requested while this rank waited for a batch, for whose gradient the other
-                ranks wait.
+            StopRequestedError: a stop was requested while this rank waited for a batch. The other ranks already
+                wait for its gradient.
         """
         self.begin()
         self.statistics.save()

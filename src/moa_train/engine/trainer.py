@@ -1,4 +1,4 @@
-"""The training loop. It trains any module on any batches; `assembly` builds its parts."""
+"""The training loop. It trains any `Classifier` on any batches; `assembly` builds its parts."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -231,7 +231,7 @@ MOA_USE = """With moa-train, where FOLDER is this folder:
 
 ```bash
 {evaluate}    # measure the accuracy again
-moa-train init=FOLDER init_head=new data=folder data.root=DATA data.image_size=[{height},{width}] {settings}
+moa-train init=FOLDER init_head=new data=folder data.root=DATA 'data.image_size=[{height},{width}]' {settings}
 ```
 
 ```python

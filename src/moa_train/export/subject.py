@@ -45,7 +45,7 @@ class Preprocessing:
         cover: height and width that the resized image just covers; the input is its center.
         mean: channel means that the file itself subtracts, for values from 0 to 1.
         std: channel standard deviations that the file itself divides by.
-        range: black and white in images of more than 8 bits (default: 0 and the largest value of the integer type).
+        range: black and white in images of more than 8 bits (default: 0 and the largest value of the file's bits).
     """
 
     size: tuple[int, int]

@@ -134,7 +134,7 @@ class Calibration:
 
     Attributes:
         before: with the model's own probabilities.
-        after: with a temperature; None if a half has too few images or mistakes.
+        after: with a temperature; None if a half has too few images or no minimum.
         temperatures: of the first and the second half, if both have one.
     """
 

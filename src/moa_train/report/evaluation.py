@@ -84,7 +84,7 @@ class Evaluated:
 
     @property
     def _trained_on(self) -> bool:
-        """Whether these are the images that the weights were trained on, as far as their file's header says."""
+        """Return whether the weights were trained on these images, according to the header of their file."""
         recorded = self.trained.metadata.get("fingerprint")  # older versions did not record it
         return self.split == "train" and recorded in (None, json.dumps(self.source.fingerprint))
 
@@ -345,7 +345,10 @@ def _calibration(found: Findings) -> str:
     )
     plots = [reliability_plot(before, f"As trained: ECE {before.error.value:.2f}")]
     if after is None:
-        text = "<p>There are too few images or mistakes to fit a temperature.</p>"
+        text = (
+            "<p>No temperature was fitted: a half has fewer than 50 images, or none between 1/20 and 20 minimizes its "
+            "loss.</p>"
+        )
     else:
         plots.append(reliability_plot(after, f"With temperature: ECE {after.error.value:.2f}"))
         one, other = calibration.temperatures

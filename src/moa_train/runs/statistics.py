@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 RESAMPLES = 2000
-"""Samples of a bootstrap."""
+"""Samples of a bootstrap; hits, which are drawn faster, use ten times as many."""
 ROUNDING = 1e-9
 """Results of seeds, in percent or nats, that differ by less are equal: they say nothing about the noise."""
 
@@ -42,7 +42,7 @@ def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> tuple[int, i
 def image_interval(differences: NDArray[np.float64], level: float, seed: int = 0) -> Interval:
     """Return the mean of paired differences with its bootstrap percentile interval over the images.
 
-    Samples of hits include two images more, one with the largest difference in each direction (Bonett and Price, 2012).
+    For hits, two images are added, one with the largest difference in each direction (Bonett and Price, 2012).
     Otherwise, five images that only one model classifies correctly would be enough for an interval without zero.
 
     Args:

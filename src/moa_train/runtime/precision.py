@@ -99,7 +99,7 @@ class Precision:
 
 _lock = threading.Lock()
 _before: list[tuple[str, bool]] = []
-"""The switches of TF32 when each of the current evaluations in fp32 began; these may run in several threads."""
+"""The TF32 settings at the start of each running fp32 evaluation; evaluations may run in several threads."""
 
 
 @contextmanager
