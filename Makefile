@@ -12,7 +12,10 @@ BIN := $(VENV)/bin
 # the environment is up to date. If only pyproject.toml is newer, pip runs again. If the path differs, as in a copied or
 # moved checkout, the environment is created again.
 READY := $(VENV)/ready
-ifneq ($(shell test -x $(BIN)/python && cat $(READY) 2>/dev/null),$(CURDIR))
+# Earlier versions of this file left it empty.
+OWNER := $(shell test -x $(BIN)/python && \
+	if test -s $(READY); then cat $(READY); elif test -e $(READY); then pwd -P; fi)
+ifneq ($(OWNER),$(CURDIR))
 CREATE := yes
 .PHONY: $(READY)
 endif
@@ -60,8 +63,9 @@ $(READY): pyproject.toml
 			"again, or use it without make: pip install --editable '.[dev]'." >&2; exit 1; }
 	@echo "Setting up $(VENV) (once, a few minutes: PyTorch is large) ..."
 	@mkdir -p $(VENV) && echo 'The setup was interrupted.' > $(READY)
-	@test -z '$(CREATE)' || find $(VENV) -mindepth 1 ! -path $(READY) -delete
-	@test -z '$(CREATE)' || $(PYTHON) -m venv $(VENV) || { \
+	@# $(PYTHON) may be that of the environment that is removed.
+	@test -z '$(CREATE)' || { python=$$($(PYTHON) -c 'import sys; print(sys._base_executable)') && \
+		find $(VENV) -mindepth 1 ! -path $(READY) -delete && "$$python" -m venv $(VENV); } || { \
 		echo "error: '$(PYTHON) -m venv' failed. On Debian and Ubuntu, run: apt install python3-venv" >&2; exit 1; }
 	@again='Run the same make command again: finished downloads are not repeated.'; \
 	trap 'echo "error: The setup was interrupted. '"$$again"'" >&2; exit 130' INT TERM; \

@@ -1,5 +1,6 @@
 """The Makefile changes only environments that it created, and does not use the one of another checkout."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -22,9 +23,9 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def made(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def made(folder: Path, *arguments: str, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = ["make", "-C", folder, f"PYTHON={sys.executable}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, env=environ)
 
 
 def test_an_environment_that_make_did_not_create_is_left_alone(checkout):
@@ -53,6 +54,25 @@ def test_a_copied_or_moved_checkout_and_one_without_its_interpreter_get_a_new_en
     assert planned(checkout) == ["pip install"]
     (checkout / ".venv" / "bin" / "python").unlink()
     assert planned(checkout) == [NEW, "pip install"]
+
+
+def test_an_environment_of_an_earlier_makefile_is_kept(checkout):
+    (checkout / ".venv" / "ready").touch()
+    assert planned(checkout) == []
+    (checkout / "pyproject.toml").touch()
+    assert planned(checkout) == ["pip install"]
+
+
+def test_a_new_environment_comes_from_the_interpreter_of_the_one_that_is_removed(checkout):
+    """An activated environment is the first on PATH, and another python3 on it might be too old."""
+    (checkout / ".venv" / "ready").write_text("/elsewhere\n")
+    (checkout / ".venv" / "old").touch()
+    python = Path(sys._base_executable)  # type: ignore[attr-defined]
+    environ = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+    done = made(checkout, "lint", "PYTHON=.venv/bin/python", environ=environ)
+    assert "error: The setup failed" in done.stderr  # there is nothing to install
+    assert not (checkout / ".venv" / "old").exists()
+    assert f"home = {python.parent}\n" in (checkout / ".venv" / "pyvenv.cfg").read_text()
 
 
 def test_an_interrupted_setup_starts_again(checkout):

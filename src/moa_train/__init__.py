@@ -45,5 +45,6 @@ def load(
     from moa_train.runtime.device import pick_device
 
     trained = Trained.open(Path(path), weights=weights, code=code)
-    limits = {"max_pixels": max_pixels, "max_seconds": max_seconds, "range": range}
-    return Predictor(trained, pick_device(device), precision, **limits)
+    return Predictor(
+        trained, pick_device(device), precision, max_pixels=max_pixels, max_seconds=max_seconds, range=range
+    )

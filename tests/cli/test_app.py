@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from moa_train.cli import app
+from moa_train.cli.compose import hydra_options
 from moa_train.knobs import knobs
 from moa_train.runtime.errors import UserError
 from moa_train.schema import EvalConfig, RunConfig
@@ -395,3 +396,9 @@ def test_ctrl_c_prints_no_traceback(monkeypatch, capsys):
         data.main(["check", "somewhere"])
     assert left.value.code == app._guarded(interrupted) == 130
     assert not any(capsys.readouterr())
+
+
+def test_options_of_hydra_that_begin_alike_are_not_confused():
+    found = hydra_options(["-cn", "train", "-cp", "folder", "-cd", "own"])
+    assert (found.cfg, str(found.config_dir)) == (None, "own")
+    assert hydra_options(["-c", "job"]).cfg == hydra_options(["-cjob"]).cfg == "job"

@@ -248,7 +248,7 @@ def test_the_report_has_the_numbers_of_the_evaluation(copy, tmp_path, split, wei
 
 def test_a_report_without_matplotlib_is_an_error_before_anything_is_opened(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"needs matplotlib: pip install 'moa-train\[plot\]'"):
+    with pytest.raises(UserError, match=r"report=true requires matplotlib, .* pip install 'moa-train\[plot\]'"):
         evaluate(EvalConfig(ckpt="not looked at", report=True), [])
 
 

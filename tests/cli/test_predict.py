@@ -233,6 +233,8 @@ def test_decoding_limits_can_be_set(straight, tmp_path, capsys):
     code, _, err = run(capsys, **options, max_pixels=80)
     assert code == 2
     assert "9 x 9 pixels are more than data.max_pixels=80 (moa-data: --max-pixels, moa-predict: max_pixels)" in err
+    with pytest.raises(UserError, match="max_seconds=0: must be above 0"):
+        moa_train.load(straight, device="cpu", max_seconds=0)
     limited = moa_train.load(straight, device="cpu", max_pixels=80, max_seconds=5, range=[0, 2048])
     with pytest.raises(UserError, match=r"data\.max_pixels=80"):
         limited.predict(tmp_path / "image.png")
@@ -256,7 +258,7 @@ def test_the_output_is_opened_last_and_errors_of_other_files_are_not_its_own(str
 
 def test_pictures_without_matplotlib_are_an_error_before_anything_is_opened(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"explain= needs matplotlib: pip install 'moa-train\[plot\]'"):
+    with pytest.raises(UserError, match=r"explain= requires matplotlib, .* pip install 'moa-train\[plot\]'"):
         run(capsys, ckpt="nowhere", input="nowhere.png", explain=str(tmp_path / "out"))
 
 

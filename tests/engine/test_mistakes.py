@@ -36,6 +36,17 @@ def test_confusion_and_worst_mistakes_by_loops(batches):
     np.testing.assert_allclose(found.probability, [-negative for negative, _, _, _ in expected], rtol=1e-6)
 
 
+def test_samples_without_probabilities_do_not_count():
+    logits = torch.eye(3)
+    logits[0, 1] = torch.nan
+    recorder = MistakesRecorder(3)
+    recorder(Part(torch.arange(3), torch.tensor([0, 1, 1])), logits)
+    with Distributed.start("cpu", 60.0) as distributed:
+        found = recorder.gather(distributed)
+    assert found.confusion.tolist() == [[0, 0, 0], [0, 1, 1], [0, 0, 0]]
+    assert found.index.tolist() == [2]
+
+
 def test_many_classes_have_no_matrix():
     recorder = MistakesRecorder(1)
     recorder(Part(torch.tensor([0, 1]), torch.tensor([5, 6])), torch.eye(1001)[[5, 5]])

@@ -49,6 +49,10 @@ def test_without_epochs_or_finite_losses(tmp_path: Path) -> None:
     logger.log_step(1, {"loss": float("nan")})
     logger.close()
     assert len(Curves.read(tmp_path).plots()) == 1
+    logger = JsonLines(tmp_path / "metrics.jsonl", first_step=2)
+    logger.log_eval(2, {"loss": 1.0}, "val")  # without top1
+    logger.close()
+    assert len(Curves.read(tmp_path).plots()) == 1
 
 
 def test_folders_without_rows_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import resource
 import shutil
 import sys
@@ -133,6 +134,9 @@ def test_missing_predictions_name_the_command(copied):
     assert found.top1 is not None  # from the other seed
     for run in copied.iterdir():
         (run / "predictions-test.npz").unlink(missing_ok=True)
+    config = json.loads((copied / "slow0" / "config.json").read_text())
+    config["engine"]["of_a_newer_version"] = 1
+    (copied / "slow0" / "config.json").write_text(json.dumps(config))
     report = compare(read_runs([copied])[0])
     assert report.comparisons[0].top1 is None
     assert set(report.comparisons[0].seeds) == {"top1", "top5", "loss"}
@@ -259,6 +263,16 @@ def test_the_page_needs_no_network_and_escapes_names(copied):
     assert page.tags.count("svg") == 3
 
 
+def test_columns_are_sorted_by_what_they_show(sweep):
+    page = as_html(compare(read_runs([sweep])[0]))
+    numeric = re.findall(r'<th scope="col" class="number"><button type="button">([^<]*)<', page)
+    texts = re.findall(r'<th scope="col"><button type="button">([^<]*)<', page)
+    assert {"training time", "images/s", "top1 on test", "p"} <= set(numeric)
+    assert {"settings", "difference", "interval", "test"} <= set(texts)
+    seconds = re.search(r'<td class="number"><!--([\d.]+)-->0:0\d', page)
+    assert float(seconds[1]) > 0
+
+
 def test_every_group_that_is_drawn_has_a_color_of_its_own():
     assert len(set(COLORS)) >= CURVES
 
@@ -294,7 +308,7 @@ def test_a_page_without_matplotlib_is_an_error_before_anything_is_read(tmp_path,
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit):
         command.main(["nowhere", "--html", str(tmp_path / "page.html")])
-    assert "needs matplotlib: pip install" in capsys.readouterr().err
+    assert "--html requires matplotlib, which is not installed. Run: pip install" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_an_error(sweep, tmp_path, capsys):

@@ -121,7 +121,7 @@ def measure(
                 per_image, taken = time_block(block, config, wanted, kept)
                 times |= taken
                 if "data.workers" in wanted and isinstance(source, FileSource):
-                    step = per_image * (len(state.model.layer_names()) if isinstance(state.model, Classifier) else 1)
+                    step = per_image * len(state.model.layer_names())
                     cores = max(1, available_cores() // local_world_size)
                     times["data.workers"] = time_workers(time_files(source), step, cores)
     return {key: seconds for key, seconds in times.items() if seconds}
@@ -176,9 +176,9 @@ class Block:
     """The input for one image; its first dimension grows with the batch."""
 
     @classmethod
-    def of(cls, model: nn.Module, image_size: Any) -> "Block | None":
+    def of(cls, model: Classifier, image_size: Any) -> "Block | None":
         """Run the model up to its first block, to see the shape of its input."""
-        names = model.layer_names() if isinstance(model, Classifier) else []
+        names = model.layer_names()
         modules = dict(model.named_modules())
         module = modules.get(names[1]) if len(names) > 1 else None
         if module is None:

@@ -58,11 +58,21 @@ class Predictor:
         trained: the weights.
         device: where the model runs.
         precision: in place of the precision of evaluations in the run.
-        limits: ``max_pixels``, ``max_seconds`` and ``range`` in place of those of the run; None keeps the run's.
+        max_pixels, max_seconds, range: in place of those of the run's ``data``; None keeps the run's.
     """
 
-    def __init__(self, trained: Trained, device: torch.device, precision: str | None = None, **limits: Any) -> None:
+    def __init__(
+        self,
+        trained: Trained,
+        device: torch.device,
+        precision: str | None = None,
+        *,
+        max_pixels: int | None = None,
+        max_seconds: float | None = None,
+        range: Sequence[float] | None = None,
+    ) -> None:
         config = trained.config
+        limits: dict[str, Any] = {"max_pixels": max_pixels, "max_seconds": max_seconds, "range": range}
         given = {name: value for name, value in limits.items() if value is not None}
         self.precision = Precision.resolve(precision or config.runtime.eval_precision, device)
         self.model: nn.Module = trained.build().to(device).eval()

@@ -29,7 +29,7 @@ from moa_train.cli.compose import (
     GROUPS,
     addable,
     config_roots,
-    options,
+    hydra_options,
     readable,
     typed,
 )
@@ -83,9 +83,9 @@ def run(
     if "--version" in arguments:
         print(f"moa-train {__version__}")
         sys.exit(Exit.FINISHED)
-    if (options(arguments).cfg or {"--help", "-h"} & set(arguments)) and hasattr(signal, "SIGPIPE"):
+    if (hydra_options(arguments).cfg or {"--help", "-h"} & set(arguments)) and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback if `head` or a pager exits early
-    if not options(arguments).info:  # Hydra has its own handler for these messages
+    if not hydra_options(arguments).info:  # Hydra has its own handler for these messages
         logging.basicConfig(format="%(message)s")
     logging.getLogger("moa_train").setLevel(logging.INFO)  # not the root logger, because libraries log a lot
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions through, and _guarded handles them
@@ -106,10 +106,10 @@ def run(
                     raise UserError(
                         "-m is an option of moa-train, which starts several runs. Run this command once for each."
                     )
-                if options(arguments).cfg:
+                if hydra_options(arguments).cfg:
                     raise UserError("-m cannot be combined with --cfg, because a sweep has many configurations.")
                 return multirun(arguments, config_name)
-        vars(hydra_utils)["argparse"] = SimpleNamespace(ArgumentParser=_Parser)
+        vars(hydra_utils)["argparse"] = SimpleNamespace(ArgumentParser=_HydraParser)
         # Options come first, because argparse accepts positional arguments only on one side of them.
         sys.argv[1:] = sorted(map(addable, arguments), key=lambda text: "=" in text and not text.startswith("-"))
         hydra.main(version_base="1.3", config_path="pkg://moa_train.conf", config_name=config_name)(checked)()
@@ -118,7 +118,7 @@ def run(
     sys.exit(_guarded(execute, arguments, schema))
 
 
-class _Parser(argparse.ArgumentParser):
+class _HydraParser(argparse.ArgumentParser):
     """Hydra's parser of options, without abbreviations: --multi would pass the checks that look for --multirun.
 
     The help of one of Hydra's options is an object, but Python 3.14 and newer require a text.

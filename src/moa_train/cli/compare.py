@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from moa_train.runtime.command_line import leave_with, path
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.libraries import require
 from moa_train.runtime.output import protect_output
 
 EXAMPLES = """moa-compare: compare runs, or show the leaderboard of a sweep.
@@ -45,9 +46,7 @@ def run(options: argparse.Namespace) -> int:
         if file and not file.absolute().parent.is_dir():
             raise UserError(f"{file}: there is no folder {file.absolute().parent}.")
     if options.html:
-        from moa_train.report.plots import require_matplotlib
-
-        require_matplotlib()
+        require("--html", ["matplotlib"], "plot")
     from moa_train.runs.compare import compare
     from moa_train.runs.read import read_runs
     from moa_train.runs.text import as_text

@@ -85,7 +85,7 @@ def compose(config_name: str, overrides: Sequence[str], roots: Sequence[Path]) -
 
 def config_roots(arguments: Sequence[str]) -> list[Path]:
     """Return the folders that hold the options: conf/, then the user's own folder given by ``--config-dir``."""
-    folder = options(arguments).config_dir
+    folder = hydra_options(arguments).config_dir
     return [CONF, folder] if folder else [CONF]
 
 
@@ -94,11 +94,13 @@ def options_of(group: str, roots: Sequence[Path]) -> list[str]:
     return sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")})
 
 
-def options(arguments: Sequence[str]) -> argparse.Namespace:
+def hydra_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Return those of Hydra's options that the commands themselves act on."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd", type=path)
     parser.add_argument("--cfg", "-c")
+    parser.add_argument("--config-name", "-cn")  # otherwise, this and the next one would be read as -c
+    parser.add_argument("--config-path", "-cp")
     parser.add_argument("--info", "-i", nargs="?", const="all")
     return parser.parse_known_args(arguments)[0]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moa_train.cli import app
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_file
+from moa_train.runtime.libraries import require
 from moa_train.schema import EvalConfig, RunConfig
 
 if TYPE_CHECKING:
@@ -45,9 +46,7 @@ def evaluate(config: EvalConfig, overrides: list[str]) -> None:
     from moa_train.runtime.distributed import Distributed
 
     if config.report:
-        from moa_train.report.plots import require_matplotlib
-
-        require_matplotlib()
+        require("report=true", ["matplotlib"], "plot")
     reference = read_reference(config)
     trained = Trained.open(place, weights=config.weights, code=config.code)
     run = overlay(trained.config, config)

@@ -53,7 +53,7 @@ def _check_override(
     override: Override, schema: type, items: Mapping[str, Any], in_sweep: bool, roots: Sequence[Path]
 ) -> None:
     key, text = override.key_or_group, override.input_line or ""
-    if key.startswith(("hydra.run", "hydra.sweep")):
+    if key.startswith(("hydra.run.", "hydra.sweep.")) and "sweep.dir" in items:
         raise UserError(f"{text} has no effect. Set run_dir for the folder of a run, or sweep.dir for that of a sweep.")
     if key.startswith("hydra"):
         return

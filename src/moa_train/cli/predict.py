@@ -4,12 +4,12 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from moa_train.cli import app
 from moa_train.runtime.errors import UserError, choose
+from moa_train.runtime.libraries import require
 from moa_train.runtime.output import unprotected
 from moa_train.runtime.signals import Exit
 from moa_train.schema import PredictConfig
@@ -42,8 +42,8 @@ def predict(config: PredictConfig, overrides: list[str]) -> int:
     for key, folder in (("output", config.output), ("explain", config.explain)):
         if folder and not Path(folder).absolute().parent.is_dir():
             raise UserError(f"{key}={folder}: there is no folder {Path(folder).parent}.")
-    if config.explain and find_spec("matplotlib") is None:
-        raise UserError("explain= needs matplotlib: pip install 'moa-train[plot]'.")
+    if config.explain:
+        require("explain=", ["matplotlib"], "plot")
     if config.explain_window is not None and len(config.explain_window) != 2:
         raise UserError(f"explain_window={config.explain_window} must be [row,column].")
     from moa_train.data.paths import find_images
@@ -62,13 +62,19 @@ def predict(config: PredictConfig, overrides: list[str]) -> int:
     if config.explain_class is not None and config.explain_class not in trained.classes:
         raise UserError(choose("explain_class", config.explain_class, trained.classes))
     unreadable = 0
-    limits = {"max_pixels": config.max_pixels, "max_seconds": config.max_seconds, "range": config.range}
     style = trained.config.tracking.progress
     if not config.output and sys.stdout.isatty():
         style = "plain"  # the bar would share a line with the predictions
     with Distributed.start(config.device, trained.config.runtime.timeout) as distributed:
         set_up_process(trained.config.runtime, distributed)
-        predictor = Predictor(trained, distributed.device, config.precision, **limits)
+        predictor = Predictor(
+            trained,
+            distributed.device,
+            config.precision,
+            max_pixels=config.max_pixels,
+            max_seconds=config.max_seconds,
+            range=config.range,
+        )
         explain = _Explainer(config, predictor) if config.explain else None
         progress = EvaluationProgress("predicting", style=style, stream=sys.stderr)
         batches = predictor.batches(paths, batch_size=config.batch_size, processes=config.workers, advance=progress)

@@ -64,6 +64,8 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.max_pixels < 1:
             raise UserError(f"max_pixels={self.max_pixels}: must be at least 1. Default: 100000000.")
+        if not self.max_seconds > 0:
+            raise UserError(f"max_seconds={self.max_seconds}: must be above 0. Default: 60.")
         levels = self.value_range
         if levels is not None and not (len(levels) == 2 and -np.inf < levels[0] < levels[1] < np.inf):
             raise UserError(f"range={list(levels)}: must be two numbers, LOW < HIGH, for example [0,1].")

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moa_train.engine.metrics import has_probabilities
 from moa_train.interfaces import Batch
 from moa_train.runtime.distributed import Distributed
 
@@ -45,13 +46,16 @@ class MistakesRecorder:
         """Record a batch."""
         self._classes = logits_BK.shape[1]
         probability_B, predicted_B = logits_BK.softmax(1).max(1)
-        self._parts.append((batch.index, batch.labels, predicted_B, probability_B))
+        valid_B = has_probabilities(logits_BK)
+        self._parts.append((batch.index, batch.labels, predicted_B, probability_B, valid_B))
 
     def gather(self, distributed: Distributed) -> Mistakes:
         """Return the result of all ranks, on every rank."""
         own = [torch.cat(column).tolist() for column in zip(*self._parts, strict=True)]
         shares = [share for share in distributed.gather_objects([self._classes, *own]) if share[0]]
         columns = [np.concatenate(column) for column in zip(*(share[1:] for share in shares), strict=True)]
+        valid = columns.pop().astype(bool)
+        columns = [column[valid] for column in columns]
         index, labels, predicted = (column.astype(np.int64) for column in columns[:3])
         probability, classes = columns[3].astype(np.float32), shares[0][0]
         confusion = None

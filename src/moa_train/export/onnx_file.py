@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from moa_train.export.libraries import require
 from moa_train.export.subject import Runner, Subject, traced
 from moa_train.runtime.files import write_flushed
+from moa_train.runtime.libraries import require
 from moa_train.schema import ExportConfig
 
 LARGE = 2**40
@@ -19,7 +19,7 @@ LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 
 def check(config: ExportConfig) -> None:
     """Raise `UserError` if a library is missing."""
-    require(config.format, LIBRARIES)
+    require(f"format={config.format}", LIBRARIES, "export")
 
 
 def write(subject: Subject, path: Path) -> dict[str, Any]:

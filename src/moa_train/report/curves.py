@@ -37,20 +37,21 @@ class Curves:
         return cls(train, evaluations, split)
 
     def plots(self) -> list[str]:
-        """Return the loss and, if there are evaluations, the top-1 accuracy over epochs, as SVG elements."""
+        """Return the loss and, if it was evaluated, the top-1 accuracy over epochs, as SVG elements."""
 
         def loss(axes: Any) -> None:
             _draw(axes, self.train, "loss", linewidth=1, alpha=0.45, label="train (augmented)")
             _draw(axes, self.evaluations, "loss", linewidth=1.8, label=self.split)
             _finish(axes, "loss (nats)", "upper right")  # away from falling curves
 
+        values = _points(self.evaluations, "top1")[1]
+
         def accuracy(axes: Any) -> None:
-            values = _points(self.evaluations, "top1")[1]
-            _draw(axes, self.evaluations, "top1", linewidth=1.8, label=f"best {max(values):.2f}%" if values else None)
+            _draw(axes, self.evaluations, "top1", linewidth=1.8, label=f"best {max(values):.2f}%")
             axes.set_ylim(bottom=0)
             _finish(axes, f"top-1 on {self.split} (%)", "lower right")  # away from rising curves
 
-        accuracies = [svg(accuracy, "Accuracy during training")] if self.evaluations else []
+        accuracies = [svg(accuracy, "Accuracy during training")] if values else []
         return [svg(loss, "Loss during training"), *accuracies]
 
 

@@ -98,7 +98,7 @@ class Evaluated:
             "weights_are": trained.found.description,
             "tta": self.tta,
             "precision": self.run.runtime.eval_precision,
-            "model": {"name": self.run.model.name, "variant": self.run.model.title, "parameters": parameters},
+            "model": {"name": self.run.model.name, "variant": self.run.model.variant, "parameters": parameters},
             "data": self.source.describe(),
             "commands": [text for text in (reproduce(origin), command()) if text],
             "config": to_dict(self.run),

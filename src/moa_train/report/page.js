@@ -7,8 +7,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
   const value = (row, column) => {
     const cell = row.cells[column], first = cell.firstChild;
     const text = first && first.nodeType === Node.COMMENT_NODE ? first.data : cell.textContent.trim();
-    const number = parseFloat(text.replaceAll(",", ""));
-    return text === "" || text === "-" ? -Infinity : Number.isNaN(number) || /^[^\d.+-]/.test(text) ? text : number;
+    const number = parseFloat(text.replaceAll(",", "").replace(/^</, ""));
+    return text === "" || text === "-" ? -Infinity : Number.isNaN(number) || /^[^\d.+<-]/.test(text) ? text : number;
   };
   table.tHead.addEventListener("click", (event) => {
     const title = event.target.closest("th");

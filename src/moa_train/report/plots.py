@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from moa_train.report.calibration import BINS, Reliability
-from moa_train.runtime.errors import UserError
 from moa_train.runtime.text import escape
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
@@ -22,14 +21,6 @@ _VARIABLES = {"#000000": "var(--ink)", "#e6e6e6": "var(--line)", "#666666": "var
 def on_page(color: str) -> str:
     """Return the color as CSS, as it is drawn on a page."""
     return _VARIABLES.get(color, color)
-
-
-def require_matplotlib() -> None:
-    """Raise UserError if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401 the import is the test
-    except ImportError as error:
-        raise UserError("The page needs matplotlib: pip install 'moa-train[plot]'.") from error
 
 
 def preload() -> None:

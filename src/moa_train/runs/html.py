@@ -1,6 +1,8 @@
 """A comparison as a page: leaderboard, curves, differences, settings and cost."""
 
+import re
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
 from moa_train.report import page
@@ -11,6 +13,8 @@ from moa_train.runs.figures import Points, figure
 from moa_train.runs.read import Run
 from moa_train.runtime.text import escape
 
+NUMBER = re.compile(r"$|-$|<!--|&lt;1e|[-+]?[\d.]")
+"""Matches cells that begin with a number, and those without one."""
 MOST_POINTS = 400
 """Points of a training curve that are drawn."""
 
@@ -46,7 +50,11 @@ def _sections(report: Report) -> Iterator[str]:
         cells = [[_name(report, place), *map(_value, group.settings.values())] for place, group in enumerate(groups)]
         yield page.section("settings", "Settings that differ", _table(["settings", *groups[0].settings], cells))
     header, rows = text.cost_rows(report)
-    cost = _table(header[1:], [[_name(report, int(row[0]) - 1), *row[2:]] for row in rows])
+    seconds = [fmean([run.training_seconds or 0.0 for run in group.runs]) for group in groups]
+    cost = _table(
+        header[1:],
+        [[_name(report, place), f"<!--{seconds[place]}-->{row[2]}", *row[3:]] for place, row in enumerate(rows)],
+    )
     yield page.section(
         "cost", "Cost", cost, "Training time is that of the updates at the median speed, without evaluations."
     )
@@ -88,7 +96,7 @@ def _thin(points: Points) -> Points:
 
 def _difference(report: Report, place: int) -> str:
     comparison = report.comparisons[place]
-    mood = {"better": "label", "worse": "predicted"}.get(comparison.verdict.split()[0].rstrip(":"), "muted")
+    mood = {"better": "right", "worse": "wrong"}.get(comparison.verdict.split()[0].rstrip(":"), "muted")
     number = next(number for number, group in enumerate(report.groups) if group.label == comparison.label)
     parts = [f'<h3>{_name(report, number)}</h3><p class="{mood}">{escape(comparison.verdict.capitalize())}.</p>']
     header, rows = text.difference_rows(comparison)
@@ -130,8 +138,9 @@ def _list(lines: Sequence[str], style: str = "") -> str:
 
 
 def _table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Return a table of numbers with names in the first column; ``header`` is plain text, ``cells`` are HTML."""
-    return page.table(header, cells, numbers=[n for n in range(1, len(header)) if header[n] != "test"])
+    """Return a table whose columns of numbers are sorted as such; ``header`` is plain text, ``cells`` are HTML."""
+    columns = enumerate(zip(*cells, strict=True))
+    return page.table(header, cells, numbers=[n for n, column in columns if n and all(map(NUMBER.match, column))])
 
 
 def _escaped(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

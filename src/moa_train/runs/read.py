@@ -14,6 +14,7 @@ from moa_train.engine.predictions import Outcomes, predictions_file
 from moa_train.plugins import short_name
 from moa_train.runs.folder import SweepFolder, status
 from moa_train.runtime.errors import UserError
+from moa_train.schema import RunConfig
 from moa_train.serialization import from_dict
 from moa_train.tracking.jsonl import Row, read_rows
 
@@ -71,10 +72,13 @@ class Run:
     def command(self, program: str, **settings: object) -> str:
         """Return a shell command with these settings and, as ``code=``, the user's own packages that the run imports.
 
-        Raises:
-            UserError: this version does not know a setting of the run.
+        If another version of moa-train wrote the configuration, ``code=`` is left out.
         """
-        return command(program, from_dict(_json(self.path / "config.json", dict)), **settings)
+        try:
+            config = from_dict(_json(self.path / "config.json", dict))
+        except UserError:
+            config = RunConfig()
+        return command(program, config, **settings)
 
     @property
     def step(self) -> int:
