@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moa_train.report.plots import COLORS
-from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_whole
+from moa_train.runtime.libraries import require
 
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -31,11 +31,10 @@ def draw(figure: Mapping[str, Any], path: Path) -> None:
     """
     if path.is_file() and digest(figure) in path.read_text():
         return
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("Drawing figures needs matplotlib: pip install 'moa-train[plot]'.") from error
+    require("Drawing a figure", ["matplotlib"], "plot")
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 9.5}):
         drawing = Figure(layout="constrained")

@@ -144,5 +144,6 @@ def test_without_wandb_the_error_says_what_to_install(tmp_path: Path) -> None:
     code = f"import sys; sys.modules['wandb'] = None; sys.argv = ['-c', {str(tmp_path)!r}, '0', '1', 'offline']" + TRAIN
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.stderr.splitlines()[-1] == (
-        "moa_train.runtime.errors.UserError: The logger wandb needs the package wandb: pip install 'moa-train[wandb]'."
+        "moa_train.runtime.errors.UserError: The logger wandb requires wandb, which is not installed. Run: pip install "
+        "'moa-train[wandb]'"
     )

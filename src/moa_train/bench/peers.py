@@ -6,13 +6,13 @@ group ``model``. Models of other libraries take arguments:
 """
 
 import ast
-import importlib.util
 from typing import Any
 
 import torch
 from torch import nn
 
 from moa_train.runtime.errors import UserError, choose, nearest
+from moa_train.runtime.libraries import require
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -46,8 +46,7 @@ def need(library: str) -> None:
     """Raise `UserError` unless ``library`` is in LIBRARIES and installed."""
     if library not in LIBRARIES:
         raise UserError(choose("--against", library, ("moa-train", *LIBRARIES)))
-    if importlib.util.find_spec(library) is None:
-        raise UserError(f"--against {library} requires {library}. Install it: pip install 'moa-train[bench]'")
+    require(f"--against {library}", [library], "bench")
 
 
 def read_arguments(text: str, arguments: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ The ``timm`` extra installs the library, which is imported only if one of its mo
 """
 
 import functools
-import importlib.util
 import json
 import re
 import sys
@@ -20,6 +19,7 @@ from moa_train.interfaces import Classifier
 from moa_train.knobs import fill, knob
 from moa_train.model.pth_file import read_state_dict
 from moa_train.runtime.errors import UserError, nearest
+from moa_train.runtime.libraries import require
 from moa_train.schema import ModelConfig
 
 RESERVED = {"num_classes", "in_chans", "img_size", "drop_rate", "drop_path_rate", "features_only", "checkpoint_path"}
@@ -166,8 +166,7 @@ def supported_arguments(config: ModelConfig, args: TimmArgs, image_size: tuple[i
     Raises:
         UserError: timm is not installed, timm has no such model, or the model does not work with these settings.
     """
-    if importlib.util.find_spec("timm") is None:
-        raise UserError("model.name=timm requires timm, which is not installed. Run: pip install 'moa-train[timm]'")
+    require("model.name=timm", ["timm"], "timm")
     for key in args.kwargs:
         if key in RESERVED or key.startswith(("pretrained", "cache")):
             raise UserError(

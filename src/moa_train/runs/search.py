@@ -14,6 +14,7 @@ from moa_train.runs.folder import Job, SweepFolder, is_finished, scores
 from moa_train.runs.jobs import Runner
 from moa_train.runs.read import SEED
 from moa_train.runtime.errors import UserError
+from moa_train.runtime.libraries import require
 from moa_train.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -216,10 +217,9 @@ def import_optuna() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    try:
-        import optuna
-    except ImportError as error:
-        raise UserError("sweep.trials needs Optuna: pip install 'moa-train[sweep]'.") from error
+    require("sweep.trials", ["optuna"], "sweep")
+    import optuna
+
     return optuna
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from moa_train.knobs import knob
 from moa_train.runtime.errors import UserError
 from moa_train.runtime.files import write_whole
+from moa_train.runtime.libraries import require
 from moa_train.tracking.jsonl import read_rows
 from moa_train.tracking.logger import Logger, Metrics, numbers
 
@@ -64,10 +65,9 @@ class WandB(Logger):
     def __init__(self, run_dir: Path, first_step: int, config: Mapping[str, Any], args: WandBArgs) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("The logger wandb needs the package wandb: pip install 'moa-train[wandb]'.") from error
+        require("The logger wandb", ["wandb"], "wandb")
+        import wandb
+
         mode = args.mode or wandb.setup().settings.mode
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             raise UserError(
