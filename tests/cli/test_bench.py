@@ -76,7 +76,7 @@ def test_own_code_next_to_recipes_is_found_by_the_processes_of_a_part(monkeypatc
 
 
 def test_a_missing_library_is_an_error_that_says_how_to_install_it(monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "timm", None)  # Python treats it as not installed
     assert run(monkeypatch, "step", "--against", "timm/resnet18") == 2
     assert "pip install 'moa-train[bench]'" in capsys.readouterr().err
 

@@ -46,16 +46,15 @@ class MistakesRecorder:
         """Record a batch."""
         self._classes = logits_BK.shape[1]
         probability_B, predicted_B = logits_BK.softmax(1).max(1)
-        valid_B = has_probabilities(logits_BK)
-        self._parts.append((batch.index, batch.labels, predicted_B, probability_B, valid_B))
+        predicted_B = torch.where(has_probabilities(logits_BK), predicted_B, -1)
+        self._parts.append((batch.index, batch.labels, predicted_B, probability_B))
 
     def gather(self, distributed: Distributed) -> Mistakes:
         """Return the result of all ranks, on every rank."""
         own = [torch.cat(column).tolist() for column in zip(*self._parts, strict=True)]
         shares = [share for share in distributed.gather_objects([self._classes, *own]) if share[0]]
         columns = [np.concatenate(column) for column in zip(*(share[1:] for share in shares), strict=True)]
-        valid = columns.pop().astype(bool)
-        columns = [column[valid] for column in columns]
+        columns = [column[columns[2] >= 0] for column in columns]
         index, labels, predicted = (column.astype(np.int64) for column in columns[:3])
         probability, classes = columns[3].astype(np.float32), shares[0][0]
         confusion = None

@@ -91,6 +91,7 @@ class Evaluated:
     def facts(self) -> dict[str, Any]:
         """Return what was evaluated, as JSON."""
         trained, parameters = self.trained, sum(parameter.numel() for parameter in self.model.parameters())
+        model = self.run.model
         origin = json.loads(trained.metadata.get("origin", "[]"))
         return {
             "split": self.split,
@@ -98,7 +99,7 @@ class Evaluated:
             "weights_are": trained.found.description,
             "tta": self.tta,
             "precision": self.run.runtime.eval_precision,
-            "model": {"name": self.run.model.name, "variant": self.run.model.variant, "parameters": parameters},
+            "model": {"title": model.title, "name": model.name, "variant": model.variant, "parameters": parameters},
             "data": self.source.describe(),
             "commands": [text for text in (reproduce(origin), command()) if text],
             "config": to_dict(self.run),
@@ -380,7 +381,7 @@ def _bins(bins: Sequence[dict[str, Any]]) -> str:
 def _provenance(facts: dict[str, Any]) -> str:
     config = facts["config"]
     model = [
-        *((name, value) for name, value in facts["model"].items() if value is not None and name != "parameters"),
+        ("model", facts["model"]["title"]),
         ("parameters", f"{facts['model']['parameters']:,}"),
         ("weights", facts["weights"]),
         ("origin", facts["weights_are"]),
