@@ -3,8 +3,8 @@
 The classes are torchvision's own. This module adds ``forward_features``, activation checkpointing, the description of
 the parameters and the usual stem for small images, so that differences in accuracy come from the models alone.
 """
-# mypy: disable-error-code="operator, index, union-attr, arg-type"
-# (torchvision has no types, so the attributes of its classes are tensors or modules to mypy.)
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ from moa_train.schema import ModelConfig
 
 class Swin(Classifier, SwinTransformer):
     """Swin Transformer (arXiv 2103.14030): windows that are shifted in every other block."""
+
+    features: Any  # torchvision's attributes, which have no types
+    norm: Any
+    head: Any
 
     def __init__(self, config: ModelConfig, *, image_size: tuple[int, int], num_classes: int) -> None:
         super().__init__(
@@ -90,6 +94,10 @@ class ViT(Classifier, VisionTransformer):
     """Vision Transformer (arXiv 2010.11929): global attention among all patches and a class token."""
 
     head_name = "heads.head"
+    conv_proj: Any
+    class_token: Any
+    encoder: Any
+    heads: Any
 
     def __init__(self, config: ModelConfig, *, image_size: tuple[int, int], num_classes: int) -> None:
         patch_size, dim = config.patch_size, config.embed_dim
@@ -166,6 +174,12 @@ class BottleneckResNet(Classifier, ResNet):
     """
 
     head_name = "fc"
+    relu: Any
+    layer1: Any
+    layer2: Any
+    layer3: Any
+    layer4: Any
+    _make_layer: Any
 
     def __init__(self, config: ModelConfig, *, image_size: tuple[int, int], num_classes: int) -> None:
         super().__init__(Bottleneck, list(config.depths), num_classes=num_classes)
