@@ -274,3 +274,11 @@ def test_a_race_ends_in_time_and_gives_up_hopeless_candidates() -> None:
     assert calls.count("c") == 2  # a warmup, and the time that shows that it is hopeless
     assert 3 <= calls.count("a") <= 9
     assert clock.race({"only": lambda: pytest.fail("called")}) == {}
+
+
+def test_a_race_never_compares_the_first_call_of_one_candidate_with_the_second_of_another() -> None:
+    clock, calls = Simulated(torch.device("cpu"), 0.1), list[str]()
+    steady = {"a": [0.06, 0.04], "b": [0.03, 0.02]}  # the time is over after the second call of a
+    times = clock.race({name: clock.candidate(name, seconds, calls) for name, seconds in steady.items()})
+    assert times == pytest.approx({"a": 0.04, "b": 0.02})
+    assert calls == ["a", "b", "a", "b"]

@@ -1,6 +1,6 @@
 """Measure the candidates among which a run chooses: number formats, kernels and sizes.
 
-They are measured on the model's own first block, its largest matrix and its image size, in at most half a second on a
+They are measured on the model's own first block, its largest matrix and its image size, in about half a second on a
 CPU.
 """
 
@@ -79,7 +79,7 @@ class Clock:
         """Return the shortest time of each candidate, or nothing unless there are two.
 
         The first call of each is a warmup: it compiles kernels and allocates memory. It counts only if the time is over
-        before the second call.
+        before the second one. All candidates are called equally often, so that no first call is compared with a second.
         """
         if len(candidates) < 2:
             return {}
@@ -87,9 +87,9 @@ class Clock:
         best = {name: self.once(call) for name, call in candidates.items()}
         running = dict(candidates)
         for turn in range(8):
+            if self.now() > end or len(running) < 2:
+                break
             for name, call in running.items():
-                if self.now() > end or len(running) < 2:
-                    return best
                 taken = self.once(call)
                 best[name] = taken if turn == 0 else min(best[name], taken)
             limit = self.hopeless * min(best.values())
@@ -254,11 +254,14 @@ def time_block(
     taken = single
     while taken < 0.008 and images < most:  # with few images, the overhead of calls would decide
         images = min(4 * images, most)
-        taken = clock.once(partial(train, block.inputs(images, grad=True), "fp32"))
+        call = partial(train, block.inputs(images, grad=True), "fp32")
+        taken = min(clock.once(call) for _ in range(2))
+    per_image = taken / images
+    if taken < 0.03:  # formats and kernels differ more for many images, because of caches and matrix instructions
+        images = min(4 * images, most)
     x = block.inputs(images, grad=True)
 
     precision, kernel = kept.get("runtime.precision", config.runtime.precision), "auto"
-    per_image = taken / images
     if precision == "auto" and "runtime.precision" in wanted:
         # Without instructions for it, bf16 is emulated, 10 to 100 times as slowly. A small product finds out.
         times["runtime.precision"] = _time_product(clock)
@@ -266,9 +269,6 @@ def time_block(
             times["runtime.precision"] = clock.race({form: partial(train, x, form) for form in ("fp32", "bf16")})
         precision = fastest(times["runtime.precision"])
     if "runtime.attention" in wanted and attention:
-        # Kernels differ little for few images, and then up to 1.4 times, because of the caches.
-        images = min(4 * images, most)
-        x = block.inputs(images, grad=True)
         times["runtime.attention"] = clock.race({name: partial(train, x, precision, name) for name in ATTENTION})
         kernel = fastest(times["runtime.attention"])
         per_image = times["runtime.attention"][kernel] / images
