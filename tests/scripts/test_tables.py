@@ -11,9 +11,10 @@ from hydra.core.config_store import ConfigStore
 from safetensors import safe_open
 
 from moa_train.cli.compose import compose, config_roots, typed
+from moa_train.cli.evaluate import evaluate
 from moa_train.cli.train import train
 from moa_train.runtime.errors import UserError
-from moa_train.schema import RunConfig
+from moa_train.schema import EvalConfig, RunConfig
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))  # where Python finds them if tables.py is run
@@ -66,9 +67,7 @@ SMALL = {
 """Settings with which a step is fast on a CPU."""
 
 
-@pytest.mark.parametrize("key", ROWS, ids=":".join)
-def test_every_row_trains_for_two_steps(images, tmp_path, key):
-    row = ROWS[key]
+def train_two_steps(row: records.Row, images: Path, folder: Path, *further: str) -> None:
     settings = [
         f"experiment={row.recipe}",
         "data=folder",
@@ -78,13 +77,28 @@ def test_every_row_trains_for_two_steps(images, tmp_path, key):
         "data.workers=0",
     ]
     settings += [*SMALL[row.recipe.split("_")[0].rstrip("0123456789")].split(), *row.settings, "schedule.warmup=0%"]
-    settings += ["schedule.duration=2 steps", "engine.batch_size=4", f"run_dir={tmp_path / 'run'}"]
+    settings += ["schedule.duration=2 steps", "engine.batch_size=4", f"run_dir={folder}", *further]
     settings += ["runtime.device=cpu", "runtime.threads=1", "data.val_fraction=0", "engine.eval_split=none"]
     settings += ["runtime.deterministic=true"]  # measures no kernels
     store = ConfigStore.instance()
     store.store(name="train_schema", node=RunConfig)
     store.store(group="hydra/help", name="train_help", node={})
     assert train(typed(compose("train", settings, config_roots([]))), settings) == 0
+
+
+@pytest.fixture(scope="module")
+def teacher(images, tmp_path_factory) -> Path:
+    """A short run of the recipe that teaches others, and its predictions for the training images."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    train_two_steps(ROWS["cifar100_night", "base"], images, folder)
+    evaluate(EvalConfig(ckpt=str(folder), split="train", device="cpu"), [])
+    return folder
+
+
+@pytest.mark.parametrize("key", ROWS, ids=":".join)
+def test_every_row_trains_for_two_steps(images, teacher, tmp_path, key):
+    taught = [f"distill.teachers=[{teacher}]"] if "distilled" in key[0] else []
+    train_two_steps(ROWS[key], images, tmp_path / "run", *taught)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["test"]["total"] == 4
 
 
