@@ -1,6 +1,6 @@
 """Measure the candidates among which a run chooses: number formats, kernels and sizes.
 
-They are measured on the model's own first block, its largest matrix and its image size, in about half a second on a
+They are measured on the model's own first block, its largest matrix and its image size, in less than a second on a
 CPU.
 """
 
@@ -29,15 +29,15 @@ from moa_train.optim.muon import BatchedMuon, orthogonalize
 from moa_train.plugins import is_own_code
 from moa_train.runtime.device import KINDS, available_cores
 from moa_train.runtime.errors import UserError
-from moa_train.runtime.precision import Precision
+from moa_train.runtime.precision import Precision, has_bf16
 from moa_train.schema import RunConfig, image_shape
 
 Times = Mapping[str, float]
 """Seconds by candidate."""
 
-CLEAR = 1.03
-"""A candidate that comes later in the list must be faster by this factor, because it needs more memory or is less
-accurate."""
+CLEAR = 1.1
+"""A candidate that comes later in the list must be faster by this factor, because measurements this short differ by as
+much. Candidates that fixed rules choose, or that need less memory or are more accurate, come first."""
 EVAL_BATCHES = (4, 16, 64, 256)
 ATTENTION = ("plain", "fused")
 EMULATED = 5.0
@@ -61,7 +61,8 @@ class Clock:
     device: torch.device
     seconds: float
     hopeless: float = 3.0
-    """A candidate that takes this many times as long as the fastest is not called again."""
+    """A candidate that takes this many times as long as the fastest is not called again. After the first calls, this
+    holds only for those that took longer than ``seconds``."""
 
     def once(self, call: Callable[[], object]) -> float:
         """Return the seconds of one call, the device's work included."""
@@ -78,22 +79,23 @@ class Clock:
     def race(self, candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         """Return the shortest time of each candidate, or nothing unless there are two.
 
-        The first call of each is a warmup: it compiles kernels and allocates memory. It counts only if the time is over
-        before the second one. All candidates are called equally often, so that no first call is compared with a second.
+        The first call of each is a warmup, because it compiles kernels and allocates memory, most of it for the first
+        candidate. It counts only for candidates that are not called again. All others are called equally often, at
+        least twice, so that no first call of one is compared with a later one of another.
         """
         if len(candidates) < 2:
             return {}
         end = self.now() + self.seconds
         best = {name: self.once(call) for name, call in candidates.items()}
-        running = dict(candidates)
+        limit = max(self.seconds, self.hopeless * min(best.values()))
         for turn in range(8):
-            if self.now() > end or len(running) < 2:
+            running = {name: call for name, call in candidates.items() if best[name] <= limit}
+            if len(running) < 2 or (turn > 0 and self.now() > end):
                 break
             for name, call in running.items():
                 taken = self.once(call)
                 best[name] = taken if turn == 0 else min(best[name], taken)
             limit = self.hopeless * min(best.values())
-            running = {name: call for name, call in running.items() if best[name] <= limit}
         return best
 
     def _wait(self) -> None:
@@ -236,7 +238,7 @@ def time_block(
     Returns:
         The seconds per image in training, and the seconds of all candidates.
     """
-    clock, times = Clock(torch.device("cpu"), 0.11), dict[str, Times]()
+    clock, times = Clock(torch.device("cpu"), 0.2, hopeless=1.5), dict[str, Times]()
     attention, drops = block.layers(BiasedAttention), block.layers(DropPath)
 
     def train(x: Tensor, precision: str, kernel: str = "auto", method: str = "auto") -> None:
@@ -266,7 +268,8 @@ def time_block(
         # Without instructions for it, bf16 is emulated, 10 to 100 times as slowly. A small product finds out.
         times["runtime.precision"] = _time_product(clock)
         if times["runtime.precision"]["bf16"] < EMULATED * times["runtime.precision"]["fp32"]:
-            times["runtime.precision"] = clock.race({form: partial(train, x, form) for form in ("fp32", "bf16")})
+            forms = ("bf16", "fp32") if has_bf16(clock.device) else ("fp32", "bf16")
+            times["runtime.precision"] = clock.race({form: partial(train, x, form) for form in forms})
         precision = fastest(times["runtime.precision"])
     if "runtime.attention" in wanted and attention:
         times["runtime.attention"] = clock.race({name: partial(train, x, precision, name) for name in ATTENTION})
