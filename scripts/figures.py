@@ -47,7 +47,8 @@ def draw(figure: Mapping[str, Any], path: Path) -> None:
 def _lines(drawing: Any, figure: Mapping[str, Any]) -> None:
     """Draw panels of curves, each with a band of one standard deviation."""
     panels = figure["panels"]
-    drawing.set_size_inches(4.6 * len(panels), 3.4)
+    drawing.set_size_inches(4.6 * len(panels), 3.6)
+    legend: dict[str, Any] = {}
     for axes, panel in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for place, (label, line) in enumerate(panel["lines"].items()):
             color, style = COLORS[place % len(COLORS)], STYLES[place % len(STYLES)]
@@ -59,7 +60,8 @@ def _lines(drawing: Any, figure: Mapping[str, Any]) -> None:
             axes.fill_between(line["x"], low, high, color=color, alpha=0.2, linewidth=0)
         axes.set_xlabel("epochs (band: standard deviation over seeds)")
         _finish(axes, panel["title"])
-        axes.legend(frameon=False)
+        legend |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    drawing.legend(legend.values(), legend.keys(), frameon=False, loc="outside upper center", ncols=3)
 
 
 def _differences(drawing: Any, figure: Mapping[str, Any]) -> None:
