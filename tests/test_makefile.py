@@ -41,6 +41,12 @@ def planned(folder: Path) -> list[str]:
     return [name for name in (NEW, "pip install") if name in done.stdout]
 
 
+def change_pyproject(folder: Path) -> None:
+    """Make pyproject.toml newer than the environment, by more than the resolution of the file system's clock."""
+    later = (folder / ".venv" / "ready").stat().st_mtime + 1
+    os.utime(folder / "pyproject.toml", (later, later))
+
+
 def test_a_copied_or_moved_checkout_and_one_without_its_interpreter_get_a_new_environment(checkout):
     (checkout / ".venv" / "ready").write_text(f"{checkout}\n")
     assert planned(checkout) == []
@@ -50,7 +56,7 @@ def test_a_copied_or_moved_checkout_and_one_without_its_interpreter_get_a_new_en
     assert planned(moved) == [NEW, "pip install"]
     moved.rename(checkout)
     assert planned(checkout) == []
-    (checkout / "pyproject.toml").touch()
+    change_pyproject(checkout)
     assert planned(checkout) == ["pip install"]
     (checkout / ".venv" / "bin" / "python").unlink()
     assert planned(checkout) == [NEW, "pip install"]
@@ -59,7 +65,7 @@ def test_a_copied_or_moved_checkout_and_one_without_its_interpreter_get_a_new_en
 def test_an_environment_of_an_earlier_makefile_is_kept(checkout):
     (checkout / ".venv" / "ready").touch()
     assert planned(checkout) == []
-    (checkout / "pyproject.toml").touch()
+    change_pyproject(checkout)
     assert planned(checkout) == ["pip install"]
 
 
