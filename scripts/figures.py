@@ -48,7 +48,6 @@ def _lines(drawing: Any, figure: Mapping[str, Any]) -> None:
     """Draw panels of curves, each with a band of one standard deviation."""
     panels = figure["panels"]
     drawing.set_size_inches(4.6 * len(panels), 3.6)
-    legend: dict[str, Any] = {}
     for axes, panel in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for place, (label, line) in enumerate(panel["lines"].items()):
             color, style = COLORS[place % len(COLORS)], STYLES[place % len(STYLES)]
@@ -60,8 +59,7 @@ def _lines(drawing: Any, figure: Mapping[str, Any]) -> None:
             axes.fill_between(line["x"], low, high, color=color, alpha=0.2, linewidth=0)
         axes.set_xlabel("epochs (band: standard deviation over seeds)")
         _finish(axes, panel["title"])
-        legend |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    drawing.legend(legend.values(), legend.keys(), frameon=False, loc="outside upper center", ncols=3)
+    _legend(drawing)
 
 
 def _differences(drawing: Any, figure: Mapping[str, Any]) -> None:
@@ -96,7 +94,7 @@ def _differences(drawing: Any, figure: Mapping[str, Any]) -> None:
         axes.plot([], [], color=shade, marker=marker, linewidth=1.6, label=name)
     drawing.supxlabel(figure["unit"], fontsize=9)
     _finish(axes, "")
-    drawing.legend(frameon=False, loc="outside upper center", ncols=3)
+    _legend(drawing)
 
 
 def _minutes(drawing: Any, figure: Mapping[str, Any]) -> None:
@@ -104,7 +102,6 @@ def _minutes(drawing: Any, figure: Mapping[str, Any]) -> None:
     panels = figure["panels"]
     drawing.set_size_inches(8.2, 3.8 * len(panels))
     machines = sorted({point["machine"] for points in panels.values() for point in points})
-    legend: dict[str, Any] = {}
     for axes, (title, points) in zip(
         drawing.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True
     ):
@@ -138,8 +135,15 @@ def _minutes(drawing: Any, figure: Mapping[str, Any]) -> None:
         axes.xaxis.set_minor_formatter("{x:g}")
         axes.set_xlabel("minutes of training without evaluations, of runs that had their machine for themselves")
         _finish(axes, f"top-1 (%), {title}")
-        legend |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    drawing.legend(legend.values(), legend.keys(), frameon=False, loc="outside upper center", ncols=3)
+    _legend(drawing)
+
+
+def _legend(drawing: Any) -> None:
+    """Draw one legend for all panels, above them."""
+    handles = {}
+    for axes in drawing.axes:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    drawing.legend(handles.values(), handles.keys(), frameon=False, loc="outside upper center", ncols=3)
 
 
 def _finish(axes: Any, title: str) -> None:

@@ -1,6 +1,7 @@
 """What is chosen, given measurements; no test depends on how fast this machine is."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,30 @@ def test_everything_that_applies_is_measured_without_a_trace(
     filled = apply(chosen, config, state)
     assert filled.runtime.precision in ("fp32", "bf16")
     assert chosen.describe().endswith("s of CPU time")
+
+
+def test_the_number_of_images_does_not_depend_on_first_calls(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First calls take 0.02 s, others 0.2 ms per image: 64 images take 8 ms, and four times as many are compared."""
+    called, raced = set[int](), list[int]()
+
+    def once(clock: Clock, call: Callable[[], object]) -> float:
+        images = len(call.args[0]) if isinstance(call, partial) else 1
+        first = images not in called
+        called.add(images)
+        return 0.02 if first else 0.0002 * images
+
+    def race(clock: Clock, candidates: Mapping[str, Any]) -> dict[str, float]:
+        raced.extend(len(call.args[0]) for call in candidates.values())
+        return dict.fromkeys(candidates, 0.05)
+
+    monkeypatch.setattr("moa_train.assembly.measure._time_product", lambda clock: {"fp32": 1.0, "bf16": 1.0})
+    monkeypatch.setattr(Clock, "once", once)
+    monkeypatch.setattr(Clock, "race", race)
+    config = tiny({**OPEN, "optim.muon_precision": "fp32", "engine.batch_size": 1024, "model.drop_path": 0})
+    choose(config, state_of(config))
+    assert raced[:4] == [256] * 4  # two number formats, and two attention kernels
 
 
 @pytest.mark.parametrize(

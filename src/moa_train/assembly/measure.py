@@ -1,7 +1,7 @@
 """Measure the candidates among which a run chooses: number formats, kernels and sizes.
 
-They are measured on the model's own first block, its largest matrix and its image size, in less than a second on a
-CPU.
+They are measured on the model's own first block, its largest matrix and its image size, in about a second at most on
+a CPU.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ Times = Mapping[str, float]
 
 CLEAR = 1.1
 """A candidate that comes later in the list must be faster by this factor, because measurements this short differ by as
-much. Candidates that fixed rules choose, or that need less memory or are more accurate, come first."""
+much. Candidates that need less memory or are more accurate come first, and bf16 on a CPU with instructions for it."""
 EVAL_BATCHES = (4, 16, 64, 256)
 ATTENTION = ("plain", "fused")
 EMULATED = 5.0
