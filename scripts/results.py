@@ -240,7 +240,7 @@ def reached(table: Table) -> str:
         if not runs:
             continue
         time = timed(places)
-        after = f" after {mean(epochs)} epochs{f' ({time})' if time else ''}" if epochs else ""
+        after = f" after {mean(epochs)} epochs{f', {time}' if time else ''}" if epochs else ""
         lines.append(
             f"{row.label}: {len(epochs)} of {len(runs)} runs reach {table.target:g}% of the held-out images{after}."
         )
