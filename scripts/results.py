@@ -226,24 +226,27 @@ def needed(table: Table) -> str:
 
 
 def reached(table: Table) -> str:
-    """Return a sentence for each row: the epochs and minutes after which its runs first reach the table's target."""
+    """Return a sentence for each row: the epochs after which its runs first reach the table's target.
+
+    The minutes are those that the timed runs take for the mean of these epochs, whether they reach the target or not.
+    """
     lines = []
     for row in table.rows if table.target is not None else ():
-        runs, epochs, places = row.records().values(), [], defaultdict(list)
+        runs, epochs = row.records().values(), []
+        per_epoch: dict[str, list[float]] = defaultdict(list)
         for record in runs:
             curve = [(found["epoch"], found["top1"]) for found in record["evaluations"] if found["split"] == "val"]
-            first = next((epoch for epoch, top1 in curve if top1 >= table.target), None)
-            if first is not None:
-                epochs.append(first)
-                if record["minutes"] is not None:
-                    places[machine(record["starts"][-1])].append(record["minutes"] * first / curve[-1][0])
-        if not runs:
-            continue
-        time = timed(places)
-        after = f" after {mean(epochs)} epochs{f', {time}' if time else ''}" if epochs else ""
-        lines.append(
-            f"{row.label}: {len(epochs)} of {len(runs)} runs reach {table.target:g}% of the held-out images{after}."
-        )
+            epochs += [epoch for epoch, top1 in curve if top1 >= table.target][:1]
+            if record["minutes"] is not None:
+                per_epoch[machine(record["starts"][-1])].append(record["minutes"] / curve[-1][0])
+        after = ""
+        if epochs:
+            average = statistics.fmean(epochs)
+            time = timed({place: [minutes * average for minutes in found] for place, found in per_epoch.items()})
+            after = f" after {mean(epochs)} epochs{f', {time}' if time else ''}"
+        if runs:
+            reach = f"{len(epochs)} of {len(runs)} runs reach {table.target:g}% of the held-out images"
+            lines.append(f"{row.label}: {reach}{after}.")
     return "\n".join(map(wrapped, lines))
 
 
