@@ -28,7 +28,7 @@ def write() -> None:
     small = [table for name, table in tables.items() if name.startswith("small_")]
     rows = [row for table in tables.values() for row in table.rows]
     blocks: dict[str, Callable[[], str]] = {name: partial(markdown, table) for name, table in tables.items()}
-    blocks |= {f"{name}.sentence": partial(sentence, table.rows[0]) for name, table in tables.items()}
+    blocks |= {f"{row.recipe}.sentence": partial(sentence, row) for row in rows if row.name == "base"}
     claims = [(table, row) for table in small for row in table.rows if row.claim]
     blocks |= {f"{table.name}.{row.name}": partial(gain, table, row) for table, row in claims}
     blocks["conclusions"] = lambda: "\n".join(conclusion(table, row) for table, row in claims)
