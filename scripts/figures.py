@@ -99,6 +99,8 @@ def _differences(drawing: Any, figure: Mapping[str, Any]) -> None:
 
 def _minutes(drawing: Any, figure: Mapping[str, Any]) -> None:
     """Draw accuracy against minutes, with error bars over seeds. Color and marker show the machine."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     panels = figure["panels"]
     drawing.set_size_inches(8.2, 3.8 * len(panels))
     machines = sorted({point["machine"] for points in panels.values() for point in points})
@@ -131,8 +133,9 @@ def _minutes(drawing: Any, figure: Mapping[str, Any]) -> None:
         axes.set_xscale("log")
         axes.set_xlim(min(x) / 1.5, max(x) * 5)
         axes.set_ylim(low, max(high, place + 1))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))  # more labels would overlap
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
         axes.set_xlabel("minutes of training without evaluations, of runs that had their machine for themselves")
         _finish(axes, f"top-1 (%), {title}")
     _legend(drawing)
