@@ -182,5 +182,11 @@ def read_json(path: Path) -> Any:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    """Write a record: a line per key, evaluation and logged loss."""
-    write_whole(path, json.dumps(record, indent=1) + "\n")
+    """Write a record: a line per key, and per item of a list, such as an evaluation or a logged loss."""
+
+    def text(value: Any) -> str:
+        items = ",\n  ".join(map(json.dumps, value)) if isinstance(value, list) else ""
+        return f"[\n  {items}\n ]" if items else json.dumps(value)
+
+    lines = ",\n".join(f" {json.dumps(key)}: {text(value)}" for key, value in record.items())
+    write_whole(path, f"{{\n{lines}\n}}\n")

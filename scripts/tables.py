@@ -7,8 +7,8 @@ python scripts/tables.py run TABLE[,TABLE...] [seeds=0,1,2] [jobs=1] [key=value 
 python scripts/tables.py write
     Write docs/RESULTS.md and its figures from these records.
 
-The record of a run (docs/results/RECIPE/ROW-sSEED.json) holds a few kilobytes: its settings, versions, hardware,
-evaluations and result. Every figure between the marks of docs/RESULTS.md comes from records.
+The record of a run (docs/results/RECIPE/ROW-sSEED.json) holds its settings, versions, hardware, logged losses,
+evaluations and result, but no weights. Every figure between the marks of docs/RESULTS.md comes from records.
 """
 
 import os
